@@ -1,0 +1,1 @@
+"""Builds everything in `dag/assets` from freely licensed drawings; only whoever retrains needs it."""

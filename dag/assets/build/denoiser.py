@@ -1,0 +1,174 @@
+"""Text encoder and UNet, trained together on cached latents; saved as an ordinary StableDiffusionPipeline folder."""
+
+import math
+import shutil
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+from torch import Tensor, nn
+from transformers import CLIPModel, CLIPTextModel, CLIPTokenizer
+
+from dag.assets.build.clock import Clock
+from dag.assets.build.data import Dataset
+from dag.assets.build.scorer import text_config
+from dag.assets.build.tokenizer import MAX_TOKENS
+from dag.assets.build.vae import encode
+
+
+@dataclass(frozen=True)
+class DenoiserSettings:
+    minutes: float = 46.0
+    batch: int = 64
+    learning_rate: float = 1.2e-3
+    weight_decay: float = 1e-2
+    caption_dropout: float = 0.1
+    snr_cap: float = 5.0
+    ema: float = 0.999
+    constant_share: float = 0.5
+    """Share of the time before the cosine decay begins."""
+    checkpoint_minutes: float = 8.0
+    seed: int = 4
+
+
+def scheduler() -> DDIMScheduler:
+    """Stable Diffusion's noise schedule."""
+    return DDIMScheduler(
+        num_train_timesteps=1000,
+        beta_start=0.00085,
+        beta_end=0.012,
+        beta_schedule="scaled_linear",
+        prediction_type="epsilon",
+        clip_sample=False,
+        set_alpha_to_one=False,
+        steps_offset=1,
+    )
+
+
+def new_unet() -> UNet2DConditionModel:
+    return UNet2DConditionModel(
+        sample_size=16,
+        block_out_channels=(64, 112),
+        layers_per_block=1,
+        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
+        up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
+        cross_attention_dim=128,
+        attention_head_dim=4,
+        norm_num_groups=16,
+    )
+
+
+def cache_latents(work: Path, dataset: Dataset) -> Tensor:
+    """(N, 4, 16, 16) scaled latents of the training pictures, computed once."""
+    path = work / "latents.pt"
+    if not path.exists():
+        vae = AutoencoderKL.from_pretrained(work / "vae").eval()
+        torch.save(encode(vae, dataset.pictures[: dataset.training]) * vae.config.scaling_factor, path)
+    return torch.load(path, weights_only=True)
+
+
+class Averaged:
+    """Exponential moving average of some parameters, swapped in for saving."""
+
+    def __init__(self, parameters: Iterable[nn.Parameter], decay: float) -> None:
+        self.parameters, self.decay, self.updates = list(parameters), decay, 0
+        self.average = [parameter.detach().clone() for parameter in self.parameters]
+
+    @torch.no_grad()
+    def update(self) -> None:
+        self.updates += 1
+        decay = min(self.decay, (1 + self.updates) / (10 + self.updates))
+        torch._foreach_lerp_(self.average, [parameter.detach() for parameter in self.parameters], 1 - decay)
+
+    @torch.no_grad()
+    def swap(self) -> None:
+        for parameter, average in zip(self.parameters, self.average, strict=True):
+            kept = parameter.detach().clone()
+            parameter.copy_(average)
+            average.copy_(kept)
+
+
+def train(work: Path, out: Path, dataset: Dataset, clock: Clock, settings: DenoiserSettings = DenoiserSettings()) -> None:
+    """Train for a fixed time; the averaged weights go to `out`/embedded now and then, and at the end."""
+    torch.manual_seed(settings.seed)
+    tokenizer = CLIPTokenizer.from_pretrained(work / "tokenizer")
+    latents, unet, text = cache_latents(work, dataset), new_unet(), CLIPTextModel(text_config(tokenizer))
+    # The scorer's words are already apart; a fresh text encoder takes thousands of steps to separate them.
+    scorer = CLIPModel.from_pretrained(work / "scorer", dtype=torch.float32)
+    text.load_state_dict(scorer.text_model.state_dict())
+    captions = [scene.caption for scene in dataset.scenes[: dataset.training]]
+    ids = torch.tensor(tokenizer([*captions, ""], padding="max_length", max_length=MAX_TOKENS).input_ids)
+    unet = unet.to(memory_format=torch.channels_last)
+    alpha_bar = scheduler().alphas_cumprod
+    parameters = [*unet.parameters(), *text.parameters()]
+    optimizer = torch.optim.AdamW(parameters, betas=(0.9, 0.99), weight_decay=settings.weight_decay)
+    averaged = Averaged(parameters, settings.ema)
+    step, saved_at, losses = 0, 0.0, []
+    for progress in clock.ticks(settings.minutes):
+        for group in optimizer.param_groups:
+            group["lr"] = settings.learning_rate * min(1, (step + 1) / 200) * _decay(progress, settings.constant_share)
+        rows = torch.randint(len(latents), (settings.batch,))
+        dropped = torch.rand(settings.batch) < settings.caption_dropout
+        tokens = ids[torch.where(dropped, len(ids) - 1, rows)]
+        loss = denoising_loss(unet, text, latents[rows], tokens, alpha_bar, settings.snr_cap)
+        optimizer.zero_grad()
+        loss.backward()
+        nn.utils.clip_grad_norm_(parameters, 1.0)
+        optimizer.step()
+        averaged.update()
+        step += 1
+        losses.append(float(loss.detach()))
+        if step % 100 == 0:
+            print(f"denoiser {step} loss {sum(losses[-100:]) / 100:.4f} {100 * progress:.0f} %", flush=True)
+        if (progress - saved_at) * settings.minutes > settings.checkpoint_minutes:
+            saved_at = progress
+            averaged.swap()
+            save(work, out, unet, text)
+            averaged.swap()
+    averaged.swap()
+    save(work, out, unet, text)
+
+
+def _decay(progress: float, constant_share: float) -> float:
+    if progress < constant_share:
+        return 1.0
+    return max(0.02, 0.5 * (1 + math.cos(math.pi * (progress - constant_share) / (1 - constant_share))))
+
+
+def denoising_loss(
+    unet: UNet2DConditionModel, text: CLIPTextModel, latents: Tensor, tokens: Tensor, alpha_bar: Tensor, snr_cap: float
+) -> Tensor:
+    """Mean squared error of the predicted noise, weighted by min(SNR, cap) / SNR (Hang et al. 2023)."""
+    t = torch.randint(len(alpha_bar), (len(latents),))
+    eps = torch.randn_like(latents)
+    level = alpha_bar[t].view(-1, 1, 1, 1)
+    x_t = level.sqrt() * latents + (1 - level).sqrt() * eps
+    with torch.autocast("cpu", torch.bfloat16):
+        output = unet(x_t.contiguous(memory_format=torch.channels_last), t, text(tokens)[0]).sample
+    snr = alpha_bar[t] / (1 - alpha_bar[t])
+    return ((output.float() - eps).square().mean((1, 2, 3)) * (snr.clamp(max=snr_cap) / snr)).mean()
+
+
+def save(work: Path, out: Path, unet: UNet2DConditionModel, text: CLIPTextModel) -> None:
+    """The whole pipeline in half precision, replaced in one rename; the training modules are left as they are."""
+    fresh_unet, fresh_text = new_unet(), CLIPTextModel(text.config)
+    fresh_unet.load_state_dict(unet.state_dict())
+    fresh_text.load_state_dict(text.state_dict())
+    pipeline = StableDiffusionPipeline(
+        vae=AutoencoderKL.from_pretrained(work / "vae"),
+        text_encoder=fresh_text,
+        tokenizer=CLIPTokenizer.from_pretrained(work / "tokenizer"),
+        unet=fresh_unet,
+        scheduler=scheduler(),
+        safety_checker=None,
+        feature_extractor=None,
+        requires_safety_checker=False,
+    ).to(dtype=torch.float16)
+    folder, fresh = out / "embedded", out / "embedded.new"
+    pipeline.save_pretrained(fresh)
+    for name in ("vocab.json", "merges.txt"):
+        shutil.copy(work / "tokenizer" / name, fresh / "tokenizer" / name)
+    shutil.rmtree(folder, ignore_errors=True)
+    fresh.rename(folder)

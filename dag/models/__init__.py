@@ -1,0 +1,1 @@
+"""Model families behind `dag.protocols.Policy`, one module each. Only this package imports diffusers."""

@@ -1,0 +1,289 @@
+"""Stable Diffusion 1.x / 2.x (and the embedded model) as a policy: text encoder, UNet with adapter, VAE, schedule.
+
+Owns loading, guidance, precision and the adapter. The safety checker is never loaded, prompts are never dropped,
+and every module stays in eval mode, so that the same state always gives the same prediction.
+
+Legend: B samples, S text tokens, D text width, C H W latent.
+"""
+
+import contextlib
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from dag_kernels import guided
+from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+from diffusers.utils import convert_state_dict_to_diffusers, convert_state_dict_to_kohya
+from peft import LoraConfig, get_peft_model_state_dict, set_peft_model_state_dict
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from transformers import CLIPTextModel, CLIPTokenizer
+
+from dag import recipe
+from dag.errors import RunError, UsageError
+from dag.models.source import read_config, resolve
+from dag.protocols import Prediction
+from dag.schedule import PREDICTION_TYPES, Schedule
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+# Below this many tokens a vocabulary is a closed one, in which an unknown word is spelled letter by letter.
+_OPEN_VOCABULARY = 10_000
+
+
+class StableDiffusion:
+    """One model, one schedule, one adapter.
+
+    Args:
+        model, adapter, sampler: sections of the recipe.
+        device: where the UNet and the VAE live.
+        seed:   of the adapter's initialisation.
+        gradient_checkpointing: recompute activations in backward.
+
+    Raises:
+        UsageError: the recipe asks for what this model cannot do.
+        RunError:   the model cannot be found, downloaded or read.
+    """
+
+    def __init__(
+        self,
+        model: recipe.Model,
+        adapter: recipe.Adapter,
+        sampler: recipe.Sampler,
+        device: torch.device,
+        seed: int = 0,
+        gradient_checkpointing: bool = False,
+    ) -> None:
+        if model.dtype == "fp16" and device.type == "cpu":
+            raise UsageError("model.dtype=fp16 needs a GPU; on a CPU use bf16 or fp32")
+        self.device, self.dtype, self.sampler, self.adapter = device, DTYPES[model.dtype], sampler, adapter
+        self.folder, self._variant = resolve(model), model.variant
+        self.source = model.path
+        _check_family(self.folder)
+        scheduler = self._load_scheduler()
+        self.schedule: Schedule = _schedule(scheduler, sampler).to(device)
+        # Trainable weights are fp32 masters; frozen ones are held in the compute dtype.
+        frozen = torch.float32 if adapter.kind == "full" else self.dtype
+        self.unet = self._load(UNet2DConditionModel, "unet", frozen)
+        self.vae = self._load(AutoencoderKL, "vae", self.dtype)
+        vae_side = 2 ** (len(self.vae.config.block_out_channels) - 1)
+        resolution = model.resolution or self.unet.config.sample_size * vae_side
+        if resolution % vae_side:
+            raise UsageError(f"model.resolution={resolution} must be a multiple of {vae_side} for this VAE")
+        side = resolution // vae_side
+        self.latent_shape = (int(self.unet.config.in_channels), side, side)
+        self._text: tuple[Any, Any] | None = None
+        self._uncond: Tensor | None = None
+        self._add_adapter(seed)
+        if gradient_checkpointing:
+            self.unet.enable_gradient_checkpointing()
+
+    @property
+    def text_width(self) -> int:
+        return int(self.unet.config.cross_attention_dim)
+
+    def encode(self, prompts: Sequence[str]) -> Tensor:
+        """(P, S, D) embeddings on the CPU in the compute dtype. The text encoder is freed afterwards."""
+        tokenizer, encoder = self._load_text()
+        length = int(encoder.config.max_position_embeddings)
+        tokens = tokenizer(["", *prompts], padding="max_length", max_length=length, truncation=True, return_tensors="pt")
+        with torch.no_grad(), self._autocast():
+            embedded = torch.cat([encoder(ids.to(self.device))[0].to(self.dtype).cpu() for ids in tokens.input_ids.split(64)])
+        self._uncond = embedded[:1].to(self.device)
+        return embedded[1:]
+
+    def prompt_warnings(self, prompts: Sequence[str]) -> list[str]:
+        """What the text encoder will not see: cut-off prompts, and words outside a closed vocabulary."""
+        tokenizer, encoder = self._load_text()
+        room = int(encoder.config.max_position_embeddings) - 2
+        warnings = []
+        for prompt in prompts:
+            if len(tokenizer.tokenize(prompt)) > room:
+                warnings.append(f"prompt {prompt!r} is longer than the text encoder's {room} tokens and is cut")
+            unknown = [word for word in re.findall(r"[a-z]+", prompt.lower()) if len(tokenizer.tokenize(word)) > 1]
+            if unknown and len(tokenizer) < _OPEN_VOCABULARY:
+                warnings.append(f"prompt {prompt!r}: this model does not know {', '.join(map(repr, unknown))}")
+        return warnings
+
+    def free_text_encoder(self) -> None:
+        self._text = None
+
+    def predict(self, x_t: Tensor, t: Tensor, text: Tensor, *, pretrained: bool = False) -> Prediction:
+        """Network outputs at B states; see `dag.protocols.Policy`. With guidance, one UNet call on 2B rows."""
+        use_guidance = self.sampler.guidance_scale > 1
+        x_t, text = x_t.to(self.dtype), text.to(self.device, self.dtype)
+        if use_guidance:
+            if self._uncond is None:
+                raise RuntimeError("encode() must come before predict(): it embeds the empty prompt")
+            uncond = self._uncond.expand(len(text), -1, -1)
+            x_t, t, text = torch.cat([x_t, x_t]), torch.cat([t, t]), torch.cat([uncond, text])
+        x_t = x_t.contiguous(memory_format=torch.channels_last)
+        with self._adapter_switched(off=pretrained), self._autocast():
+            output = self.unet(x_t, t, encoder_hidden_states=text, return_dict=False)[0]
+        if not use_guidance:
+            return Prediction(output.float(), output.float())
+        # Half precision here would amplify the rounding of both branches by the guidance scale.
+        if self.sampler.guidance_dtype == "fp32":
+            output = output.float()
+        uncond_output, cond_output = output.chunk(2)
+        return Prediction(guided(cond_output, uncond_output, self.sampler.guidance_scale).float(), cond_output.float())
+
+    @torch.no_grad()
+    def decode(self, x_0: Tensor) -> Tensor:
+        """(B, 3, H, W) float32 in [0, 1], decoded `sampler.tile` at a time."""
+        images = []
+        for latents in x_0.split(self.sampler.tile):
+            latents = (latents.float() / self.vae.config.scaling_factor).to(self.vae.dtype)
+            with self._autocast():
+                image = self.vae.decode(latents.contiguous(memory_format=torch.channels_last), return_dict=False)[0]
+            images.append((image.float() / 2 + 0.5).clamp(0, 1))
+        return torch.cat(images)
+
+    def trainable(self) -> list[nn.Parameter]:
+        return [parameter for parameter in self.unet.parameters() if parameter.requires_grad]
+
+    def state_dict(self) -> dict[str, Tensor]:
+        state = get_peft_model_state_dict(self.unet) if self.adapter.kind == "lora" else self.unet.state_dict()
+        return {name: tensor.detach().cpu().contiguous() for name, tensor in state.items()}
+
+    def load_state_dict(self, state: dict[str, Tensor]) -> None:
+        """Raises RunError if the weights do not fit this adapter exactly."""
+        expected = {name: tuple(tensor.shape) for name, tensor in self.state_dict().items()}
+        found = {name: tuple(tensor.shape) for name, tensor in state.items()}
+        if expected != found:
+            odd = sorted(name for name in expected.keys() | found.keys() if expected.get(name) != found.get(name))
+            raise RunError(f"the saved weights do not fit this model and adapter ({len(odd)} differ, first: {odd[0]})")
+        if self.adapter.kind == "lora":
+            set_peft_model_state_dict(self.unet, state)
+        else:
+            self.unet.load_state_dict(state)
+
+    def export(self, folder: Path) -> None:
+        """LoRA: pytorch_lora_weights.safetensors (diffusers) and a kohya file; full: a diffusers `unet` folder."""
+        folder.mkdir(parents=True, exist_ok=True)
+        if self.adapter.kind == "full":
+            self.unet.save_pretrained(folder / "unet")
+            return
+        state = self.state_dict()
+        StableDiffusionPipeline.save_lora_weights(
+            folder,
+            unet_lora_layers=convert_state_dict_to_diffusers(state),
+            unet_lora_adapter_metadata=self.unet.peft_config["default"].to_dict(),
+        )
+        save_file(self._kohya_state(state), folder / "lora_kohya.safetensors")
+
+    def _kohya_state(self, state: dict[str, Tensor]) -> dict[str, Tensor]:
+        """The names ComfyUI and the web UIs read; their alpha is a tensor per layer."""
+        renamed = convert_state_dict_to_kohya({f"unet.{name}": tensor for name, tensor in state.items()})
+        alphas = {
+            name.replace(".lora_down.weight", ".alpha"): torch.tensor(float(self.adapter.alpha))
+            for name in renamed
+            if name.endswith(".lora_down.weight")
+        }
+        return {name: tensor.contiguous() for name, tensor in (renamed | alphas).items()}
+
+    def describe(self) -> dict[str, Any]:
+        return {
+            "path": self.source,
+            "latent_shape": list(self.latent_shape),
+            "prediction_type": self.schedule.prediction_type,
+            "parameters": sum(p.numel() for p in self.unet.parameters()),
+            "trainable_parameters": sum(p.numel() for p in self.trainable()),
+        }
+
+    def _load(self, component: Any, name: str, dtype: torch.dtype) -> Any:
+        """One module in eval mode without gradients."""
+        read_config(self.folder, name)
+        try:
+            module = component.from_pretrained(
+                self.folder, subfolder=name, torch_dtype=dtype, variant=self._variant, use_safetensors=True, local_files_only=True
+            )
+        except Exception as error:
+            first_line = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+            raise RunError(f"model.path: cannot load {name} from {self.folder}: {first_line}") from None
+        return module.to(self.device, dtype, memory_format=torch.channels_last).eval().requires_grad_(False)
+
+    def _load_scheduler(self) -> DDIMScheduler:
+        config = read_config(self.folder, "scheduler")
+        prediction_type = config.get("prediction_type", "epsilon")
+        if prediction_type not in PREDICTION_TYPES:
+            raise RunError(f"model.path: {self.folder} predicts {prediction_type!r}; known: {', '.join(PREDICTION_TYPES)}")
+        return DDIMScheduler.from_config({**config, "clip_sample": False})
+
+    def _load_text(self) -> tuple[Any, Any]:
+        if self._text is None:
+            encoder = self._load_transformers(CLIPTextModel, "text_encoder")
+            tokenizer = self._load_transformers(CLIPTokenizer, "tokenizer")
+            self._text = tokenizer, encoder.to(self.device).eval().requires_grad_(False)
+        return self._text
+
+    def _load_transformers(self, component: Any, name: str) -> Any:
+        options = {} if name == "tokenizer" else {"dtype": self.dtype, "variant": self._variant}
+        if not (self.folder / name).is_dir():
+            raise RunError(f"model.path: {self.folder} has no {name} folder; a Stable Diffusion 1.x/2.x folder is needed")
+        try:
+            return component.from_pretrained(self.folder / name, local_files_only=True, **options)
+        except Exception as error:
+            first_line = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+            raise RunError(f"model.path: cannot load {name} from {self.folder}: {first_line}") from None
+
+    def _add_adapter(self, seed: int) -> None:
+        if self.adapter.kind == "full":
+            self.unet.requires_grad_(True)
+            return
+        _check_targets(self.unet, self.adapter.targets)
+        config = LoraConfig(
+            r=self.adapter.rank,
+            lora_alpha=self.adapter.alpha,
+            target_modules=list(self.adapter.targets),
+            init_lora_weights="gaussian",
+        )
+        with torch.random.fork_rng():
+            torch.manual_seed(seed)
+            self.unet.add_adapter(config)
+        for parameter in self.trainable():
+            parameter.data = parameter.data.float()
+
+    @contextlib.contextmanager
+    def _adapter_switched(self, off: bool) -> Any:
+        if not off:
+            yield
+            return
+        if self.adapter.kind == "full":
+            raise RuntimeError("a full fine-tune keeps no pretrained weights to predict with")
+        self.unet.disable_adapters()
+        try:
+            yield
+        finally:
+            self.unet.enable_adapters()
+
+    def _autocast(self) -> Any:
+        if self.dtype == torch.float32:
+            return contextlib.nullcontext()
+        return torch.autocast(self.device.type, self.dtype)
+
+
+def _check_family(folder: Path) -> None:
+    unet = read_config(folder, "unet")
+    if unet.get("addition_embed_type") or (folder / "text_encoder_2").is_dir():
+        raise RunError(f"model.path: {folder} is an SDXL model (a second text encoder); SD 1.x/2.x is supported")
+    channels = unet.get("in_channels")
+    if channels != unet.get("out_channels"):
+        raise RunError(f"model.path: {folder} takes {channels} latent channels and predicts {unet.get('out_channels')}: an inpainting or editing model, not text-to-image")
+
+
+def _check_targets(unet: nn.Module, targets: Sequence[str]) -> None:
+    """Every target must match a layer: peft itself would ignore a misspelt one beside a good one."""
+    layers = [name for name, module in unet.named_modules() if isinstance(module, nn.Linear | nn.Conv2d)]
+    for target in targets:
+        if not any(name == target or name.endswith(f".{target}") for name in layers):
+            endings = sorted({re.sub(r".*\.(?=\D)", "", name) for name in layers})
+            raise UsageError(f"adapter.targets: {target!r} matches no layer of the UNet; layer names end in: {', '.join(endings)}")
+
+
+def _schedule(scheduler: DDIMScheduler, sampler: recipe.Sampler) -> Schedule:
+    try:
+        return Schedule.from_diffusers(scheduler, sampler.steps, sampler.eta)
+    except ValueError as error:
+        raise UsageError(str(error)) from None

@@ -1,0 +1,75 @@
+"""From `model.path` to a folder on disk: the embedded model, a local folder, or a download from the hub."""
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+from dag import recipe
+from dag.errors import RunError, UsageError
+
+EMBEDDED = Path(__file__).parent.parent / "assets" / "embedded"
+_LOCAL_HINT = "or give the path of a local diffusers folder: --set model.path=/path/to/model"
+
+
+def local_folder(path: str) -> Path | None:
+    """The folder a `model.path` names without any network, or None for a hub id.
+
+    Raises UsageError for something that can only be a missing folder.
+    """
+    if path == "embedded":
+        return EMBEDDED
+    folder = Path(path).expanduser()
+    if folder.is_dir():
+        return folder
+    if folder.is_file():
+        raise UsageError(f"model.path: {path} is a file; a diffusers folder is needed (single-file checkpoints must be converted)")
+    if re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", path):
+        return None
+    raise UsageError(f"model.path: there is no folder {path}, and it does not look like a hub id (owner/name)")
+
+
+def resolve(model: recipe.Model) -> Path:
+    """The model's folder, downloaded if need be. Raises UsageError or RunError in one sentence."""
+    folder = local_folder(model.path)
+    return folder if folder is not None else _download(model)
+
+
+def read_config(folder: Path, component: str) -> dict[str, Any]:
+    """The JSON config of one component of a diffusers folder."""
+    name = "scheduler_config.json" if component == "scheduler" else "config.json"
+    path = folder / component / name
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        hint = " (a transformer model such as SD3 or FLUX?)" if (folder / "transformer").is_dir() else ""
+        raise RunError(
+            f"model.path: {folder} has no {component}/{name}; a Stable Diffusion 1.x/2.x folder in diffusers format is needed{hint}"
+        ) from None
+    except (OSError, json.JSONDecodeError) as error:
+        raise RunError(f"model.path: cannot read {path}: {error}") from None
+
+
+def _download(model: recipe.Model) -> Path:
+    from huggingface_hub import snapshot_download
+    from huggingface_hub import errors as hub
+
+    variant = f".{model.variant}" if model.variant else ""
+    weights = [f"text_encoder/model{variant}*.safetensors*"]
+    weights += [f"{part}/diffusion_pytorch_model{variant}{rest}" for part in ("unet", "vae") for rest in (".safetensors", "-*", ".safetensors.index*")]
+    patterns = ["model_index.json", "*/*.json", "tokenizer/*", *weights]
+    try:
+        return Path(snapshot_download(model.path, revision=model.revision, allow_patterns=patterns, ignore_patterns=["safety_checker/*"]))
+    except hub.GatedRepoError:
+        reason = "is gated: accept its terms on its page and log in with `hf auth login`,"
+    except hub.RepositoryNotFoundError:
+        reason = "does not exist on the hub (or is private and you are not logged in): check the name,"
+    except hub.RevisionNotFoundError:
+        reason = f"has no revision {model.revision!r}: correct model.revision,"
+    except (hub.LocalEntryNotFoundError, hub.OfflineModeIsEnabled, OSError) as error:
+        del error
+        reason = "is not in the local cache and the hub cannot be reached: connect once to download it,"
+    except Exception as error:
+        # The hub's HTTP client raises its own family of connection errors, which changes between versions.
+        reason = f"could not be downloaded ({type(error).__name__}): try again,"
+    raise RunError(f"model.path: {model.path} {reason} {_LOCAL_HINT}")

@@ -1,0 +1,59 @@
+"""DAG-KL: the flow regresses on detailed balance, the policy follows the per-step KL's score-function gradient.
+
+    grad KL(P_F(. | x_t) || F(x_next) P_B(x_t | x_next) / F(x_t)) = E_{P_F}[ sg(delta) grad log P_F ]
+
+(Zhang et al. 2025, Prop. 4.) Any baseline that does not depend on the row itself keeps it unbiased; here it is the
+mean residual of the other trajectories at the same step, so the advantage is -(delta - baseline).
+"""
+
+import torch
+from torch import Tensor
+
+from dag.balance import Transition, leave_one_out_mean, leave_one_out_std, residual
+from dag.objectives.registry import OBJECTIVES, BatchFree, ObjectiveOutput, clipped_surrogate, log_ratio, penalty
+from dag.recipe import KLDivergence as Config
+
+_tiny = 1e-8
+
+
+@OBJECTIVES.register("dag_kl")
+class KLDivergence(BatchFree):
+    """loss = g(delta with log P_F detached / s) + weight * clipped surrogate of the advantage."""
+
+    uses_flow = True
+
+    def __init__(self, config: Config) -> None:
+        self.config = config
+
+    def advantages(self, residuals: Tensor, residual_scale: Tensor) -> Tensor:
+        """(N, T) advantages of an update's trajectories.
+
+        Formed once over all of them from the scalars of the rollout, so they do not depend on the micro-batch.
+        `baseline: mixed` pools all steps of the update, as the published code does within a shuffled micro-batch.
+        """
+        scaled = residuals / residual_scale
+        rows = scaled.reshape(-1, 1) if self.config.baseline == "mixed" else scaled
+        centred = rows - leave_one_out_mean(rows)
+        if self.config.normalise_advantage:
+            centred = centred / (leave_one_out_std(rows) + _tiny)
+        if self.config.advantage_clip is not None:
+            centred = centred.clamp(-self.config.advantage_clip, self.config.advantage_clip)
+        return -centred.reshape(residuals.shape)
+
+    def __call__(self, transition: Transition) -> ObjectiveOutput:
+        assert transition.advantage is not None
+        log_F, log_F_next = transition.flows()
+        if self.config.detach_next:
+            log_F_next = log_F_next.detach()
+        delta = residual(log_F, transition.log_pf.detach(), transition.log_pb, log_F_next)
+        scale = torch.ones_like(delta) if transition.residual_scale is None else transition.residual_scale
+        policy_loss, clipped = clipped_surrogate(transition.advantage, log_ratio(transition), self.config.clip_range)
+        if transition.policy_weight is not None:
+            policy_loss = transition.policy_weight * policy_loss
+        # Divided by the scale once more, as the chain rule does for DAG-DB: both then weigh the steps alike.
+        return ObjectiveOutput(
+            loss=penalty(delta / scale, self.config.huber) + self.config.weight * policy_loss / scale,
+            residual=delta.detach(),
+            ratio=log_ratio(transition).detach().exp(),
+            clipped=clipped,
+        )

@@ -1,0 +1,87 @@
+"""The dict of objectives, and what each returns."""
+
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from dag.balance import Transition
+from dag.registry import Registry
+
+OBJECTIVES = Registry("objective")
+
+
+@dataclass(frozen=True)
+class ObjectiveOutput:
+    """Rows of a micro-batch; the trainer averages them over the whole update."""
+
+    loss: Tensor
+    """(B,) with gradients."""
+    ratio: Tensor
+    """(B,) detached, P_F now over P_F at sampling time (in the recipe's reduction)."""
+    residual: Tensor | None = None
+    """(B,) detached, unscaled, in nats of the recipe's reduction."""
+    clipped: Tensor | None = None
+    """(B,) bool, rows whose ratio was clipped."""
+
+
+class Objective(Protocol):
+    """What the learner asks of an objective; `BatchFree` answers for one that needs nothing but transitions."""
+
+    uses_flow: bool
+
+    def __call__(self, transition: Transition) -> ObjectiveOutput: ...
+
+    def observe(self, reward: Tensor, prompt_id: Tensor) -> Tensor | None:
+        """Once per rollout: (N,) advantages formed from final rewards (N,), or None."""
+        ...
+
+    def advantages(self, residuals: Tensor, residual_scale: Tensor) -> Tensor | None:
+        """Once per update: (N, T) advantages formed from residuals (N, T) and their scales (T,), or None."""
+        ...
+
+    def state_dict(self) -> dict[str, Any]: ...
+
+    def load_state_dict(self, state: dict[str, Any]) -> None: ...
+
+
+class BatchFree:
+    """No advantages, no state."""
+
+    def observe(self, reward: Tensor, prompt_id: Tensor) -> Tensor | None:
+        return None
+
+    def advantages(self, residuals: Tensor, residual_scale: Tensor) -> Tensor | None:
+        return None
+
+    def state_dict(self) -> dict[str, Any]:
+        return {}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        return None
+
+
+def penalty(residual: Tensor, huber: float | None) -> Tensor:
+    """g(delta) elementwise: delta^2, or beyond `huber` its tangent (twice Huber's loss)."""
+    if huber is None:
+        return residual.square()
+    return 2 * functional.huber_loss(residual, torch.zeros_like(residual), reduction="none", delta=huber)
+
+
+def log_ratio(transition: Transition) -> Tensor:
+    """log P_F now - log P_F at sampling time, (B,), with the policy's gradient."""
+    return transition.log_pf - transition.log_pf_old
+
+
+def clipped_surrogate(advantage: Tensor, log_ratio: Tensor, clip_range: float) -> tuple[Tensor, Tensor]:
+    """PPO's pessimistic loss max(-A ratio, -A clip(ratio, 1 - c, 1 + c)), (B,), and which rows left the clip range."""
+    ratio = log_ratio.exp()
+    clipped = ratio.clamp(1 - clip_range, 1 + clip_range)
+    return torch.maximum(-advantage * ratio, -advantage * clipped), (ratio - 1).abs() > clip_range
+
+
+def with_gradient_weight(x: Tensor, weight: Tensor | None) -> Tensor:
+    """x itself, its gradient multiplied by `weight` (None is 1)."""
+    return x if weight is None else weight * x + (1 - weight) * x.detach()

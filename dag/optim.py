@@ -1,0 +1,59 @@
+"""Optimizers, gradient clipping and the finite check."""
+
+import math
+
+import torch
+from torch import nn
+
+from dag.errors import RunError, UsageError
+from dag.recipe import Train
+
+# In a row; a single overflow is ordinary in half precision.
+_MAX_SKIPPED_UPDATES = 5
+
+
+def build_optimizer(parameters: list[nn.Parameter], learning_rate: float, train: Train, kind: str) -> torch.optim.Optimizer:
+    """AdamW, or bitsandbytes' AdamW8bit for `kind` "adamw8bit". Raises UsageError if that is not installed."""
+    options = {"lr": learning_rate, "betas": train.adam_betas, "weight_decay": train.weight_decay, "eps": 1e-8}
+    if kind == "adamw":
+        return torch.optim.AdamW(parameters, **options)
+    try:
+        import bitsandbytes
+    except ImportError:
+        raise UsageError("train.optimizer=adamw8bit needs bitsandbytes: pip install bitsandbytes, or use adamw") from None
+    return bitsandbytes.optim.AdamW8bit(parameters, **options)
+
+
+class Stepper:
+    """One optimizer with its parameters: scale, clip, check, step.
+
+    Args:
+        name: for error messages, "policy" or "flow".
+        use_scaler: scale losses against underflow; for fp16 alone.
+    """
+
+    def __init__(self, name: str, optimizer: torch.optim.Optimizer, clip_norm: float, use_scaler: bool = False) -> None:
+        self.name, self.optimizer, self.clip_norm = name, optimizer, clip_norm
+        self.parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+        self.scaler = torch.amp.GradScaler("cuda", enabled=use_scaler)
+        self.skipped = 0
+
+    def zero_grad(self) -> None:
+        self.optimizer.zero_grad(set_to_none=True)
+
+    def step(self) -> float:
+        """Apply the accumulated gradients; returns their norm before clipping.
+
+        A non-finite gradient is skipped; RunError after several in a row.
+        """
+        self.scaler.unscale_(self.optimizer)
+        norm = float(nn.utils.clip_grad_norm_(self.parameters, self.clip_norm))
+        self.skipped = 0 if math.isfinite(norm) else self.skipped + 1
+        if self.skipped > _MAX_SKIPPED_UPDATES:
+            raise RunError(
+                f"the {self.name}'s gradient was not finite {self.skipped} times in a row; lower its learning rate or beta"
+            )
+        if math.isfinite(norm):
+            self.scaler.step(self.optimizer)
+        self.scaler.update()
+        return norm

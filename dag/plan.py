@@ -1,0 +1,101 @@
+"""What a recipe would do, in numbers, without loading a weight: `--plan`, and the counts in run.json."""
+
+import json
+import math
+from dataclasses import dataclass
+
+from dag.models.source import local_folder
+from dag.recipe import PolicyGradient, Recipe
+
+# When the model's files are not at hand: SD 1.x / 2.x have 4 latent channels and a VAE of factor 8.
+_ASSUMED_CHANNELS, _ASSUMED_FACTOR, _ASSUMED_RESOLUTION = 4, 8, 512
+
+
+@dataclass(frozen=True)
+class Plan:
+    latent_elements: int
+    """D, per sample."""
+    is_assumed: bool
+    """True if D is that of an SD 1.x model because the configs are not on this machine."""
+    trajectories: int
+    """Over the whole run."""
+    updates: int
+    """Optimizer steps of the policy over the whole run."""
+    transitions_per_update: int
+    unet_rows_per_epoch: int
+    """UNet forward rows (guidance counts twice), sampling and training, without evaluations."""
+    rewards_per_epoch: int
+    """Images decoded and scored."""
+    beta_eff: float | None
+    """Nats per unit of reward in the sum convention; None for DDPO."""
+
+
+def latent_elements(recipe: Recipe) -> tuple[int, bool]:
+    """(D, is it an assumption)."""
+    folder = local_folder(recipe.model.path)
+    channels, factor, resolution = _ASSUMED_CHANNELS, _ASSUMED_FACTOR, recipe.model.resolution or _ASSUMED_RESOLUTION
+    if folder is not None and (folder / "unet/config.json").is_file() and (folder / "vae/config.json").is_file():
+        unet = json.loads((folder / "unet/config.json").read_text(encoding="utf-8"))
+        vae = json.loads((folder / "vae/config.json").read_text(encoding="utf-8"))
+        channels, factor = unet["in_channels"], 2 ** (len(vae["block_out_channels"]) - 1)
+        resolution = recipe.model.resolution or unet["sample_size"] * factor
+        return channels * (resolution // factor) ** 2, False
+    return channels * (resolution // factor) ** 2, True
+
+
+def make_plan(recipe: Recipe) -> Plan:
+    train, objective, T = recipe.train, recipe.objective, recipe.sampler.steps
+    D, is_assumed = latent_elements(recipe)
+    is_flow_free = isinstance(objective, PolicyGradient)
+    warmup = 0 if is_flow_free else min(recipe.flow.warmup_epochs, train.epochs)
+    steps = max(1, math.ceil(train.step_fraction * T))
+    branches = 2 if recipe.sampler.guidance_scale > 1 else 1
+    trained_rows = train.trajectories * steps * train.inner_epochs
+    extra = 0
+    if recipe.regulariser.pretrained_kl > 0:
+        extra += trained_rows
+    looks = 0
+    beta_eff = None
+    if not isinstance(objective, PolicyGradient):
+        source = objective.forward_looking.source
+        looks = 0 if source == "none" else train.trajectories * T
+        if source == "current":
+            extra += trained_rows
+            looks += 2 * trained_rows - train.trajectories * train.inner_epochs
+        beta_eff = objective.beta.value * (D if objective.log_prob_reduction == "mean" else 1)
+    return Plan(
+        latent_elements=D,
+        is_assumed=is_assumed,
+        trajectories=train.epochs * train.trajectories,
+        updates=(train.epochs - warmup) * train.updates * train.inner_epochs,
+        transitions_per_update=train.trajectories // train.updates * steps,
+        unet_rows_per_epoch=branches * (train.trajectories * T + trained_rows + extra),
+        rewards_per_epoch=train.trajectories + looks,
+        beta_eff=beta_eff,
+    )
+
+
+def describe(recipe: Recipe, num_prompts: int) -> str:
+    """The plan as a person reads it."""
+    plan, train, sampler = make_plan(recipe), recipe.train, recipe.sampler
+    known = "assumed, an SD 1.x latent: the model's files are not on this machine" if plan.is_assumed else "from the model's config"
+    lines = [
+        f"model         {recipe.model.path}, {recipe.model.dtype}, {recipe.adapter.kind}"
+        + (f" rank {recipe.adapter.rank}" if recipe.adapter.kind == "lora" else ""),
+        f"latent        D = {plan.latent_elements} elements per sample ({known})",
+        f"prompts       {num_prompts}",
+        f"reward        {' + '.join(f'{term.weight:g} {term.name}' for term in recipe.reward)}",
+        f"objective     {recipe.objective.name}, log-probs reduced by {recipe.objective.log_prob_reduction}",
+        f"sampling      {sampler.steps} steps, eta {sampler.eta:g}, guidance {sampler.guidance_scale:g}, {sampler.tile} at a time",
+        f"per epoch     {train.trajectories} trajectories, {plan.rewards_per_epoch} images decoded and scored, "
+        f"{plan.unet_rows_per_epoch} UNet rows",
+        f"updates       {train.updates * train.inner_epochs} per epoch over {plan.transitions_per_update} transitions each, "
+        f"micro-batch {train.micro_batch}",
+        f"run           {train.epochs} epochs, {plan.trajectories} trajectories, {plan.updates} policy updates",
+    ]
+    if not isinstance(recipe.objective, PolicyGradient):
+        beta = recipe.objective.beta
+        unit = "sd of the first rollout's reward" if beta.unit == "reward_sd" else "unit of reward"
+        lines.append(f"beta          {beta.value:g}, effective inverse temperature {plan.beta_eff:g} nats per {unit}")
+    lines.append("memory        not predicted by this version")
+    return "\n".join(lines)

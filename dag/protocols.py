@@ -1,0 +1,64 @@
+"""What the trainer asks of a model family and of a reward."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+from torch import Tensor, nn
+
+from dag.schedule import Schedule
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """Network outputs at B states, float32, of the schedule's prediction type."""
+
+    guided: Tensor
+    """(B, C, H, W) after classifier-free guidance: the policy's own."""
+    conditional: Tensor
+    """(B, C, H, W) the conditional branch alone; equal to `guided` without guidance."""
+
+
+class Policy(Protocol):
+    """A diffusion model as a forward policy P_F. One class per model family."""
+
+    schedule: Schedule
+    latent_shape: tuple[int, int, int]
+
+    @property
+    def text_width(self) -> int: ...
+
+    def encode(self, prompts: Sequence[str]) -> Tensor:
+        """(P, S, D) embeddings of prompts, on the CPU; the empty prompt's is kept for guidance."""
+        ...
+
+    def predict(self, x_t: Tensor, t: Tensor, text: Tensor, *, pretrained: bool = False) -> Prediction:
+        """Outputs at x_t (B, C, H, W), t (B,), text (B, S, D); `pretrained` switches the adapter off."""
+        ...
+
+    def decode(self, x_0: Tensor) -> Tensor:
+        """(B, 3, H, W) float32 images in [0, 1]."""
+        ...
+
+    def trainable(self) -> list[nn.Parameter]: ...
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """Trainable weights by name, on the CPU."""
+        ...
+
+    def load_state_dict(self, state: dict[str, Tensor]) -> None: ...
+
+    def export(self, folder: Path) -> None:
+        """Write the trained weights in the formats that other programs load."""
+        ...
+
+    def describe(self) -> dict[str, Any]:
+        """What run.json says of the model."""
+        ...
+
+
+class Reward(Protocol):
+    """(images (B, 3, H, W) float32 in [0, 1], B prompts) -> (B,) float32, finite, larger is better."""
+
+    def __call__(self, images: Tensor, prompts: Sequence[str]) -> Tensor: ...

@@ -1,0 +1,79 @@
+"""Rewards: (images (B, 3, H, W) float32 in [0, 1], B prompts) -> (B,) float32, larger is better.
+
+`build_reward(name, **options)` makes one, `RewardSum` adds several with weights, `checked` holds every result to
+the standard form. Only this package imports CLIP-like towers.
+"""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from dag.errors import RunError, UsageError
+from dag.protocols import Reward
+from dag.recipe import RewardTerm
+from dag.rewards import colourfulness, custom, image_text, jpeg  # noqa: F401  (registers them)
+from dag.rewards.registry import REWARDS
+
+
+def build_reward(name: str, **options: object) -> Reward:
+    """A reward by its registered name. Raises ValueError for an unknown name."""
+    return REWARDS[name](**options)
+
+
+class RewardSum:
+    """sum_i weight_i * reward_i, each part checked under its own name; keeps the parts' means for the metrics."""
+
+    def __init__(self, terms: Sequence[RewardTerm], device: torch.device) -> None:
+        self.parts = []
+        for term in terms:
+            options = term.model_dump(exclude={"name", "weight"})
+            if getattr(REWARDS[term.name], "takes_device", False):
+                options["device"] = device
+            self.parts.append((term.name, term.weight, build_reward(term.name, **options)))
+
+    def __call__(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
+        return self.detailed(images, prompts)[0]
+
+    def detailed(
+        self, images: Tensor, prompts: Sequence[str], sample_ids: Sequence[int] | None = None
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """(total (B,), {name: unweighted part (B,)}), float32 on the CPU."""
+        parts = {name: checked(name, reward, images, prompts, sample_ids) for name, _, reward in self.parts}
+        total = torch.stack([weight * parts[name] for name, weight, _ in self.parts]).sum(0)
+        return total, parts
+
+
+def checked(
+    name: str, reward: Reward, images: Tensor, prompts: Sequence[str], sample_ids: Sequence[int] | None = None
+) -> Tensor:
+    """The reward's values (B,) float32 on the CPU.
+
+    Raises:
+        RunError: it raised, or returned anything but B finite float32 numbers; names the reward, the sample and
+            the prompt.
+    """
+    try:
+        with torch.no_grad():
+            values = reward(images, prompts)
+    except (RunError, UsageError):
+        raise
+    except Exception as error:
+        first = f"sample {sample_ids[0]}, " if sample_ids else ""
+        raise RunError(
+            f"reward {name} raised {type(error).__name__}: {error} (batch of {len(prompts)}, first: {first}prompt {prompts[0]!r})"
+        ) from error
+    if not isinstance(values, Tensor) or values.shape != (len(prompts),):
+        found = f"shape {tuple(values.shape)}" if isinstance(values, Tensor) else type(values).__name__
+        raise RunError(f"reward {name} returned {found}; expected a tensor of shape ({len(prompts)},), one number per image")
+    if values.dtype != torch.float32:
+        raise RunError(f"reward {name} returned dtype {values.dtype}; expected torch.float32")
+    values = values.detach().cpu()
+    if not bool(values.isfinite().all()):
+        row = int((~values.isfinite()).nonzero()[0])
+        where = f"sample {sample_ids[row]}, " if sample_ids else ""
+        raise RunError(f"reward {name} returned {float(values[row])} for {where}prompt {prompts[row]!r}; rewards must be finite")
+    return values
+
+
+__all__ = ["REWARDS", "RewardSum", "build_reward", "checked"]

@@ -1,0 +1,150 @@
+"""Sampling P_F: chains of states with the scalars that training needs, and the images they end in.
+
+The noise of a sample depends on (seed, global sample id, step) alone, so a trajectory does not depend on the tile
+it was sampled in, beyond the float rounding of the network. States are rounded to the stored dtype *before* their
+log-probs are taken and before the next UNet call.
+
+Legend: N trajectories, B rows of a tile, T transitions.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from dag.protocols import Policy
+from dag.recipe import ForwardLooking, Sampler
+from dag.schedule import INITIAL_NOISE, Schedule, x0_coefficients
+from dag.trajectory import Trajectories, draw_noise
+
+CHAIN_DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+# Reward of (images, rows): rows index the tile's samples, so that a reward can be told prompts and sample ids.
+Score = Callable[[Tensor, Tensor], Tensor]
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Which trajectories to sample."""
+
+    prompt_id: Tensor
+    """(N,) int64 on the CPU."""
+    sample_id: Tensor
+    """(N,) int64 on the CPU, global."""
+
+    def tiles(self, size: int) -> Iterator["Batch"]:
+        for prompts, samples in zip(self.prompt_id.split(size), self.sample_id.split(size), strict=True):
+            yield Batch(prompts, samples)
+
+
+@dataclass(frozen=True)
+class SampledTile:
+    """A tile before its rewards are known."""
+
+    chain: Tensor
+    """(T + 1, B, C, H, W)"""
+    log_pf: Tensor
+    """(B, T) sums"""
+    log_pb: Tensor
+    """(B, T) sums"""
+    x0_hat: list[Tensor]
+    """T tensors (B, C, H, W) float32, or empty without forward-looking."""
+    x_0: Tensor
+    """(B, C, H, W) float32, what is decoded."""
+
+
+@torch.no_grad()
+def sample_tile(
+    policy: Policy,
+    text: Tensor,
+    sample_id: Tensor,
+    seed: int,
+    sampler: Sampler,
+    looking: ForwardLooking | None = None,
+    on_step: Callable[[], object] = lambda: None,
+) -> SampledTile:
+    """Denoise B samples.
+
+    Args:
+        text:      (B, S, D) prompt embeddings.
+        sample_id: (B,) int64.
+        looking:   keep each state's x0_hat as this section says; None keeps none.
+        on_step:   called after each transition, for progress.
+    """
+    schedule, shape = policy.schedule, policy.latent_shape
+    device = schedule.timesteps.device
+    sample_id = sample_id.to(device)
+    noise_dtype, chain_dtype = _noise_dtype(sampler), CHAIN_DTYPES[sampler.chain_dtype]
+    x_t = draw_noise(seed, sample_id, INITIAL_NOISE, shape, noise_dtype).to(chain_dtype)
+    chain, log_pf, log_pb, x0_hat = [x_t], [], [], []
+    for k in range(schedule.num_transitions):
+        prediction = policy.predict(x_t, schedule.timesteps[k].expand(len(x_t)), text)
+        exact = schedule.sample_next(x_t, prediction.guided, draw_noise(seed, sample_id, k, shape, noise_dtype), k)
+        x_next = exact.to(chain_dtype)
+        evaluated_at = x_next if sampler.log_pf_at == "stored" else exact
+        log_pf.append(schedule.log_pf(x_t, evaluated_at, prediction.guided, k))
+        log_pb.append(schedule.log_pb(x_t, x_next, k))
+        if looking is not None:
+            x0_hat.append(look_ahead(schedule, x_t, prediction.guided, prediction.conditional, k, looking))
+        chain.append(x_next)
+        x_t = x_next
+        on_step()
+    x_0 = x_t.float()
+    if schedule.final is not None:
+        last = torch.full((len(x_t),), schedule.final.timestep, device=device)
+        x_0 = schedule.final(x_t, policy.predict(x_t, last, text).guided)
+    return SampledTile(torch.stack(chain), torch.stack(log_pf, 1), torch.stack(log_pb, 1), x0_hat, x_0)
+
+
+def look_ahead(
+    schedule: Schedule, x_t: Tensor, output_guided: Tensor, output_conditional: Tensor, k: int, looking: ForwardLooking
+) -> Tensor:
+    """x0_hat (B, C, H, W) float32 of step k as a recipe's `forward_looking` section defines it."""
+    output = output_guided if looking.prediction == "guided" else output_conditional
+    if looking.coefficients == "fp32":
+        return schedule.x0_hat(x_t.float(), output, k)
+    # Published: alpha_bar is cast to bfloat16 first, which rounds it to 1 near the data: no denoising there.
+    alpha_bar = schedule.alpha_bar_t[k : k + 1].bfloat16().double().cpu()
+    x0_x, x0_output = x0_coefficients(schedule.prediction_type, alpha_bar)
+    return float(x0_x) * x_t.float() + float(x0_output) * output
+
+
+@torch.no_grad()
+def score_tile(policy: Policy, tile: SampledTile, score: Score, on_image: Callable[[], object] = lambda: None) -> tuple[Tensor | None, Tensor, Tensor]:
+    """((B, T) rewards of every x0_hat or None, (B,) rewards of x_0, images (B, 3, H, W)), rewards on the CPU."""
+    rows = torch.arange(len(tile.x_0))
+    looking = []
+    for x0_hat in tile.x0_hat:
+        looking.append(score(policy.decode(x0_hat), rows))
+        on_image()
+    images = policy.decode(tile.x_0)
+    reward = score(images, rows)
+    on_image()
+    return torch.stack(looking, 1) if looking else None, reward, images
+
+
+def assemble(tile: SampledTile, looking: Tensor | None, reward: Tensor, batch: Batch, seed: int, sampler: Sampler) -> Trajectories:
+    """A scored tile as trajectories; scalars move to the chain's device."""
+    device = tile.chain.device
+    return Trajectories(
+        chain=tile.chain,
+        log_pf=tile.log_pf,
+        log_pb=tile.log_pb,
+        looking=None if looking is None else looking.to(device),
+        reward=reward.to(device),
+        prompt_id=batch.prompt_id,
+        sample_id=batch.sample_id.to(device),
+        seed=seed,
+        noise_dtype=_noise_dtype(sampler),
+    )
+
+
+def generate(policy: Policy, text: Tensor, sample_id: Sequence[int] | Tensor, seed: int, sampler: Sampler) -> Tensor:
+    """(N, 3, H, W) images in [0, 1] for (N, S, D) embeddings, by the sampler that training uses."""
+    ids = torch.as_tensor(sample_id, dtype=torch.int64)
+    tiles = zip(text.split(sampler.tile), ids.split(sampler.tile), strict=True)
+    return torch.cat([policy.decode(sample_tile(policy, part, part_ids, seed, sampler).x_0).cpu() for part, part_ids in tiles])
+
+
+def _noise_dtype(sampler: Sampler) -> torch.dtype:
+    return torch.bfloat16 if sampler.noise_dtype == "bf16" else torch.float32

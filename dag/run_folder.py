@@ -1,0 +1,72 @@
+"""The folder of one run: what lies where, and the promise that nothing in it is overwritten by accident.
+
+    run.json, metrics.jsonl, curves.png, samples/epoch_NNNN.png, checkpoints/epoch_NNNN/ and `last`, lora/
+"""
+
+import json
+import os
+import time
+from pathlib import Path
+from typing import Any
+
+from dag.errors import RunError, UsageError
+from dag.metrics import MetricsFile
+
+
+class RunFolder:
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.metrics = MetricsFile(path / "metrics.jsonl")
+        self.samples = path / "samples"
+        self.checkpoints = path / "checkpoints"
+        self.weights = path / "lora"
+
+    @classmethod
+    def create(cls, path: Path) -> "RunFolder":
+        """A new run. Raises UsageError if the folder holds anything or cannot be written."""
+        if path.is_dir() and any(path.iterdir()):
+            raise UsageError(f"--out {path}: the folder is not empty; continue that run with --resume, or choose another folder")
+        try:
+            (path / "samples").mkdir(parents=True, exist_ok=True)
+            probe = path / ".writable"
+            probe.touch()
+            probe.unlink()
+        except OSError as error:
+            raise UsageError(f"--out {path}: cannot write there: {error.strerror}") from None
+        return cls(path)
+
+    @classmethod
+    def open(cls, path: Path) -> "RunFolder":
+        """An existing run. Raises UsageError if there is none."""
+        if not (path / "run.json").is_file():
+            raise UsageError(f"{path}: no run there (run.json is missing)")
+        return cls(path)
+
+    def write_description(self, description: dict[str, Any]) -> None:
+        write_json(self.path / "run.json", description)
+
+    def read_description(self) -> dict[str, Any]:
+        try:
+            return json.loads((self.path / "run.json").read_text(encoding="utf-8"))
+        except (OSError, json.JSONDecodeError) as error:
+            raise RunError(f"{self.path / 'run.json'}: cannot be read: {error}") from None
+
+
+def write_json(path: Path, data: Any) -> None:
+    """Whole or not at all."""
+    temporary = path.with_name(path.name + ".tmp")
+    temporary.write_text(json.dumps(data, indent=2, allow_nan=False) + "\n", encoding="utf-8")
+    os.replace(temporary, path)
+
+
+def default_path(recipe_name: str) -> Path:
+    """runs/<recipe>-<time>"""
+    return Path("runs") / f"{recipe_name}-{time.strftime('%Y%m%d-%H%M%S')}"
+
+
+def newest_run(recipe_name: str) -> Path:
+    """The newest runs/<recipe>-* that has a checkpoint. Raises UsageError if there is none."""
+    found = sorted(path for path in Path("runs").glob(f"{recipe_name}-*") if (path / "checkpoints" / "last").exists())
+    if not found:
+        raise UsageError(f"--resume: no run of {recipe_name} with a checkpoint under runs/; name its folder: --resume DIR")
+    return found[-1]

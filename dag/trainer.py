@@ -1,0 +1,309 @@
+"""The training loop: sample, score, update, measure, save. No maths and no file formats here."""
+
+import importlib.metadata
+import platform
+import subprocess
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import features
+from torch import Tensor
+from tqdm import tqdm
+
+from dag import checkpoint, prompts, report
+from dag.errors import RunError
+from dag.evaluate import EvaluationResult, Evaluator
+from dag.learner import Learner, RewardScale
+from dag.models.sd import StableDiffusion
+from dag.objectives import OBJECTIVES
+from dag.optim import Stepper, build_optimizer
+from dag.plan import make_plan
+from dag.recipe import Recipe
+from dag.rewards import RewardSum
+from dag.rollout import Batch, assemble, sample_tile, score_tile
+from dag.run_folder import RunFolder
+from dag.state_flow import StateFlow
+from dag.trajectory import Trajectories, concatenate
+
+
+@dataclass
+class Parts:
+    """What a recipe builds."""
+
+    policy: StableDiffusion
+    flow: StateFlow | None
+    reward: RewardSum
+    learner: Learner
+    evaluator: Evaluator
+    prompts: tuple[str, ...]
+    text: Tensor
+    """(P, S, D) prompt embeddings on the CPU."""
+
+
+def build(recipe: Recipe, device: torch.device, warn: Callable[[str], object] = print) -> Parts:
+    """Load the model and assemble everything. Cheap mistakes (prompts, rewards) surface before the model is read."""
+    texts = prompts.load_prompts(recipe.prompts)
+    reward = RewardSum(recipe.reward, device)
+    objective = OBJECTIVES[recipe.objective.name](recipe.objective)
+    policy = StableDiffusion(
+        recipe.model, recipe.adapter, recipe.sampler, device, recipe.seed, recipe.train.gradient_checkpointing
+    )
+    for warning in policy.prompt_warnings(texts):
+        warn(f"warning: {warning}")
+    text = policy.encode(texts)
+    policy.free_text_encoder()
+    use_scaler = recipe.model.dtype == "fp16"
+    train = recipe.train
+    policy_stepper = Stepper(
+        "policy",
+        build_optimizer(policy.trainable(), train.learning_rate, train, train.optimizer),
+        train.clip_norm,
+        use_scaler,
+    )
+    flow, flow_stepper = None, None
+    if objective.uses_flow:
+        with torch.random.fork_rng():
+            torch.manual_seed(recipe.seed)
+            flow = StateFlow(
+                policy.latent_shape[0], policy.text_width, policy.schedule.num_transitions, recipe.flow.channels
+            ).to(device)
+        optimizer = build_optimizer(list(flow.parameters()), recipe.flow.learning_rate, train, "adamw")
+        flow_stepper = Stepper("flow", optimizer, train.clip_norm)
+    learner = Learner(recipe, policy, flow, objective, policy_stepper, flow_stepper, text)
+    return Parts(policy, flow, reward, learner, Evaluator(recipe, texts, text, device), texts, text)
+
+
+class Trainer:
+    """Runs a recipe in a run folder.
+
+    Args:
+        tracker: gets (metrics, trajectories) of every epoch, e.g. accelerate's log; None logs to files alone.
+    """
+
+    def __init__(
+        self, recipe: Recipe, run: RunFolder, parts: Parts, tracker: Callable[[dict[str, Any], int], object] | None = None
+    ) -> None:
+        self.recipe, self.run, self.parts, self.tracker = recipe, run, parts, tracker
+        self.seconds: dict[str, float] = {}
+
+    def fit(self, resume_from: Path | None = None) -> None:
+        """Train to the recipe's last epoch, from the start or from a checkpoint folder."""
+        # The adapter still adds nothing here, so this is the base model, also in a resumed run.
+        before = self.evaluate()
+        start = 0
+        if resume_from is None:
+            self.record(0, before.metrics, before)
+        else:
+            start = self.load_checkpoint(resume_from)
+            self.run.metrics.keep_before(start + 1)
+            tqdm.write(f"resumed after epoch {start} from {resume_from}")
+        result = before
+        for epoch in range(start, self.recipe.train.epochs):
+            self.seconds = {"sample": 0.0, "reward": 0.0, "update": 0.0}
+            trajectories = self.sample(epoch)
+            metrics = self.update(trajectories, epoch)
+            done, is_last = epoch + 1, epoch + 1 == self.recipe.train.epochs
+            measured = None
+            if is_last or done % self.recipe.evaluation.every == 0:
+                measured = result = self.evaluate()
+                metrics |= measured.metrics
+            self.record(done, self.summary(trajectories) | metrics, measured)
+            if is_last or done % self.recipe.checkpoint.every == 0:
+                self.save_checkpoint(done)
+        if start == self.recipe.train.epochs:
+            result = self.evaluate()
+        self.finish(before, result)
+
+    # -- the three phases ----------------------------------------------------------------------------------------
+
+    def sample(self, epoch: int) -> Trajectories:
+        """Roll out and score the epoch's trajectories. If a reward fails, the state so far is saved first."""
+        train, sampler = self.recipe.train, self.recipe.sampler
+        batch = Batch(
+            prompt_id=torch.from_numpy(prompts.draw(len(self.parts.prompts), train.trajectories, self.recipe.seed, epoch)),
+            sample_id=epoch * train.trajectories + torch.arange(train.trajectories),
+        )
+        T = self.parts.policy.schedule.num_transitions
+        looking = None if self.parts.flow is None else self.recipe.objective.forward_looking  # type: ignore[union-attr]
+        if looking is not None and looking.source == "none":
+            looking = None
+        scored = train.trajectories * (1 + (T if looking is not None else 0))
+        parts = []
+        try:
+            with self._bar(epoch, "sample", train.trajectories * T) as sampled, self._bar(epoch, "score", scored) as scores:
+                for tile in batch.tiles(sampler.tile):
+                    size = len(tile.sample_id)
+                    with self._timed("sample"):
+                        text = self.parts.text[tile.prompt_id]
+                        drawn = sample_tile(
+                            self.parts.policy, text, tile.sample_id, self.recipe.seed, sampler, looking,
+                            lambda size=size: sampled.update(size),  # type: ignore[misc]
+                        )  # fmt: skip
+                    with self._timed("reward"):
+                        score = self._scorer(tile.prompt_id, tile.sample_id)
+                        rewards = score_tile(self.parts.policy, drawn, score, lambda size=size: scores.update(size))  # type: ignore[misc]
+                    parts.append(assemble(drawn, rewards[0], rewards[1], tile, self.recipe.seed, sampler))
+        except RunError:
+            self.save_checkpoint(epoch)
+            raise
+        return concatenate(parts)
+
+    def update(self, trajectories: Trajectories, epoch: int) -> dict[str, Any]:
+        """The optimizer updates that this rollout pays for."""
+        train = self.recipe.train
+        total = train.trajectories * self.parts.policy.schedule.num_transitions * train.inner_epochs
+        score = self._scorer(trajectories.prompt_id, trajectories.sample_id.cpu())
+        with self._bar(epoch, "update", total) as bar, self._timed("update"):
+            return dict(self.parts.learner.learn(trajectories, epoch, score, bar.update))
+
+    def evaluate(self) -> EvaluationResult:
+        return self.parts.evaluator(self.parts.policy, self.parts.reward)
+
+    def _scorer(self, prompt_id: Tensor, sample_id: Tensor) -> Callable[[Tensor, Tensor], Tensor]:
+        """A reward of (images, rows), rows indexing these trajectories."""
+
+        def score(images: Tensor, rows: Tensor) -> Tensor:
+            texts = [self.parts.prompts[i] for i in prompt_id[rows].tolist()]
+            return self.parts.reward.detailed(images, texts, sample_id[rows].tolist())[0]
+
+        return score
+
+    # -- records -------------------------------------------------------------------------------------------------
+
+    def summary(self, trajectories: Trajectories) -> dict[str, Any]:
+        reward = trajectories.reward
+        return {"reward_mean": float(reward.mean()), "reward_std": float(reward.std(correction=0))}
+
+    def record(self, epoch: int, metrics: dict[str, Any], measured: EvaluationResult | None) -> None:
+        """One row of metrics, and after an evaluation its picture."""
+        trajectories = epoch * self.recipe.train.trajectories
+        row = {
+            "epoch": epoch,
+            "optimizer_step": self.parts.learner.optimizer_step,
+            "trajectories": trajectories,
+            **metrics,
+            **{f"seconds_{phase}": round(seconds, 3) for phase, seconds in self.seconds.items()},
+            "peak_memory_gib": _peak_memory_gib(),
+        }
+        self.run.metrics.write(row)
+        if self.tracker is not None:
+            self.tracker({key: value for key, value in row.items() if isinstance(value, int | float)}, trajectories)
+        if measured is not None:
+            sheet = report.grid(measured.images, self._captions(measured), self.recipe.evaluation.images_per_prompt)
+            sheet.save(self.run.samples / f"epoch_{epoch:04d}.png")
+        report.draw_curves(self.run.metrics.read(), self.run.path / "curves.png")
+        tqdm.write(_line(epoch, self.recipe.train.epochs, row))
+
+    def finish(self, before: EvaluationResult, after: EvaluationResult) -> None:
+        """Export the weights and draw the same prompts and seeds before and after."""
+        self.parts.policy.export(self.run.weights)
+        captions = (self._captions(before), self._captions(after))
+        columns = self.recipe.evaluation.images_per_prompt
+        report.before_after(before.images, after.images, captions, columns).save(self.run.samples / "before_after.png")
+        tqdm.write(f"weights in {self.run.weights}, pictures in {self.run.samples / 'before_after.png'}")
+
+    def _captions(self, result: EvaluationResult) -> list[str]:
+        return [f"{p}  {r:.2f}" for p, r in zip(result.prompts, result.reward.tolist(), strict=True)]
+
+    # -- checkpoints ---------------------------------------------------------------------------------------------
+
+    def _optimizers(self) -> dict[str, torch.optim.Optimizer]:
+        learner = self.parts.learner
+        steppers = [learner.policy_stepper] + ([learner.flow_stepper] if learner.flow_stepper else [])
+        return {stepper.name: stepper.optimizer for stepper in steppers}
+
+    def save_checkpoint(self, epoch: int) -> None:
+        learner, flow = self.parts.learner, self.parts.flow
+        tensors = {"policy": self.parts.policy.state_dict(), "learner": {"residual_scale": learner.residual_scale}}
+        if flow is not None:
+            tensors["flow"] = flow.state_dict()
+        state = {
+            "optimizer_step": learner.optimizer_step,
+            "is_calibrated": learner.is_calibrated,
+            "reward_scale": asdict(learner.reward_scale),
+            "objective": learner.objective.state_dict(),
+            "scaler": learner.policy_stepper.scaler.state_dict(),
+        }
+        checkpoint.save(self.run.checkpoints, epoch, tensors, self._optimizers(), state, self.recipe.checkpoint.keep)
+
+    def load_checkpoint(self, folder: Path) -> int:
+        """Restore everything; returns the number of completed epochs."""
+        learner, flow, state = self.parts.learner, self.parts.flow, checkpoint.load_state(folder)
+        self.parts.policy.load_state_dict(checkpoint.load_tensors(folder, "policy"))
+        if flow is not None:
+            flow.load_state_dict(checkpoint.load_tensors(folder, "flow"))
+        learner.residual_scale = checkpoint.load_tensors(folder, "learner")["residual_scale"].to(learner.device)
+        for name, optimizer in self._optimizers().items():
+            checkpoint.load_optimizer(folder, name, optimizer, state["optimizers"][name])
+        learner.optimizer_step, learner.is_calibrated = state["optimizer_step"], state["is_calibrated"]
+        learner.reward_scale = RewardScale(**state["reward_scale"])
+        learner.objective.load_state_dict(state["objective"])
+        learner.policy_stepper.scaler.load_state_dict(state["scaler"])
+        return int(state["epoch"])
+
+    # -- time and progress ---------------------------------------------------------------------------------------
+
+    @contextmanager
+    def _timed(self, phase: str) -> Iterator[None]:
+        start = time.perf_counter()
+        yield
+        self.seconds[phase] += time.perf_counter() - start
+
+    def _bar(self, epoch: int, phase: str, total: int) -> Any:
+        label = f"epoch {epoch + 1}/{self.recipe.train.epochs} {phase}"
+        return tqdm(total=total, desc=label, leave=False, disable=None, unit="row", position=1 if phase == "score" else 0)
+
+
+def describe_run(recipe: Recipe, parts: Parts, device: torch.device) -> dict[str, Any]:
+    """What run.json holds: enough to know what ran, on what, and to resume it."""
+    packages = ("torch", "diffusers", "transformers", "peft", "accelerate", "numpy", "pillow", "safetensors")
+    learner = parts.learner
+    return {
+        "recipe": recipe.model_dump(mode="json"),
+        "seed": recipe.seed,
+        "model": parts.policy.describe(),
+        "flow_parameters": 0 if parts.flow is None else sum(p.numel() for p in parts.flow.parameters()),
+        "plan": asdict(make_plan(recipe)),
+        "beta_eff": make_plan(recipe).beta_eff,
+        "reduction_factor": learner.reduction_factor,
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or platform.machine(),
+        "threads": torch.get_num_threads(),
+        "python": platform.python_version(),
+        "versions": {name: importlib.metadata.version(name) for name in packages},
+        "jpeg": features.version("libjpeg_turbo") or features.version("jpg"),
+        "commit": _git_commit(),
+    }
+
+
+def _git_commit() -> str | None:
+    """The commit of this code, with -dirty if it was changed; None outside a repository."""
+    try:
+        command = ["git", "describe", "--always", "--dirty", "--abbrev=12"]
+        return subprocess.run(command, cwd=Path(__file__).parent, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return None
+
+
+def _peak_memory_gib() -> float | None:
+    """Reserved by the CUDA allocator since the start; None on a CPU."""
+    return torch.cuda.max_memory_reserved() / 2**30 if torch.cuda.is_available() else None
+
+
+def _line(epoch: int, epochs: int, row: dict[str, Any]) -> str:
+    """An epoch in one line."""
+    parts = [f"epoch {epoch}/{epochs}"]
+    if "reward_mean" in row:
+        parts.append(f"reward {row['reward_mean']:.3f} ± {row['reward_std']:.3f}")
+    for key, label in (("residual_rms", "residual rms"), ("ratio_max_dev", "ratio dev"), ("eval_reward_mean", "eval reward")):
+        if row.get(key) is not None:
+            parts.append(f"{label} {row[key]:.4g}")
+    for key, label in (("diversity", "diversity"), ("fidelity_top1", "fidelity")):
+        if row.get(key) is not None:
+            parts.append(f"{label} {row[key]:.3f}")
+    seconds = sum(value for key, value in row.items() if key.startswith("seconds_"))
+    return "  ".join(parts) + (f"  {seconds:.1f} s" if seconds else "")

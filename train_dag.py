@@ -1,0 +1,115 @@
+"""Align a text-to-image diffusion model with a reward.
+
+    accelerate launch train_dag.py --recipe recipes/tiny_cpu.yaml
+
+Algorithm 1 of Zhang et al. (2025), as `dag.trainer.Trainer.fit` runs it:
+
+    for each epoch:
+        roll out P_F: chains x_T .. x_0, each state's x0_hat scored as it is visited     dag/rollout.py
+        residual(log F, log P_F, log P_B, log F') of every transition                    dag/balance.py
+        its square (DAG-DB) or its score-function gradient (DAG-KL) moves P_F and F      dag/objectives/
+"""
+
+import argparse
+import logging
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from dag import plan, prompts, recipe
+from dag.errors import RunError, UsageError
+from dag.recipe import Recipe
+from dag.run_folder import RunFolder, default_path, newest_run
+
+
+def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description="Diffusion alignment with GFlowNets. Everything else is in the recipe.")
+    parser.add_argument("--recipe", required=True, metavar="FILE", help="YAML recipe")
+    parser.add_argument("--set", action="append", default=[], metavar="key.sub=value", help="override a key of the recipe")
+    parser.add_argument("--out", metavar="DIR", help="run folder; default runs/<recipe>-<time>")
+    parser.add_argument(
+        "--resume", nargs="?", const="", metavar="DIR", help="continue DIR, or --out, or this recipe's newest run"
+    )
+    parser.add_argument("--plan", action="store_true", help="print what would run and stop")
+    return parser.parse_args(argv)
+
+
+def open_run(arguments: argparse.Namespace, config: Recipe) -> tuple[RunFolder, Path | None]:
+    """(run folder, checkpoint to resume from or None)."""
+    name = Path(arguments.recipe).stem
+    if arguments.resume is None:
+        return RunFolder.create(Path(arguments.out) if arguments.out else default_path(name)), None
+    run = RunFolder.open(Path(arguments.resume or arguments.out or newest_run(name)))
+    _check_same_recipe(Recipe.model_validate(run.read_description()["recipe"]), config, run.path)
+    last = run.checkpoints / "last"
+    if not last.exists():
+        raise UsageError(f"--resume: {run.path} has no checkpoint yet; start it again in another folder")
+    return run, last.resolve()
+
+
+def _check_same_recipe(old: Recipe, new: Recipe, path: Path) -> None:
+    """A resumed run may train for more epochs and report more often; anything else would be another run."""
+    before, after = (_flat(r.model_dump(mode="json")) for r in (old, new))
+    free = ("train.epochs", "evaluation.every", "checkpoint.", "trackers")
+    changed = [key for key in sorted(before.keys() | after.keys()) if before.get(key) != after.get(key) and not key.startswith(free)]
+    if changed:
+        shown = "; ".join(f"{key}: {before.get(key)!r} then, {after.get(key)!r} now" for key in changed)
+        raise UsageError(f"--resume: {path} was started with another recipe: {shown}")
+
+
+def _flat(data: Any, prefix: str = "") -> dict[str, Any]:
+    if not isinstance(data, dict):
+        return {prefix: data}
+    return {key: value for name, part in data.items() for key, value in _flat(part, f"{prefix}.{name}".lstrip(".")).items()}
+
+
+def train(config: Recipe, run: RunFolder, resume_from: Path | None) -> None:
+    # Here, not above: these imports take seconds, and --plan and mistakes need none of them.
+    from accelerate import Accelerator
+
+    from dag.trainer import Trainer, build, describe_run
+
+    accelerator = Accelerator(mixed_precision="no", log_with=list(config.trackers) or None, project_dir=str(run.path))
+    if accelerator.num_processes > 1:
+        raise UsageError(
+            f"launched with {accelerator.num_processes} processes; this version trains in one: accelerate launch --num_processes 1"
+        )
+    parts = build(config, accelerator.device)
+    if resume_from is None:
+        run.write_description(describe_run(config, parts, accelerator.device))
+    tracker = None
+    if config.trackers:
+        accelerator.init_trackers("dag", config={key: str(value) for key, value in _flat(config.model_dump(mode="json")).items()})
+        tracker = accelerator.log
+    Trainer(config, run, parts, tracker).fit(resume_from)
+    accelerator.end_training()
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    arguments = parse_arguments(argv)
+    # Says at import that an optional package is missing, which concerns nobody here.
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+    try:
+        config = recipe.load(arguments.recipe, arguments.set)
+        if arguments.plan:
+            print(plan.describe(config, len(prompts.load_prompts(config.prompts))))
+            return 0
+        prompts.load_prompts(config.prompts)
+        run, resume_from = open_run(arguments, config)
+        print(f"run folder {run.path}", flush=True)
+        train(config, run, resume_from)
+    except UsageError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except RunError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("interrupted; continue from the last checkpoint with --resume", file=sys.stderr)
+        return 130
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
