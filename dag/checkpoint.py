@@ -81,25 +81,39 @@ def load_tensors(folder: Path, name: str) -> dict[str, Tensor]:
 
 def load_optimizer(folder: Path, name: str, optimizer: torch.optim.Optimizer, numbers: dict[str, Any]) -> None:
     """Restore what `save` stored of an optimizer over the same parameters."""
-    states: dict[int, dict[str, Any]] = {int(index): dict(values) for index, values in numbers["state"].items()}
-    for key, value in load_tensors(folder, f"optimizer_{name}").items():
-        index, _, field = key.partition(".")
-        states.setdefault(int(index), {})[field] = value
+    values = {**numbers["state"], **load_tensors(folder, f"optimizer_{name}")}
+    states = {int(index): state for index, state in _nested(values).items()}
     current = optimizer.state_dict()["param_groups"]
     groups = [{**group, **stored} for group, stored in zip(current, numbers["groups"], strict=True)]
     optimizer.load_state_dict({"state": states, "param_groups": groups})
 
 
 def _optimizer_tensors(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
-    states = optimizer.state_dict()["state"]
-    return {f"{i}.{key}": value for i, state in states.items() for key, value in state.items() if isinstance(value, Tensor)}
+    return {key: value for key, value in _flat(optimizer.state_dict()["state"]).items() if isinstance(value, Tensor)}
 
 
 def _optimizer_numbers(optimizer: torch.optim.Optimizer) -> dict[str, Any]:
     """The plain numbers of the state and the groups' learning rates; everything else comes from the recipe."""
     stored = optimizer.state_dict()
-    numbers = {
-        str(i): {key: value for key, value in state.items() if isinstance(value, int | float)}
-        for i, state in stored["state"].items()
-    }
+    numbers = {key: value for key, value in _flat(stored["state"]).items() if isinstance(value, int | float)}
     return {"state": numbers, "groups": [{"lr": group["lr"]} for group in stored["param_groups"]]}
+
+
+def _flat(tree: dict[Any, Any], prefix: str = "") -> dict[str, Any]:
+    """{"0/exp_avg": ...}: 8-bit optimizers nest their state one level deeper than torch's do."""
+    leaves: dict[str, Any] = {}
+    for key, value in tree.items():
+        path = f"{prefix}/{key}" if prefix else str(key)
+        leaves |= _flat(value, path) if isinstance(value, dict) else {path: value}
+    return leaves
+
+
+def _nested(leaves: dict[str, Any]) -> dict[str, Any]:
+    tree: dict[str, Any] = {}
+    for path, value in leaves.items():
+        *parents, last = path.split("/")
+        node = tree
+        for name in parents:
+            node = node.setdefault(name, {})
+        node[last] = value
+    return tree

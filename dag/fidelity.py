@@ -1,6 +1,7 @@
-"""Does a picture of the embedded model show what its prompt asked for? A small judge, trained apart from every reward.
+"""Does a picture of the embedded model show what its prompt asked for?
 
-Owns the embedded model's closed caption language and the judge network; `dag.assets.build` trains both from it.
+A small judge tells, trained apart from every reward. Owns the embedded model's closed caption language and
+the judge network; `dag.assets.build` trains both from it.
 """
 
 import json
@@ -17,18 +18,43 @@ from dag.errors import RunError
 from dag.prompts import SIMPLE_ANIMALS
 
 JUDGE = Path(__file__).parent / "assets" / "judge"
-NOUNS = (
-    *SIMPLE_ANIMALS,
-    *"apple banana strawberry carrot pizza burger cake car bus rocket house tree sunflower rose mushroom robot guitar".split(),
-    *"clock umbrella".split(),
+_THINGS = (
+    "apple",
+    "banana",
+    "strawberry",
+    "carrot",
+    "pizza",
+    "burger",
+    "cake",
+    "car",
+    "bus",
+    "rocket",
+    "house",
+    "tree",
+    "sunflower",
+    "rose",
+    "mushroom",
+    "robot",
+    "guitar",
+    "clock",
+    "umbrella",
 )
+NOUNS = (*SIMPLE_ANIMALS, *_THINGS)
 SHAPES = ("circle", "square", "triangle", "heart", "star")
 COLOURS = ("red", "orange", "yellow", "green", "blue", "purple", "pink", "white", "black", "gray")
 COUNTS = {2: "two", 3: "three", 4: "four"}
 _PLURALS = {
-    **{noun: noun for noun in ("fish", "sheep", "deer")},
-    **{"mouse": "mice", "goose": "geese", "wolf": "wolves", "butterfly": "butterflies", "fox": "foxes", "fly": "flies"},
-    **{"bus": "buses", "strawberry": "strawberries"},
+    "fish": "fish",
+    "sheep": "sheep",
+    "deer": "deer",
+    "mouse": "mice",
+    "goose": "geese",
+    "wolf": "wolves",
+    "fox": "foxes",
+    "butterfly": "butterflies",
+    "fly": "flies",
+    "bus": "buses",
+    "strawberry": "strawberries",
 }
 
 
@@ -117,7 +143,9 @@ def load_judge(folder: Path = JUDGE) -> Judge:
         state = load_file(folder / "judge.safetensors")
     except OSError as error:
         raise RunError(f"evaluation.fidelity: cannot read the judge in {folder}: {error}") from None
-    judge.load_state_dict({name: value.float() if value.is_floating_point() else value for name, value in state.items()})
+    judge.load_state_dict(
+        {name: value.float() if value.is_floating_point() else value for name, value in state.items()}
+    )
     return judge.eval().requires_grad_(False)
 
 

@@ -202,7 +202,7 @@ class StableDiffusion:
         except Exception as error:
             first_line = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
             raise RunError(f"model.path: cannot load {name} from {self.folder}: {first_line}") from None
-        return module.to(self.device, dtype, memory_format=torch.channels_last).eval().requires_grad_(False)
+        return module.to(self.device, memory_format=torch.channels_last).eval().requires_grad_(False)
 
     def _load_scheduler(self) -> DDIMScheduler:
         config = read_config(self.folder, "scheduler")

@@ -1,4 +1,6 @@
-"""Rebuild everything in dag/assets: `python -m dag.assets.build --work DIR --out DIR [--stage NAME ...] [--speed X]`.
+"""Rebuild everything in dag/assets.
+
+    python -m dag.assets.build --work DIR --out DIR [--stage NAME ...] [--speed X]
 
 Needs, beside this package: `pip install resvg-py==0.5.0`, and the drawings, in the work folder:
 
@@ -75,14 +77,22 @@ STAGES: dict[str, Callable[[Path, Path, Clock], None]] = {
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m dag.assets.build")
-    parser.add_argument("--work", type=Path, required=True, help="folder for the drawings, data and checkpoints")
-    parser.add_argument("--out", type=Path, required=True, help="folder that gets embedded/, scorer/, judge/, samples.png")
+    parser.add_argument(
+        "--work", type=Path, required=True, help="folder for the drawings, data and checkpoints"
+    )
+    parser.add_argument(
+        "--out", type=Path, required=True, help="folder that gets embedded/, scorer/, judge/, samples.png"
+    )
     parser.add_argument("--stage", nargs="+", choices=list(STAGES), default=list(STAGES))
-    parser.add_argument("--speed", type=float, default=1.0, help="divide every time budget by this, for trials")
+    parser.add_argument(
+        "--speed", type=float, default=1.0, help="divide every time budget by this, for trials"
+    )
     arguments = parser.parse_args()
     packages = arguments.work / "npm/node_modules"
     if not packages.is_dir():
-        parser.error(f"{packages} is missing; see `python -c 'import dag.assets.build.__main__ as m; print(m.__doc__)'`")
+        parser.error(
+            f"{packages} is missing; the first lines of dag/assets/build/__main__.py say what to install"
+        )
     for stage in arguments.stage:
         start = time.monotonic()
         STAGES[stage](arguments.work, arguments.out, Clock(arguments.speed))

@@ -20,7 +20,10 @@ class DataSettings:
 
 @dataclass(frozen=True)
 class Dataset:
-    """Pictures (N, 64, 64, 3) uint8, memory-mapped, with their truth; the last `held_out` are never trained on."""
+    """Pictures (N, 64, 64, 3) uint8, memory-mapped, with their truth.
+
+    The last `held_out` are never trained on.
+    """
 
     pictures: np.ndarray
     scenes: list[Scene]

@@ -1,4 +1,4 @@
-"""Text encoder and UNet, trained together on cached latents; saved as an ordinary StableDiffusionPipeline folder."""
+"""Text encoder and UNet, trained together on cached latents; saved as a StableDiffusionPipeline folder."""
 
 import math
 import shutil
@@ -20,8 +20,8 @@ from dag.assets.build.vae import encode
 
 @dataclass(frozen=True)
 class DenoiserSettings:
-    minutes: float = 46.0
-    batch: int = 64
+    minutes: float = 40.0
+    batch: int = 48
     learning_rate: float = 1.2e-3
     weight_decay: float = 1e-2
     caption_dropout: float = 0.1
@@ -90,7 +90,9 @@ class Averaged:
             average.copy_(kept)
 
 
-def train(work: Path, out: Path, dataset: Dataset, clock: Clock, settings: DenoiserSettings = DenoiserSettings()) -> None:
+def train(
+    work: Path, out: Path, dataset: Dataset, clock: Clock, settings: DenoiserSettings = DenoiserSettings()
+) -> None:
     """Train for a fixed time; the averaged weights go to `out`/embedded now and then, and at the end."""
     torch.manual_seed(settings.seed)
     tokenizer = CLIPTokenizer.from_pretrained(work / "tokenizer")
@@ -105,10 +107,12 @@ def train(work: Path, out: Path, dataset: Dataset, clock: Clock, settings: Denoi
     parameters = [*unet.parameters(), *text.parameters()]
     optimizer = torch.optim.AdamW(parameters, betas=(0.9, 0.99), weight_decay=settings.weight_decay)
     averaged = Averaged(parameters, settings.ema)
-    step, saved_at, losses = 0, 0.0, []
-    for progress in clock.ticks(settings.minutes):
+    saved_at, losses = 0.0, []
+    for step, progress in enumerate(clock.ticks(settings.minutes), start=1):
         for group in optimizer.param_groups:
-            group["lr"] = settings.learning_rate * min(1, (step + 1) / 200) * _decay(progress, settings.constant_share)
+            group["lr"] = (
+                settings.learning_rate * min(1, step / 200) * _decay(progress, settings.constant_share)
+            )
         rows = torch.randint(len(latents), (settings.batch,))
         dropped = torch.rand(settings.batch) < settings.caption_dropout
         tokens = ids[torch.where(dropped, len(ids) - 1, rows)]
@@ -118,7 +122,6 @@ def train(work: Path, out: Path, dataset: Dataset, clock: Clock, settings: Denoi
         nn.utils.clip_grad_norm_(parameters, 1.0)
         optimizer.step()
         averaged.update()
-        step += 1
         losses.append(float(loss.detach()))
         if step % 100 == 0:
             print(f"denoiser {step} loss {sum(losses[-100:]) / 100:.4f} {100 * progress:.0f} %", flush=True)
@@ -138,7 +141,12 @@ def _decay(progress: float, constant_share: float) -> float:
 
 
 def denoising_loss(
-    unet: UNet2DConditionModel, text: CLIPTextModel, latents: Tensor, tokens: Tensor, alpha_bar: Tensor, snr_cap: float
+    unet: UNet2DConditionModel,
+    text: CLIPTextModel,
+    latents: Tensor,
+    tokens: Tensor,
+    alpha_bar: Tensor,
+    snr_cap: float,
 ) -> Tensor:
     """Mean squared error of the predicted noise, weighted by min(SNR, cap) / SNR (Hang et al. 2023)."""
     t = torch.randint(len(alpha_bar), (len(latents),))
@@ -152,7 +160,7 @@ def denoising_loss(
 
 
 def save(work: Path, out: Path, unet: UNet2DConditionModel, text: CLIPTextModel) -> None:
-    """The whole pipeline in half precision, replaced in one rename; the training modules are left as they are."""
+    """The whole pipeline in half precision, replaced in one rename; the training modules stay as they are."""
     fresh_unet, fresh_text = new_unet(), CLIPTextModel(text.config)
     fresh_unet.load_state_dict(unet.state_dict())
     fresh_text.load_state_dict(text.state_dict())

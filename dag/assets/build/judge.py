@@ -39,7 +39,7 @@ def judge_loss(verdict: Verdict, truth: Targets, rows: Tensor) -> Tensor:
 
 
 def blurred(images: Tensor, rng: np.random.Generator) -> Tensor:
-    """Noise on all images and a soft focus on a third of the batches: what a generator's pictures look like."""
+    """Noise on all images and a soft focus on a third of the batches: generated pictures look so."""
     images = images + 0.03 * float(rng.random()) * torch.randn_like(images)
     if rng.random() < 0.33:
         soft = functional.interpolate(functional.avg_pool2d(images, 2), scale_factor=2, mode="bilinear")
@@ -47,8 +47,10 @@ def blurred(images: Tensor, rng: np.random.Generator) -> Tensor:
     return images
 
 
-def mixed_batch(dataset: Dataset, reconstructions: np.ndarray, rows: np.ndarray, rng: np.random.Generator) -> Tensor:
-    """(B, 3, 64, 64) in [0, 1]: half of those rows that have one are shown as the autoencoder gives them back."""
+def mixed_batch(
+    dataset: Dataset, reconstructions: np.ndarray, rows: np.ndarray, rng: np.random.Generator
+) -> Tensor:
+    """(B, 3, 64, 64) in [0, 1]: half of the rows that have a reconstruction show it."""
     use = (rows < len(reconstructions)) & (rng.random(len(rows)) < 0.5)
     pictures = np.array(dataset.pictures[rows])
     pictures[use] = reconstructions[rows[use]]
@@ -56,15 +58,19 @@ def mixed_batch(dataset: Dataset, reconstructions: np.ndarray, rows: np.ndarray,
 
 
 def train(
-    work: Path, out: Path, dataset: Dataset, reconstructions: np.ndarray, clock: Clock, settings: JudgeSettings = JudgeSettings()
+    work: Path,
+    out: Path,
+    dataset: Dataset,
+    reconstructions: np.ndarray,
+    clock: Clock,
+    settings: JudgeSettings = JudgeSettings(),
 ) -> None:
     """Train for a fixed time and save to `out`/judge in half precision."""
     torch.manual_seed(settings.seed)
     rng = np.random.default_rng(settings.seed)
     truth, judge = targets(dataset.scenes), Judge()
     optimizer = torch.optim.AdamW(judge.parameters(), weight_decay=1e-2)
-    step = 0
-    for progress in clock.ticks(settings.minutes):
+    for step, progress in enumerate(clock.ticks(settings.minutes), start=1):
         for group in optimizer.param_groups:
             group["lr"] = settings.learning_rate * max(0.02, 0.5 * (1 + math.cos(math.pi * progress)))
         rows = rng.integers(0, dataset.training, settings.batch)
@@ -73,12 +79,14 @@ def train(
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
-        step += 1
         if step % 300 == 0:
             print(f"judge {step} loss {float(loss.detach()):.3f} {100 * progress:.0f} %", flush=True)
     folder = out / "judge"
     folder.mkdir(parents=True, exist_ok=True)
-    half = {name: value.half() if value.is_floating_point() else value for name, value in judge.state_dict().items()}
+    half = {
+        name: value.half() if value.is_floating_point() else value
+        for name, value in judge.state_dict().items()
+    }
     save_file(half, folder / "judge.safetensors")
     (folder / "config.json").write_text(f'{{"channels": {list(judge.channels)}}}\n', encoding="utf-8")
 

@@ -1,4 +1,4 @@
-"""Prompt fidelity of the embedded model by the judge, the accuracies behind it, and a picture of its samples."""
+"""Prompt fidelity of the embedded model by the judge, the accuracies behind it, and a sample picture."""
 
 import json
 import random
@@ -18,10 +18,32 @@ from dag.fidelity import COLOURS, COUNTS, NOUNS, SHAPES, Judge, expected, load_j
 from dag.prompts import with_article
 
 SAMPLE_PROMPTS = (
-    *("a cat", "a dog", "a lion", "a butterfly", "a shark on a red background", "a glossy bear", "a frog on a yellow background"),
-    *("a fox on a plain black background", "a red circle on a blue background", "a green star", "three red hearts on a white background"),
-    *("four cats", "two dogs on a purple background", "a cat and a dog", "a red circle to the left of a blue square"),
-    *("a yellow star above a green triangle", "a pizza on a striped background", "a rocket on a checkered green background"),
+    *(
+        "a cat",
+        "a dog",
+        "a lion",
+        "a butterfly",
+        "a shark on a red background",
+        "a glossy bear",
+        "a frog on a yellow background",
+    ),
+    *(
+        "a fox on a plain black background",
+        "a red circle on a blue background",
+        "a green star",
+        "three red hearts on a white background",
+    ),
+    *(
+        "four cats",
+        "two dogs on a purple background",
+        "a cat and a dog",
+        "a red circle to the left of a blue square",
+    ),
+    *(
+        "a yellow star above a green triangle",
+        "a pizza on a striped background",
+        "a rocket on a checkered green background",
+    ),
     *("a drawn car on a plain yellow background", "three mushrooms on a pink background"),
 )
 
@@ -34,7 +56,9 @@ class MeasureSettings:
     seed: int = 5
 
 
-def _sample(pipeline: StableDiffusionPipeline, prompts: list[str], guidance: float, settings: MeasureSettings) -> Tensor:
+def _sample(
+    pipeline: StableDiffusionPipeline, prompts: list[str], guidance: float, settings: MeasureSettings
+) -> Tensor:
     """(N, 3, 64, 64) in [0, 1]."""
     parts = []
     for start in range(0, len(prompts), 64):
@@ -51,7 +75,9 @@ def _sample(pipeline: StableDiffusionPipeline, prompts: list[str], guidance: flo
     return torch.cat(parts)
 
 
-def fidelity(pipeline: StableDiffusionPipeline, judge: Judge, guidance: float, settings: MeasureSettings) -> dict[str, float]:
+def fidelity(
+    pipeline: StableDiffusionPipeline, judge: Judge, guidance: float, settings: MeasureSettings
+) -> dict[str, float]:
     """Share of pictures in which the judge finds what the prompt said, per attribute."""
     rng = random.Random(settings.seed)
     nouns = [with_article(rng.choice(NOUNS)) for _ in range(settings.prompts)]
@@ -59,7 +85,9 @@ def fidelity(pipeline: StableDiffusionPipeline, judge: Judge, guidance: float, s
     shapes = []
     for _ in range(settings.prompts):
         colour, background = rng.sample(COLOURS, 2)
-        shapes.append(f"{with_article(f'{colour} {rng.choice(SHAPES)}')} on {with_article(background)} background")
+        shapes.append(
+            f"{with_article(f'{colour} {rng.choice(SHAPES)}')} on {with_article(background)} background"
+        )
     counts = []
     for _ in range(settings.prompts):
         name = rng.choice(SHAPES) if rng.random() < 0.5 else rng.choice(NOUNS)
@@ -68,7 +96,9 @@ def fidelity(pipeline: StableDiffusionPipeline, judge: Judge, guidance: float, s
     return {
         "noun top-1": top1,
         "noun top-5": top5,
-        **_attributes(judge, _sample(pipeline, shapes, guidance, settings), shapes, ("shape", "colour", "background")),
+        **_attributes(
+            judge, _sample(pipeline, shapes, guidance, settings), shapes, ("shape", "colour", "background")
+        ),
         **_attributes(judge, _sample(pipeline, counts, guidance, settings), counts, ("count",)),
     }
 
@@ -102,7 +132,9 @@ def report(work: Path, out: Path, dataset: Dataset, settings: MeasureSettings = 
         "judge_accuracy_on_pictures": accuracy(judge, to_tensor(held_out) / 2 + 0.5, truth, rows),
         "judge_accuracy_on_reconstructions": accuracy(judge, reconstruct(vae, held_out), truth, rows),
         "scorer_noun_accuracy": _scorer_accuracy(out, to_tensor(held_out) / 2 + 0.5, dataset),
-        "fidelity": {f"guidance {g:g}": fidelity(pipeline, judge, g, settings) for g in settings.guidance_scales},
+        "fidelity": {
+            f"guidance {g:g}": fidelity(pipeline, judge, g, settings) for g in settings.guidance_scales
+        },
     }
     (work / "measured.json").write_text(json.dumps(figures, indent=2), encoding="utf-8")
     print(json.dumps(figures, indent=2), flush=True)
@@ -115,13 +147,21 @@ def _scorer_accuracy(out: Path, images: Tensor, dataset: Dataset) -> float:
 
     tower = ClipTower(str(out / "scorer"))
     scenes = dataset.scenes[dataset.training :]
-    rows = [row for row, scene in enumerate(scenes) if scene.count == 1 and len(scene.things) == 1 and scene.things[0].style]
+    rows = [
+        row
+        for row, scene in enumerate(scenes)
+        if scene.count == 1 and len(scene.things) == 1 and scene.things[0].style
+    ]
     texts = tower.embed_texts([with_article(noun) for noun in NOUNS])
     best = (tower.embed_images(images[rows]) @ texts.T).argmax(1).tolist()
-    return sum(NOUNS[found] == scenes[row].things[0].name for found, row in zip(best, rows, strict=True)) / len(rows)
+    return sum(
+        NOUNS[found] == scenes[row].things[0].name for found, row in zip(best, rows, strict=True)
+    ) / len(rows)
 
 
-def _picture(pipeline: StableDiffusionPipeline, settings: MeasureSettings, per_prompt: int = 3) -> Image.Image:
+def _picture(
+    pipeline: StableDiffusionPipeline, settings: MeasureSettings, per_prompt: int = 3
+) -> Image.Image:
     """A captioned grid, two prompts wide."""
     prompts = [prompt for prompt in SAMPLE_PROMPTS for _ in range(per_prompt)]
     images = (_sample(pipeline, prompts, 3.0, settings) * 255).round().byte().permute(0, 2, 3, 1).numpy()
@@ -134,6 +174,8 @@ def _picture(pipeline: StableDiffusionPipeline, settings: MeasureSettings, per_p
         left, top = index % columns * width, index // columns * (side + caption)
         draw.text((left + 2, top), prompt, fill="black", font_size=11)
         for number in range(per_prompt):
-            picture = Image.fromarray(images[index * per_prompt + number]).resize((side, side), Image.Resampling.BICUBIC)
+            picture = Image.fromarray(images[index * per_prompt + number]).resize(
+                (side, side), Image.Resampling.BICUBIC
+            )
             grid.paste(picture, (left + number * side, top + caption))
     return grid

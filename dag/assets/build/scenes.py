@@ -1,7 +1,8 @@
 """Captioned scenes of drawn things and shapes on coloured backgrounds, with their truth.
 
-A scene shows one thing, several of the same thing, or a pair with a spatial relation. Captions leave out style,
-background and texture at random, so that one caption has many pictures. A scene is a function of its seed.
+A scene shows one thing, several of the same thing, or a pair with a spatial relation. Captions leave out
+style, background and texture at random, so that one caption has many pictures. A scene is a function of its
+seed.
 """
 
 import io
@@ -22,18 +23,28 @@ _SPRITE_SIDE = 96
 STYLES = ("flat", "drawn", "glossy")
 TEXTURES = ("plain", "striped", "dotted", "checkered", "noisy", "gradient")
 _TEXTURE_WEIGHTS = (62, 8, 8, 8, 5, 9)
-_RGB = dict(
-    zip(
-        COLOURS,
-        [(220, 40, 45), (245, 140, 30), (250, 215, 50), (50, 165, 70), (45, 95, 220), (135, 65, 185), (245, 140, 185)]
-        + [(248, 248, 248), (25, 25, 28), (140, 142, 146)],
-        strict=True,
-    )
-)
+_RGB = {
+    "red": (220, 40, 45),
+    "orange": (245, 140, 30),
+    "yellow": (250, 215, 50),
+    "green": (50, 165, 70),
+    "blue": (45, 95, 220),
+    "purple": (135, 65, 185),
+    "pink": (245, 140, 185),
+    "white": (248, 248, 248),
+    "black": (25, 25, 28),
+    "gray": (140, 142, 146),
+}
 # Emoji names (emojibase) of the nouns that are not their own name.
 _EMOJI_LABELS = {
     **{name: f"{name} face" for name in ("cat", "dog", "monkey", "rabbit", "cow", "tiger", "mouse", "pig")},
-    **{"sheep": "ewe", "fish": "tropical fish", "whale": "spouting whale", "squirrel": "chipmunk", "bee": "honeybee"},
+    **{
+        "sheep": "ewe",
+        "fish": "tropical fish",
+        "whale": "spouting whale",
+        "squirrel": "chipmunk",
+        "bee": "honeybee",
+    },
     **{"camel": "two-hump camel", "apple": "red apple", "burger": "hamburger", "cake": "birthday cake"},
     **{"car": "automobile", "tree": "deciduous tree", "clock": "alarm clock"},
 }
@@ -75,7 +86,8 @@ def load_sprites(packages: Path, cache: Path) -> dict[tuple[str, str], Image.Ima
     """{(noun, style): RGBA square}, rendered once from the npm packages in `packages` and kept in `cache`."""
     if not cache.exists():
         cache.parent.mkdir(parents=True, exist_ok=True)
-        np.savez_compressed(cache, **{f"{noun}|{style}": sprite for (noun, style), sprite in _render(packages).items()})
+        named = {f"{noun}|{style}": sprite for (noun, style), sprite in _render(packages).items()}
+        np.savez_compressed(cache, allow_pickle=False, **named)
     with np.load(cache) as stored:
         return {tuple(key.split("|")): Image.fromarray(stored[key]) for key in stored.files}
 
@@ -140,13 +152,20 @@ def _shape_sprite(shape: str, rgb: tuple[int, ...]) -> Image.Image:
         angles = [i * math.pi / 5 for i in range(10)]
         centre = side / 2
         draw.polygon(
-            [(centre + r * math.sin(a), centre + 4 - r * math.cos(a)) for r, a in zip(radii, angles, strict=True)], fill=fill
+            [
+                (centre + r * math.sin(a), centre + 4 - r * math.cos(a))
+                for r, a in zip(radii, angles, strict=True)
+            ],
+            fill=fill,
         )
     else:
         angle = np.linspace(0, 2 * np.pi, 80)
         x = 16 * np.sin(angle) ** 3
         y = 13 * np.cos(angle) - 5 * np.cos(2 * angle) - 2 * np.cos(3 * angle) - np.cos(4 * angle)
-        draw.polygon([(side / 2 + a * side / 34, side / 2 - 4 - b * side / 34) for a, b in zip(x, y, strict=True)], fill=fill)
+        draw.polygon(
+            [(side / 2 + a * side / 34, side / 2 - 4 - b * side / 34) for a, b in zip(x, y, strict=True)],
+            fill=fill,
+        )
     return picture
 
 
@@ -163,7 +182,9 @@ def _background(rng: random.Random, texture: str, rgb: tuple[int, ...]) -> Image
         mask = (along // (period // 2)) % 2
     elif texture == "dotted":
         period = rng.choice((10, 12))
-        mask = ((x % period - period / 2) ** 2 + (y % period - period / 2) ** 2 < (period * 0.3) ** 2).astype(np.float32)
+        mask = ((x % period - period / 2) ** 2 + (y % period - period / 2) ** 2 < (period * 0.3) ** 2).astype(
+            np.float32
+        )
     elif texture == "checkered":
         period = rng.choice((6, 8, 12))
         mask = (x // period + y // period) % 2
@@ -191,7 +212,8 @@ class SceneMaker:
         picture = _background(rng, texture, self._jittered(rng, background, 10))
         kind = rng.choices(("one", "several", "pair"), (72, 20, 8))[0]
         first = self._thing(rng, background, 0.22 if kind == "one" else 0.45)
-        things, count = (first,), 1
+        things: tuple[Thing, ...] = (first,)
+        count = 1
         if kind == "one":
             width = SIDE * rng.uniform(0.66, 0.92)
             slack = (SIDE - width) / 2 * 0.9
@@ -216,12 +238,19 @@ class SceneMaker:
 
     def _thing(self, rng: random.Random, background: str, shape_share: float) -> Thing:
         if rng.random() < shape_share:
-            return Thing(rng.choice(SHAPES), rng.choice([colour for colour in COLOURS if colour != background]), None)
+            return Thing(
+                rng.choice(SHAPES), rng.choice([colour for colour in COLOURS if colour != background]), None
+            )
         noun = rng.choice(NOUNS)
         return Thing(noun, None, rng.choice([style for style in STYLES if (noun, style) in self.sprites]))
 
     def _paste(
-        self, rng: random.Random, picture: Image.Image, thing: Thing, centre: tuple[float, float], width: float
+        self,
+        rng: random.Random,
+        picture: Image.Image,
+        thing: Thing,
+        centre: tuple[float, float],
+        width: float,
     ) -> None:
         if thing.colour is None:
             assert thing.style is not None

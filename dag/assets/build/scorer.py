@@ -1,4 +1,4 @@
-"""The image-text scorer: a small CLIP model, trained by pairwise sigmoid loss with the captions' truth as labels."""
+"""The image-text scorer: a small CLIP model; the captions' truth labels its pairwise sigmoid loss."""
 
 import math
 from dataclasses import dataclass
@@ -55,27 +55,42 @@ def new_model(tokenizer: CLIPTokenizer) -> CLIPModel:
         patch_size=8,
         projection_dim=EMBEDDING,
     )
-    model = CLIPModel(CLIPConfig(text_config=text_config(tokenizer).to_dict(), vision_config=vision.to_dict(), projection_dim=EMBEDDING))
+    model = CLIPModel(
+        CLIPConfig(
+            text_config=text_config(tokenizer).to_dict(),
+            vision_config=vision.to_dict(),
+            projection_dim=EMBEDDING,
+        )
+    )
     # The default spread of 0.02 lets words separate only late.
     nn.init.normal_(model.text_model.get_input_embeddings().weight, std=1.0)
     return model
 
 
 def pair_loss(images: Tensor, texts: Tensor, matches: Tensor, scale: Tensor, bias: Tensor) -> Tensor:
-    """Mean over pictures of the sigmoid cross-entropy of every (picture, caption) pair; unit embeddings (B, D)."""
+    """Sigmoid cross-entropy of every (picture, caption) pair, per picture; unit embeddings (B, D)."""
     logits = scale.exp() * images @ texts.T + bias
     return functional.binary_cross_entropy_with_logits(logits, matches.float(), reduction="sum") / len(images)
 
 
 def train(
-    work: Path, out: Path, dataset: Dataset, reconstructions: np.ndarray, clock: Clock, settings: ScorerSettings = ScorerSettings()
+    work: Path,
+    out: Path,
+    dataset: Dataset,
+    reconstructions: np.ndarray,
+    clock: Clock,
+    settings: ScorerSettings = ScorerSettings(),
 ) -> None:
-    """Train for a fixed time; saves fp32 weights to `work`/scorer and the shipped fp16 ones to `out`/scorer."""
+    """Train for a fixed time; fp32 weights go to `work`/scorer, the shipped fp16 ones to `out`/scorer."""
     torch.manual_seed(settings.seed)
     rng = np.random.default_rng(settings.seed)
     tokenizer = CLIPTokenizer.from_pretrained(work / "tokenizer")
     model, truth = new_model(tokenizer), targets(dataset.scenes)
-    ids = torch.tensor(tokenizer([scene.caption for scene in dataset.scenes], padding="max_length", max_length=MAX_TOKENS).input_ids)
+    ids = torch.tensor(
+        tokenizer(
+            [scene.caption for scene in dataset.scenes], padding="max_length", max_length=MAX_TOKENS
+        ).input_ids
+    )
     # Attribute heads speed up the vision tower and are dropped afterwards.
     sizes = Judge().sizes
     attributes = nn.Linear(EMBEDDING, sum(sizes))
@@ -83,10 +98,13 @@ def train(
     parameters = [*model.parameters(), *attributes.parameters(), scale, bias]
     optimizer = torch.optim.AdamW(parameters, betas=(0.9, 0.98), weight_decay=0.05)
     mean, std = torch.tensor(_processor().image_mean), torch.tensor(_processor().image_std)
-    step = 0
-    for progress in clock.ticks(settings.minutes):
+    for step, progress in enumerate(clock.ticks(settings.minutes), start=1):
         for group in optimizer.param_groups:
-            group["lr"] = settings.learning_rate * min(1, (step + 1) / 50) * max(0.02, 0.5 * (1 + math.cos(math.pi * progress)))
+            group["lr"] = (
+                settings.learning_rate
+                * min(1, step / 50)
+                * max(0.02, 0.5 * (1 + math.cos(math.pi * progress)))
+            )
         rows = rng.integers(0, dataset.training, settings.batch)
         pixels = blurred(mixed_batch(dataset, reconstructions, rows, rng), rng)
         pixels = (pixels - mean[:, None, None]) / std[:, None, None]
@@ -97,12 +115,13 @@ def train(
         unit_image, unit_text = functional.normalize(image, dim=-1), functional.normalize(text, dim=-1)
         matches = caption_matches([dataset.scenes[row] for row in rows])
         loss = pair_loss(unit_image, unit_text, matches, scale, bias)
-        loss = loss + 0.5 * judge_loss(Verdict(*attributes(image).split(sizes, dim=1)), truth, torch.from_numpy(rows))
+        loss = loss + 0.5 * judge_loss(
+            Verdict(*attributes(image).split(sizes, dim=1)), truth, torch.from_numpy(rows)
+        )
         optimizer.zero_grad()
         loss.backward()
         nn.utils.clip_grad_norm_(parameters, 1.0)
         optimizer.step()
-        step += 1
         if step % 100 == 0:
             print(f"scorer {step} loss {float(loss.detach()):.3f} {100 * progress:.0f} %", flush=True)
     model.eval().save_pretrained(work / "scorer")
@@ -113,4 +132,6 @@ def train(
 
 def _processor() -> CLIPImageProcessorPil:
     side = {"height": 64, "width": 64}
-    return CLIPImageProcessorPil(size={"shortest_edge": 64}, crop_size=side, image_mean=[0.5] * 3, image_std=[0.25] * 3)
+    return CLIPImageProcessorPil(
+        size={"shortest_edge": 64}, crop_size=side, image_mean=[0.5] * 3, image_std=[0.25] * 3
+    )

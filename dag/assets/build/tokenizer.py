@@ -4,6 +4,7 @@ import json
 import re
 from collections import Counter
 from collections.abc import Iterable
+from itertools import pairwise
 from pathlib import Path
 
 from tokenizers.pre_tokenizers import ByteLevel
@@ -17,9 +18,9 @@ _START_TOKEN, _STOP_TOKEN = "<|startoftext|>", "<|endoftext|>"
 def _merges(words: Iterable[str]) -> list[tuple[str, str]]:
     """Byte-pair merges, most frequent pair first, until every word is one piece."""
     pieces = {word: [*word[:-1], word[-1] + _END] for word in sorted(words)}
-    merges = []
+    merges: list[tuple[str, str]] = []
     while True:
-        pairs = Counter(pair for parts in pieces.values() for pair in zip(parts, parts[1:], strict=False))
+        pairs = Counter(pair for parts in pieces.values() for pair in pairwise(parts))
         if not pairs:
             return merges
         best = max(pairs, key=lambda pair: (pairs[pair], pair))

@@ -33,7 +33,7 @@ def _edges(x: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def reconstruction_loss(y: Tensor, x: Tensor) -> Tensor:
-    """L1 + MSE + L1 of image gradients + half of the L1 at half resolution: edges stay crisp, flats stay flat."""
+    """L1 + MSE + L1 of image gradients + half of the L1 at half resolution: crisp edges, flat flats."""
     edges = sum(functional.l1_loss(a, b) for a, b in zip(_edges(y), _edges(x), strict=True))
     coarse = functional.l1_loss(functional.avg_pool2d(y, 2), functional.avg_pool2d(x, 2))
     return functional.l1_loss(y, x) + functional.mse_loss(y, x) + edges + 0.5 * coarse
@@ -57,21 +57,30 @@ def train(work: Path, dataset: Dataset, settings: VaeSettings = VaeSettings()) -
     recent = []
     for step in range(settings.steps):
         progress = step / settings.steps
-        rate = settings.learning_rate * min(1, (step + 1) / 100) * max(0.02, 0.5 * (1 + math.cos(math.pi * progress)))
+        rate = (
+            settings.learning_rate
+            * min(1, (step + 1) / 100)
+            * max(0.02, 0.5 * (1 + math.cos(math.pi * progress)))
+        )
         for group in optimizer.param_groups:
             group["lr"] = rate
         rows = np.sort(rng.integers(0, dataset.training, settings.batch))
         x = to_tensor(dataset.pictures[rows]).contiguous(memory_format=torch.channels_last)
         posterior = vae.encode(x).latent_dist
         y = vae.decode(posterior.sample()).sample
-        loss = reconstruction_loss(y, x) + settings.kl_weight * posterior.kl().mean() / posterior.mean[0].numel()
+        loss = (
+            reconstruction_loss(y, x) + settings.kl_weight * posterior.kl().mean() / posterior.mean[0].numel()
+        )
         optimizer.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(vae.parameters(), 1.0)
         optimizer.step()
         recent.append(float(functional.mse_loss(y, x).detach()))
         if (step + 1) % 200 == 0:
-            print(f"vae {step + 1}/{settings.steps} psnr {10 * math.log10(4 / np.mean(recent[-200:])):.2f} dB", flush=True)
+            print(
+                f"vae {step + 1}/{settings.steps} psnr {10 * math.log10(4 / np.mean(recent[-200:])):.2f} dB",
+                flush=True,
+            )
     vae.eval()
     vae.register_to_config(scaling_factor=1 / float(encode(vae, dataset.pictures[-512:]).std()))
     vae.save_pretrained(work / "vae")

@@ -1,0 +1,82 @@
+"""Draw a trained model: `python -m dag.sample --run RUN [--prompt TEXT ...] [--images N] [--seed S] [--out FILE]`.
+
+Writes one picture: every prompt from the base model on the left and from the trained one on the right, same seeds.
+"""
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+
+from dag import checkpoint, report
+from dag.errors import RunError, UsageError
+from dag.models.sd import StableDiffusion
+from dag.prompts import load_prompts
+from dag.recipe import Recipe
+from dag.rollout import generate
+from dag.run_folder import RunFolder
+
+# Apart from training (from 0 up) and from evaluations (from 2^40 up).
+_FIRST_SAMPLE_ID = 1 << 41
+_DEFAULT_PROMPTS = 8
+
+
+def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="python -m dag.sample", description="Pictures before and after training.")
+    parser.add_argument("--run", type=Path, required=True, help="run folder")
+    parser.add_argument("--prompt", nargs="+", help="prompts; default: the first of the run's own")
+    parser.add_argument("--images", type=int, default=4, help="pictures per prompt")
+    parser.add_argument("--seed", type=int, help="default: the run's")
+    parser.add_argument("--checkpoint", help="name under checkpoints/, default last")
+    parser.add_argument("--out", type=Path, help="PNG file; default samples/sample_NNN.png in the run folder")
+    return parser.parse_args(argv)
+
+
+def draw(arguments: argparse.Namespace) -> Path:
+    """Make the picture; returns its path."""
+    run = RunFolder.open(arguments.run)
+    recipe = Recipe.model_validate(run.read_description()["recipe"])
+    if arguments.images < 1:
+        raise UsageError(f"--images {arguments.images}: at least 1")
+    out = arguments.out or _free_name(run.samples)
+    if out.exists():
+        raise UsageError(f"--out {out}: exists already; choose another name")
+    prompts = list(arguments.prompt or load_prompts(recipe.prompts)[:_DEFAULT_PROMPTS])
+    weights = checkpoint.load_tensors(run.checkpoints / (arguments.checkpoint or "last"), "policy")
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    policy = StableDiffusion(recipe.model, recipe.adapter, recipe.sampler, device, recipe.seed)
+    for warning in policy.prompt_warnings(prompts):
+        print(f"warning: {warning}", file=sys.stderr)
+    captions = [prompt for prompt in prompts for _ in range(arguments.images)]
+    text = policy.encode(prompts).repeat_interleave(arguments.images, dim=0)
+    sample_id = _FIRST_SAMPLE_ID + torch.arange(len(captions))
+    seed = recipe.seed if arguments.seed is None else arguments.seed
+    before = generate(policy, text, sample_id, seed, recipe.sampler)
+    policy.load_state_dict(weights)
+    after = generate(policy, text, sample_id, seed, recipe.sampler)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    report.before_after(before, after, (captions, captions), arguments.images).save(out)
+    return out
+
+
+def _free_name(folder: Path) -> Path:
+    number = 0
+    while (folder / f"sample_{number:03d}.png").exists():
+        number += 1
+    return folder / f"sample_{number:03d}.png"
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    arguments = parse_arguments(argv)
+    try:
+        print(draw(arguments))
+    except (UsageError, RunError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2 if isinstance(error, UsageError) else 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

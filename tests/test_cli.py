@@ -1,0 +1,304 @@
+"""The command line of train_dag.py: its frozen flags, and what a mistake costs: one line, an exit code, no traceback."""
+
+import argparse
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+import train_dag
+from dag import recipe
+from dag.plan import make_plan
+
+MINIMAL = """
+model: {path: embedded}
+sampler: {steps: 10, guidance_scale: 3}
+prompts: {texts: [a cat, a dog, a fox]}
+reward: {name: colourfulness}
+objective: {name: dag_db, beta: {value: 10}}
+train: {epochs: 5, trajectories: 8, updates: 2}
+flow: {warmup_epochs: 1}
+"""
+
+Refused = Callable[..., str]
+
+
+@pytest.fixture
+def file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A recipe in an empty working directory."""
+    monkeypatch.chdir(tmp_path)
+    path = Path("mine.yaml")
+    path.write_text(MINIMAL)
+    return path
+
+
+@pytest.fixture
+def refused(file: Path, capsys: pytest.CaptureFixture[str]) -> Refused:
+    """Runs the command in vain; its one line on stderr, without `error: `."""
+
+    def run(*arguments: str, code: int = 2) -> str:
+        assert train_dag.main(["--recipe", str(file), *arguments]) == code
+        captured = capsys.readouterr()
+        assert captured.err.startswith("error: ")
+        assert captured.err.count("\n") == 1, captured.err
+        return captured.err.removeprefix("error: ").rstrip("\n")
+
+    return run
+
+
+def stop(*_: object) -> None:
+    raise AssertionError("training started although the command line is wrong")
+
+
+# -- flags --------------------------------------------------------------------------------------------------------
+
+
+def test_the_flags_are_frozen(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Everything else belongs into the recipe."""
+    parsers: list[argparse.ArgumentParser] = []
+    original = argparse.ArgumentParser.parse_args
+
+    def spy(self: argparse.ArgumentParser, *arguments: object) -> argparse.Namespace:
+        parsers.append(self)
+        return original(self, *arguments)  # type: ignore[call-overload]
+
+    monkeypatch.setattr(argparse.ArgumentParser, "parse_args", spy)
+    defaults = vars(train_dag.parse_arguments(["--recipe", "x.yaml"]))
+    flags = [flag for action in parsers[0]._actions for flag in action.option_strings or [action.dest]]
+    assert flags == ["-h", "--help", "--recipe", "--set", "--out", "--resume", "--plan"]
+    assert defaults == {"recipe": "x.yaml", "set": [], "out": None, "resume": None, "plan": False}
+
+
+def test_what_the_flags_take() -> None:
+    arguments = train_dag.parse_arguments("--recipe x.yaml --set a=1 --set b.c=2 --out o --resume --plan".split())
+    assert vars(arguments) == {"recipe": "x.yaml", "set": ["a=1", "b.c=2"], "out": "o", "resume": "", "plan": True}
+    assert train_dag.parse_arguments(["--recipe", "x.yaml", "--resume", "dir"]).resume == "dir"
+
+
+@pytest.mark.parametrize("arguments", [[], ["--recipe"], ["--recipe", "x.yaml", "--epochs", "3"], ["--recipe", "x", "y"]])
+def test_other_flags_are_refused(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as caught:
+        train_dag.main(arguments)
+    assert caught.value.code == 2
+    assert "error: " in capsys.readouterr().err
+
+
+# -- --plan -------------------------------------------------------------------------------------------------------
+
+
+def test_plan_prints_counts_and_writes_nothing(file: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert train_dag.main(["--recipe", str(file), "--plan", "--set", "train.epochs=7"]) == 0
+    captured = capsys.readouterr()
+    assert captured.err == ""
+    lines = {line[:14].strip(): line[14:] for line in captured.out.splitlines()}
+    assert lines["prompts"] == "3"
+    assert lines["objective"].startswith("dag_db")
+    assert lines["sampling"].startswith("10 steps, eta 1, guidance 3")
+    # 8 chains of 10 states and their ends; sampled and trained once, guidance doubling both.
+    assert lines["per epoch"] == "8 trajectories, 88 images decoded and scored, 320 UNet rows"
+    assert lines["updates"].startswith("2 per epoch over 40 transitions each")
+    assert lines["run"] == "7 epochs, 56 trajectories, 12 policy updates"
+    assert lines["beta"].startswith("10, effective inverse temperature 10 nats per unit of reward")
+    assert list(Path.cwd().iterdir()) == [Path.cwd() / file]
+
+
+def test_plan_counts_what_a_recipe_asks_for(file: Path) -> None:
+    def plan_of(*overrides: str) -> dict[str, float]:
+        return vars(make_plan(recipe.load(file, overrides)))
+
+    base = plan_of()
+    assert plan_of("sampler.guidance_scale=1")["unet_rows_per_epoch"] == base["unet_rows_per_epoch"] / 2
+    assert plan_of("train.inner_epochs=2")["updates"] == 2 * base["updates"]
+    assert plan_of("train.step_fraction=0.25")["transitions_per_update"] == 4 * 3
+    assert plan_of("objective.forward_looking.source=none")["rewards_per_epoch"] == 8
+    mean = plan_of("objective.log_prob_reduction=mean", "model.path=owner/name", "model.resolution=512")
+    assert mean["beta_eff"] == 10 * 4 * 64 * 64
+    ddpo = plan_of("objective={name: ddpo}")
+    assert (ddpo["beta_eff"], ddpo["updates"], ddpo["rewards_per_epoch"]) == (None, 10, 8)
+
+
+def test_plan_reads_the_latent_from_the_models_configs(file: Path) -> None:
+    for part, config in {"unet": {"in_channels": 16, "sample_size": 8}, "vae": {"block_out_channels": [8, 8, 8]}}.items():
+        (Path("model") / part).mkdir(parents=True)
+        (Path("model") / part / "config.json").write_text(json.dumps(config))
+    plan = make_plan(recipe.load(file, ["model.path=model"]))
+    assert (plan.latent_elements, plan.is_assumed) == (16 * 8 * 8, False)
+    assert make_plan(recipe.load(file, ["model.path=model", "model.resolution=16"])).latent_elements == 16 * 4 * 4
+
+
+# -- mistakes that cost nothing -----------------------------------------------------------------------------------
+
+MISTAKES = {
+    "unknown key": ("train.epoch=3", "mine.yaml: train.epoch: unknown key; did you mean 'epochs'?"),
+    "wrong type": ("train.epochs=1.5", "mine.yaml: train.epochs: input should be a valid integer"),
+    "eta 0": ("sampler.eta=0", "mine.yaml: sampler.eta: input should be greater than 0 (found 0)"),
+    "too many steps": ("sampler.steps=1001", "mine.yaml: sampler.steps: input should be less than or equal to 1000"),
+    "no prompt file": ("prompts={file: no.txt}", "prompts.file: no.txt does not exist"),
+    "empty prompt file": ("prompts={file: empty.txt}", "prompts.file: empty.txt holds no prompt"),
+    "prompt file is a folder": ("prompts={file: .}", "prompts.file: cannot read .: Is a directory"),
+    "--set without value": ("train.epochs", "--set train.epochs: write key.sub=value"),
+    "--set of a non-section": ("seed.x=3", "--set seed.x=3: seed is not a section"),
+}
+
+
+@pytest.mark.parametrize("use_plan", [False, True], ids=["run", "plan"])
+@pytest.mark.parametrize("name", MISTAKES)
+def test_a_mistake_is_one_line(name: str, use_plan: bool, refused: Refused, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(train_dag, "train", stop)
+    Path("empty.txt").write_text("\n  \n")
+    override, message = MISTAKES[name]
+    assert refused("--set", override, "--out", "out", *["--plan"] * use_plan).startswith(message)
+    assert not Path("out").exists(), "a mistake must not leave a folder behind"
+
+
+def test_several_mistakes_are_one_line_each(file: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert train_dag.main(["--recipe", str(file), "--set", "train.epochs=x", "--set", "sampler.eta=0"]) == 2
+    assert len(capsys.readouterr().err.splitlines()) == 2
+
+
+def test_a_missing_recipe(refused: Refused, file: Path) -> None:
+    file.unlink()
+    assert refused() == "mine.yaml: cannot read the recipe: No such file or directory"
+
+
+def test_a_recipe_that_is_not_yaml(refused: Refused, file: Path) -> None:
+    file.write_text("model: {path: [\n")
+    assert refused().startswith("mine.yaml: not a YAML file (line 2): ")
+
+
+# -- run folders --------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def no_training(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(train_dag, "train", stop)
+
+
+@pytest.mark.usefixtures("no_training")
+def test_an_output_folder_that_cannot_be_written(refused: Refused) -> None:
+    Path("occupied").write_text("mine")
+    assert refused("--out", "occupied/run").startswith("--out occupied/run: cannot write there: ")
+    assert refused("--out", "occupied").startswith("--out occupied: cannot write there: ")
+    assert Path("occupied").read_text() == "mine"
+
+
+@pytest.mark.usefixtures("no_training")
+def test_nothing_in_an_output_folder_is_overwritten(refused: Refused) -> None:
+    Path("out").mkdir()
+    Path("out/metrics.jsonl").write_text("mine")
+    assert refused("--out", "out").startswith("--out out: the folder is not empty")
+    assert [path.name for path in Path("out").iterdir()] == ["metrics.jsonl"]
+    assert Path("out/metrics.jsonl").read_text() == "mine"
+
+
+@pytest.mark.usefixtures("no_training")
+def test_resuming_what_is_no_run(refused: Refused) -> None:
+    Path("empty").mkdir()
+    for folder in ("empty", "nowhere"):
+        assert refused("--resume", folder) == f"{folder}: no run there (run.json is missing)"
+        assert refused("--resume", "--out", folder) == f"{folder}: no run there (run.json is missing)"
+    assert "no run of mine with a checkpoint under runs/" in refused("--resume")
+
+
+def started_run(file: Path, folder: str, *, has_checkpoint: bool) -> Path:
+    """A run folder as `train` leaves it, as far as --resume looks at it."""
+    path = Path(folder)
+    path.mkdir(parents=True)
+    dump = recipe.load(file).model_dump(mode="json")
+    (path / "run.json").write_text(json.dumps({"recipe": dump}))
+    if has_checkpoint:
+        (path / "checkpoints/epoch_0003").mkdir(parents=True)
+        (path / "checkpoints/last").symlink_to("epoch_0003")
+    return path
+
+
+@pytest.mark.usefixtures("no_training")
+def test_resuming_a_run_without_checkpoint(refused: Refused, file: Path) -> None:
+    started_run(file, "out", has_checkpoint=False)
+    assert refused("--resume", "out").startswith("--resume: out has no checkpoint yet")
+
+
+@pytest.mark.usefixtures("no_training")
+def test_resuming_with_another_recipe(refused: Refused, file: Path) -> None:
+    started_run(file, "out", has_checkpoint=True)
+    message = refused("--resume", "out", "--set", "sampler.steps=20", "--set", "seed=1", "--set", "train.epochs=9")
+    assert message == "--resume: out was started with another recipe: sampler.steps: 10 then, 20 now; seed: 0 then, 1 now"
+
+
+@pytest.mark.usefixtures("no_training")
+def test_resuming_a_run_whose_description_is_broken(refused: Refused, file: Path) -> None:
+    (started_run(file, "out", has_checkpoint=True) / "run.json").write_text("{")
+    assert refused("--resume", "out", code=1).startswith("out/run.json: cannot be read: ")
+
+
+@pytest.mark.usefixtures("no_training")
+@pytest.mark.parametrize("description", ['{"seed": 0}', '{"recipe": {"sampler": {"stride": 3}}}', "[]"])
+def test_resuming_a_run_whose_recipe_is_not_of_this_version(refused: Refused, file: Path, description: str) -> None:
+    (started_run(file, "out", has_checkpoint=True) / "run.json").write_text(description)
+    assert refused("--resume", "out").startswith("out/run.json: ")
+
+
+def test_what_a_resumed_run_gets(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    calls = []
+    monkeypatch.setattr(train_dag, "train", lambda *arguments: calls.append(arguments))
+    older = started_run(file, "runs/mine-20240101-000000", has_checkpoint=True)
+    newer = started_run(file, "runs/mine-20240102-000000", has_checkpoint=True)
+    started_run(file, "runs/mine-20240103-000000", has_checkpoint=False)
+    overrides = ["--set", "train.epochs=9", "--set", "evaluation.every=2", "--set", "checkpoint.keep=1"]
+    assert train_dag.main(["--recipe", str(file), "--resume", *overrides]) == 0
+    assert train_dag.main(["--recipe", str(file), "--resume", str(older)]) == 0
+    (config, run, checkpoint), (_, second, _) = calls
+    assert (config.train.epochs, run.path, second.path) == (9, newer, older)
+    assert checkpoint == (newer / "checkpoints/epoch_0003").resolve()
+
+
+def test_a_new_run_gets_a_fresh_folder(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    calls = []
+    monkeypatch.setattr(train_dag, "train", lambda *arguments: calls.append(arguments))
+    assert train_dag.main(["--recipe", str(file)]) == 0
+    assert train_dag.main(["--recipe", str(file), "--out", "deep/er"]) == 0
+    (_, default, checkpoint), (_, named, _) = calls
+    assert default.path.is_dir()
+    assert default.path.match("runs/mine-????????-??????")
+    assert (named.path, checkpoint) == (Path("deep/er"), None)
+
+
+def test_an_interrupt_says_how_to_go_on(
+    file: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def interrupt(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(train_dag, "train", interrupt)
+    assert train_dag.main(["--recipe", str(file)]) == 130
+    assert "--resume" in capsys.readouterr().err
+
+
+# -- mistakes found while building --------------------------------------------------------------------------------
+
+BUILD_MISTAKES = {
+    "no model folder": ("model.path=./nope", "model.path: there is no folder ./nope"),
+    "model is a file": ("model.path=mine.yaml", "model.path: mine.yaml is a file; a diffusers folder is needed"),
+    "no reward file": ("reward={name: custom, path: 'no.py:f'}", "reward.path: there is no file no.py"),
+    "broken reward file": ("reward={name: custom, path: 'broken.py:f'}", "reward.path: cannot import broken.py: NameError: "),
+    "no reward function": ("reward={name: custom, path: 'good.py:f'}", "reward.path: good.py has no function 'f'; it has: g"),
+    "no reward module": ("reward={name: custom, path: 'no_module:f'}", "reward.path: cannot import no_module: "),
+    "no CLIP folder": ("reward={name: image_text, path: ./nope}", "image_text.path: there is no folder ./nope"),
+}
+
+
+@pytest.fixture(scope="module")
+def imported() -> None:
+    """Libraries say things on stderr when first imported; that is not the message under test."""
+    import dag.trainer  # noqa: F401
+
+
+@pytest.mark.usefixtures("imported")
+@pytest.mark.parametrize("name", BUILD_MISTAKES)
+def test_a_mistake_in_a_part_is_one_line_and_the_folder_stays_usable(name: str, refused: Refused) -> None:
+    Path("broken.py").write_text("undefined_name\n")
+    Path("good.py").write_text("def g(images, prompts): ...\n")
+    override, message = BUILD_MISTAKES[name]
+    for _ in range(2):
+        assert refused("--set", override, "--out", "out").startswith(message)

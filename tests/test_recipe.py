@@ -1,0 +1,558 @@
+"""Recipes: what the schema refuses and how it says so, overrides, and that every shipped recipe and key is alive."""
+
+import ast
+import itertools
+import json
+import random
+import typing
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from dag import recipe as schema
+from dag.errors import UsageError
+from dag.objectives import OBJECTIVES
+from dag.plan import make_plan
+from dag.prompts import SETS
+from dag.recipe import Recipe, Section, load, parse, validate
+from dag.rewards import REWARDS
+
+ROOT = Path(__file__).parent.parent
+RECIPES = sorted((ROOT / "recipes").rglob("*.yaml"))
+
+MINIMAL = """
+model: {path: embedded}
+prompts: {texts: [a cat, a dog]}
+reward: {name: colourfulness}
+objective: {name: dag_db, beta: {value: 10}}
+"""
+
+
+@pytest.fixture
+def file(tmp_path: Path) -> Path:
+    path = tmp_path / "mine.yaml"
+    path.write_text(MINIMAL)
+    return path
+
+
+def refusal(path: Path, *overrides: str) -> str:
+    """The message with which a recipe is refused."""
+    with pytest.raises(UsageError) as caught:
+        load(path, overrides)
+    return str(caught.value)
+
+
+def with_keys(file: Path, text: str) -> Path:
+    file.write_text(MINIMAL + text)
+    return file
+
+
+# -- what is accepted ---------------------------------------------------------------------------------------------
+
+
+def test_a_minimal_recipe_gets_the_defaults(file: Path) -> None:
+    recipe = load(file)
+    assert recipe.train.epochs == 100
+    assert recipe.objective.name == "dag_db"
+    assert [term.name for term in recipe.reward] == ["colourfulness"]
+    assert recipe.trackers == ()
+
+
+def test_scientific_notation_without_a_dot_is_a_number(file: Path) -> None:
+    recipe = load(with_keys(file, "train: {learning_rate: 1e-4}"))
+    assert yaml.safe_load("1e-4") == "1e-4", "PyYAML reads it as a number now: this test has lost its point"
+    assert recipe.train.learning_rate == 1e-4
+
+
+def test_a_list_of_rewards(file: Path) -> None:
+    override = "reward=[{name: compressibility, weight: -2}, {name: image_text}]"
+    recipe = load(file, [override])
+    assert [(term.name, term.weight) for term in recipe.reward] == [("compressibility", -2.0), ("image_text", 1.0)]
+
+
+def test_a_recipe_cannot_be_changed(file: Path) -> None:
+    recipe = load(file)
+    with pytest.raises(ValueError, match="frozen"):
+        recipe.train.epochs = 3
+
+
+def test_a_recipe_survives_its_own_dump(file: Path) -> None:
+    """Resuming reads run.json, which holds a dump."""
+    recipe = load(file, ["sampler.eta=0.5", "trackers=[wandb]"])
+    assert Recipe.model_validate(recipe.model_dump(mode="json")) == recipe
+
+
+# -- what is refused ----------------------------------------------------------------------------------------------
+
+REFUSED = [
+    ("train: {learnig_rate: 1e-4}", "train.learnig_rate: unknown key; did you mean 'learning_rate'?"),
+    ("trian: {}", "trian: unknown key; did you mean 'train'?"),
+    ("zzz: 1", "zzz: unknown key; known: adapter, "),
+    ("train: {epochs: 1.5}", "train.epochs: input should be a valid integer"),
+    ("train: {epochs: many}", "train.epochs: input should be a valid integer"),
+    ("train: {learning_rate: quick}", "train.learning_rate: input should be a valid number"),
+    ("train: {learning_rate: [1]}", "train.learning_rate: input should be a valid number"),
+    ("train: 3", "train: "),
+    ("sampler: {eta: 0}", "sampler.eta: input should be greater than 0 (found 0)"),
+    ("sampler: {eta: 1.1}", "sampler.eta: input should be less than or equal to 1"),
+    ("sampler: {steps: 1001}", "sampler.steps: input should be less than or equal to 1000"),
+    ("sampler: {chain_dtype: fp8}", "sampler.chain_dtype: input should be 'fp32', 'fp16' or 'bf16'"),
+    ("train: {updates: 0}", "train.updates: input should be greater than or equal to 1"),
+    ("seed: -1", "seed: input should be greater than or equal to 0"),
+    ("seed: 9223372036854775808", "seed: input should be less than 9223372036854775808"),
+    ("trackers: [tensorbord]", "trackers.0: input should be 'tensorboard' or 'wandb' (found 'tensorbord')"),
+    ("train: {adam_betas: [0.9]}", "train.adam_betas.1: missing"),
+    ("1: 2", "1: keys should be strings"),
+]
+
+
+@pytest.mark.parametrize(("text", "message"), REFUSED, ids=[text for text, _ in REFUSED])
+def test_a_mistake_in_the_file_is_named(file: Path, text: str, message: str) -> None:
+    assert refusal(with_keys(file, text)).startswith(f"{file}: {message}")
+
+
+REFUSED_OVERRIDES = [
+    ("objective.name=dag_dbb", "objective.name: unknown name 'dag_dbb'; did you mean 'dag_db'?"),
+    ("objective={name: x}", "known: dag_db, dag_kl, ddpo"),
+    ("objective={beta: {value: 1}}", "objective.name: missing"),
+    ("objective={name: dag_db}", "objective.beta: missing"),
+    ("objective.beta.value=0", "objective.beta.value: input should be greater than 0"),
+    ("objective.beta.value=.nan", "objective.beta.value: "),
+    ("objective.forward_looking.source=rolout", "objective.forward_looking.source: input should be 'rollout', "),
+    ("reward={name: colorfulness}", "unknown name 'colorfulness'; did you mean 'colourfulness'?"),
+    ("reward=[{name: image_text}, {name: jpeg}]", "reward.1.name: unknown name 'jpeg'"),
+    ("reward=[{name: image_text, pth: x}]", "reward.0.pth: unknown key; did you mean 'path'?"),
+    ("reward={name: custom}", "reward.0.path: missing"),
+    ("reward={name: custom, path: file.py}", "reward.0.path: "),
+    ("reward=[]", "reward: give at least one"),
+    ("prompts={}", "prompts: give exactly one of set, file, texts (found: none)"),
+    ("prompts.set=simple_animals", "give exactly one of set, file, texts (found: set, texts)"),
+    ("prompts={set: animals}", "prompts.set: input should be 'simple_animals'"),
+    ("prompts={texts: []}", "texts must hold at least one prompt and no empty one"),
+    ("prompts={texts: [a cat, '  ']}", "texts must hold at least one prompt and no empty one"),
+]
+
+
+@pytest.mark.parametrize(("override", "message"), REFUSED_OVERRIDES, ids=[override for override, _ in REFUSED_OVERRIDES])
+def test_a_mistake_in_a_section_is_named(file: Path, override: str, message: str) -> None:
+    text = refusal(file, override)
+    assert message in text
+    assert len(text.splitlines()) == 1
+
+
+@pytest.mark.parametrize("key", ["model", "prompts", "reward", "objective"])
+def test_keys_without_default_are_required(key: str) -> None:
+    data = yaml.safe_load(MINIMAL)
+    del data[key]
+    with pytest.raises(UsageError, match=f"^mine: {key}: missing, and it has no default$"):
+        parse(data, "mine")
+
+
+def test_all_mistakes_are_reported_together(file: Path) -> None:
+    found = refusal(with_keys(file, "train: {epochs: x, updates: 0, pace: 1}\nsampler: {eta: 0}")).splitlines()
+    assert {line.removeprefix(f"{file}: ").split(":")[0] for line in found} == {
+        "train.epochs",
+        "train.updates",
+        "train.pace",
+        "sampler.eta",
+    }
+
+
+# -- mistakes of several keys -------------------------------------------------------------------------------------
+
+CROSS_FIELD = [
+    (("train.updates=3",), "train.updates=3 must divide train.trajectories=64"),
+    (("objective={name: dag_kl, beta: {value: 1}}", "train.updates=64"), "leave-one-out baseline needs at least 2"),
+    (("adapter.targets=[]",), "adapter.targets: name at least one layer"),
+    (("adapter.kind=full", "regulariser.pretrained_kl=0.1"), "regulariser.pretrained_kl needs adapter.kind=lora"),
+    (("flow.channels=[]",), "flow.channels: name at least one width"),
+]
+
+
+@pytest.mark.parametrize(("overrides", "message"), CROSS_FIELD, ids=[message for _, message in CROSS_FIELD])
+def test_validate_names_the_keys_that_disagree(file: Path, overrides: tuple[str, ...], message: str) -> None:
+    assert message in refusal(file, *overrides)
+
+
+def test_validate_finds_nothing_in_a_good_recipe_and_everything_in_a_bad_one(file: Path) -> None:
+    good = load(file)
+    assert validate(good) == []
+    bad = good.model_copy(
+        update={"reward": (), "train": good.train.model_copy(update={"updates": 3}), "flow": schema.Flow(channels=())}
+    )
+    assert len(validate(bad)) == 3
+
+
+def test_full_finetuning_needs_no_targets(file: Path) -> None:
+    assert load(file, ["adapter.kind=full", "adapter.targets=[]"]).adapter.targets == ()
+
+
+# -- --set --------------------------------------------------------------------------------------------------------
+
+
+def test_overrides_reach_nested_keys_and_list_entries(file: Path) -> None:
+    recipe = load(
+        file,
+        ["objective.forward_looking.source=none", "prompts.texts.1=a fox", "reward.weight=2", "train.learning_rate=1e-5"],
+    )
+    assert recipe.objective.forward_looking.source == "none"
+    assert recipe.prompts.texts == ("a cat", "a fox")
+    assert recipe.reward[0].weight == 2
+    assert recipe.train.learning_rate == 1e-5
+
+
+def test_overrides_reach_one_reward_of_a_list(file: Path) -> None:
+    recipe = load(file, ["reward=[{name: colourfulness}, {name: image_text}]", "reward.1.weight=3"])
+    assert [term.weight for term in recipe.reward] == [1, 3]
+
+
+def test_the_last_override_wins_over_the_file_and_over_earlier_ones(file: Path) -> None:
+    path = with_keys(file, "train: {epochs: 1}")
+    assert load(path, ["train.epochs=2", "train.epochs=3"]).train.epochs == 3
+
+
+def test_a_value_may_hold_an_equals_sign(file: Path) -> None:
+    assert load(file, ["model.path=folder/a=b"]).model.path == "folder/a=b"
+
+
+def test_an_override_of_nothing_resets_to_null(file: Path) -> None:
+    path = with_keys(file, "evaluation: {diversity: embedded}")
+    assert load(path, ["evaluation.diversity="]).evaluation.diversity is None
+
+
+REFUSED_SYNTAX = [
+    ("train.epochs", "--set train.epochs: write key.sub=value"),
+    ("=3", "--set =3: write key.sub=value"),
+    ("train.epochs=[", "--set train.epochs=[: the value is not YAML"),
+    ("model.path.x=3", "--set model.path.x=3: model.path is not a section"),
+    ("prompts.texts.2=a fox", "--set prompts.texts.2=a fox: index '2' is not one of 0..1"),
+    ("prompts.texts.first=a fox", "--set prompts.texts.first=a fox: index 'first' is not one of 0..1"),
+    ("prompts.texts.0.x=a fox", "--set prompts.texts.0.x=a fox: prompts.texts.0 is not a section"),
+]
+
+
+@pytest.mark.parametrize(("override", "message"), REFUSED_SYNTAX, ids=[override for override, _ in REFUSED_SYNTAX])
+def test_an_override_that_cannot_be_applied_is_quoted(file: Path, override: str, message: str) -> None:
+    assert refusal(file, override) == message
+
+
+def test_a_typo_in_an_override_is_an_unknown_key(file: Path) -> None:
+    assert "train.epoch: unknown key; did you mean 'epochs'?" in refusal(file, "train.epoch=3")
+    assert "trian: unknown key; did you mean 'train'?" in refusal(file, "trian.epochs=3")
+
+
+# -- files --------------------------------------------------------------------------------------------------------
+
+BROKEN_FILES = [
+    (b"model: [1\nprompts: {", "not a YAML file (line 2)"),
+    (b"a: !!python/object:os.system x", "not a YAML file (line 1)"),
+    (b"- 1\n- 2\n", "a recipe is a mapping of keys, found list"),
+    (b"", "a recipe is a mapping of keys, found NoneType"),
+    (b"just words", "a recipe is a mapping of keys, found str"),
+    (b"\xff\xfe", "cannot read the recipe"),
+]
+
+
+@pytest.mark.parametrize(("content", "message"), BROKEN_FILES, ids=[message for _, message in BROKEN_FILES])
+def test_a_file_that_is_no_recipe(tmp_path: Path, content: bytes, message: str) -> None:
+    path = tmp_path / "broken.yaml"
+    path.write_bytes(content)
+    assert refusal(path).startswith(f"{path}: {message}")
+
+
+def test_a_file_that_cannot_be_read(tmp_path: Path) -> None:
+    missing = tmp_path / "nope.yaml"
+    assert refusal(missing) == f"{missing}: cannot read the recipe: No such file or directory"
+    assert refusal(tmp_path) == f"{tmp_path}: cannot read the recipe: Is a directory"
+
+
+# -- values that Python or YAML stumble over ----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("value", ["2024-13-45", "!!int x", "!!bool x", "0x_", "[" * 2000 + "]" * 2000])
+def test_values_that_yaml_cannot_construct_are_refused(file: Path, value: str) -> None:
+    assert "not a YAML file" in refusal(with_keys(file, f"seed: {value}\n"))
+    assert "the value is not YAML" in refusal(file, f"seed={value}")
+
+
+def test_an_index_that_only_looks_like_a_digit_is_refused(file: Path) -> None:
+    assert refusal(file, "prompts.texts.²=a fox") == "--set prompts.texts.²=a fox: index '²' is not one of 0..1"
+
+
+@pytest.mark.parametrize("key", ["objective.beta.value", "train.learning_rate", "reward.weight", "train.clip_norm"])
+@pytest.mark.parametrize("value", [".inf", ".nan"])
+def test_numbers_must_be_finite(file: Path, key: str, value: str) -> None:
+    assert key.rpartition(".")[2] in refusal(file, f"{key}={value}")
+
+
+@pytest.mark.parametrize("override", ["flow.channels=[0]", "flow.channels=[-8]", "train.adam_betas=[2, 0.9]", "model.path=''"])
+def test_list_entries_are_checked_too(file: Path, override: str) -> None:
+    assert override.partition("=")[0] in refusal(file, override)
+
+
+def test_the_hint_of_an_unknown_key_is_a_key_of_the_chosen_union_member(file: Path) -> None:
+    """clip_range belongs to dag_kl and ddpo; hinting it to dag_db would send the reader in a circle."""
+    message = refusal(file, "objective.clip_range=3")
+    assert "unknown key" in message
+    assert "did you mean 'clip_range'" not in message
+
+
+def test_a_repeated_key_is_refused(file: Path) -> None:
+    assert "twice" in refusal(with_keys(file, "model: {path: elsewhere}\n"))
+
+
+# -- the recipes of this repository -------------------------------------------------------------------------------
+
+
+def test_there_are_recipes() -> None:
+    assert len(RECIPES) > 0
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=lambda path: str(path.relative_to(ROOT)))
+def test_a_shipped_recipe_loads_and_can_be_planned(path: Path) -> None:
+    plan = make_plan(load(path))
+    assert plan.trajectories > 0
+    assert plan.updates > 0
+    assert plan.unet_rows_per_epoch > 0
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=lambda path: str(path.relative_to(ROOT)))
+def test_a_shipped_recipe_says_what_it_is_for(path: Path) -> None:
+    lines = path.read_text(encoding="utf-8").splitlines()
+    comment = list(itertools.takewhile(lambda line: line.startswith("#"), lines))
+    assert any(line.startswith("# Purpose: ") for line in comment)
+    assert any(f"--recipe {path.relative_to(ROOT)}" in line for line in comment), "the command must name this very file"
+
+
+# -- names --------------------------------------------------------------------------------------------------------
+
+
+def literals(annotation: Any) -> set[str]:
+    if typing.get_origin(annotation) is typing.Literal:
+        return set(typing.get_args(annotation))
+    return {name for argument in typing.get_args(annotation) for name in literals(argument)}
+
+
+def names_of(union: Any) -> set[str]:
+    members = typing.get_args(typing.get_args(union)[0])
+    return {name for member in members for name in literals(member.model_fields["name"].annotation)}
+
+
+def test_names_in_recipes_are_the_registered_ones() -> None:
+    assert names_of(schema.RewardTerm) == set(REWARDS)
+    assert names_of(schema.ObjectiveTerm) == set(OBJECTIVES)
+    assert literals(schema.Prompts.model_fields["set"].annotation) == set(SETS)
+
+
+# -- every key is read --------------------------------------------------------------------------------------------
+
+SECTIONS = {
+    name: value
+    for name, value in vars(schema).items()
+    if isinstance(value, type) and issubclass(value, Section) and not name.startswith("_") and value is not Section
+}
+FIELDS = {(name, field) for name, section in SECTIONS.items() for field in section.model_fields}
+
+
+def sections_in(annotation: Any) -> set[str]:
+    """The sections a type annotation of the schema mentions."""
+    if isinstance(annotation, type) and issubclass(annotation, Section):
+        return {annotation.__name__}
+    return {name for argument in typing.get_args(annotation) for name in sections_in(argument)}
+
+
+class Reader(ast.NodeVisitor):
+    """Which fields of which sections a module reads, by following names from annotated parameters.
+
+    Flow-insensitive and per module: every assignment to a name adds to what that name may be. A dump of a section
+    reads its fields; a dump of the whole recipe is a record of the run and reads none.
+    """
+
+    def __init__(self, module: ast.Module) -> None:
+        self.reads: set[tuple[str, str]] = set()
+        self.types: dict[str, set[str]] = {}
+        self.imported = dict(self._imports(module))
+        size = -1
+        while size != (size := sum(map(len, self.types.values()))):
+            self.visit(module)
+
+    @staticmethod
+    def _imports(module: ast.Module) -> Iterator[tuple[str, set[str]]]:
+        for node in ast.walk(module):
+            if isinstance(node, ast.ImportFrom) and node.module == "dag.recipe":
+                for alias in node.names:
+                    exported = getattr(schema, alias.name)
+                    yield alias.asname or alias.name, sections_in(exported)
+
+    def annotated(self, annotation: ast.expr | None) -> set[str]:
+        if annotation is None:
+            return set()
+        found: set[str] = set()
+        for node in ast.walk(annotation):
+            if isinstance(node, ast.Name):
+                found |= self.imported.get(node.id, set())
+            elif isinstance(node, ast.Attribute) and ast.unparse(node.value) in ("recipe", "dag.recipe"):
+                found |= sections_in(getattr(schema, node.attr, None))
+        return found
+
+    def infer(self, node: ast.expr) -> set[str]:
+        found = set(self.types.get(ast.unparse(node), set()))
+        if isinstance(node, ast.Attribute):
+            for owner in self.infer(node.value):
+                field = SECTIONS[owner].model_fields.get(node.attr)
+                found |= sections_in(field.annotation) if field else set()
+        elif isinstance(node, ast.Call) and ast.unparse(node.func) in ("recipe.load", "recipe.parse"):
+            found.add("Recipe")
+        elif isinstance(node, ast.IfExp):
+            found |= self.infer(node.body) | self.infer(node.orelse)
+        return found
+
+    def learn(self, target: ast.expr, value: ast.expr) -> None:
+        if isinstance(target, ast.Tuple) and isinstance(value, ast.Tuple):
+            for part, entry in zip(target.elts, value.elts, strict=False):
+                self.learn(part, entry)
+        elif found := self.infer(value):
+            self.types.setdefault(ast.unparse(target), set()).update(found)
+
+    def visit_arg(self, node: ast.arg) -> None:
+        if found := self.annotated(node.annotation):
+            self.types.setdefault(node.arg, set()).update(found)
+
+    def visit_Assign(self, node: ast.Assign) -> None:
+        for target in node.targets:
+            self.learn(target, node.value)
+        self.generic_visit(node)
+
+    def visit_For(self, node: ast.For | ast.comprehension) -> None:
+        entries = node.iter.elts if isinstance(node.iter, ast.Tuple | ast.List) else [node.iter]
+        for entry in entries:
+            self.learn(node.target, entry)
+        self.generic_visit(node)
+
+    visit_comprehension = visit_For
+
+    def visit_Attribute(self, node: ast.Attribute) -> None:
+        if isinstance(node.ctx, ast.Load):
+            self.reads |= {(owner, node.attr) for owner in self.infer(node.value)} & FIELDS
+        self.generic_visit(node)
+
+    def visit_Call(self, node: ast.Call) -> None:
+        if isinstance(node.func, ast.Attribute) and node.func.attr == "model_dump":
+            skipped = {name for keyword in node.keywords if keyword.arg == "exclude" for name in ast.literal_eval(keyword.value)}
+            owners = self.infer(node.func.value) - {"Recipe"}
+            self.reads |= {(owner, field) for owner, field in FIELDS if owner in owners and field not in skipped}
+        self.generic_visit(node)
+
+
+def fields_read(source: str) -> set[tuple[str, str]]:
+    return Reader(ast.parse(source)).reads
+
+
+def test_the_reader_tells_sections_apart() -> None:
+    source = """
+from dag.recipe import Recipe, RewardTerm, Train as Config
+def f(config: Recipe, terms: list[RewardTerm]):
+    train, rate = config.train, config.flow.learning_rate
+    other.epochs
+    train.updates = 3
+    return train.seed, [term.model_dump(exclude={"name", "weight"}) for term in terms], config.model_dump()
+class A:
+    def __init__(self, options: Config):
+        self.options = options
+    def g(self):
+        return self.options.clip_norm
+"""
+    assert fields_read(source) == {
+        ("Recipe", "train"),
+        ("Recipe", "flow"),
+        ("Flow", "learning_rate"),
+        ("Train", "clip_norm"),
+        ("ImageText", "path"),
+        ("Custom", "path"),
+    }
+
+
+def test_every_key_of_the_schema_is_read_somewhere() -> None:
+    sources = [path for path in (ROOT / "dag").rglob("*.py") if path != ROOT / "dag/recipe.py"]
+    read = set().union(*(fields_read(path.read_text(encoding="utf-8")) for path in [*sources, ROOT / "train_dag.py"]))
+    unread = sorted(f"{section}.{field}" for section, field in FIELDS - read)
+    assert not unread, "keys that change nothing"
+
+
+# -- noise --------------------------------------------------------------------------------------------------------
+
+JUNK: list[Any] = [
+    None, True, -1, 0, 1, 3.5, 1e300, "", "x", "1e-4", "embedded", "none", [], [1], ["a"], [[]], {}, {"name": "dag_kl"},
+    {"name": []}, {"value": "x"}, {3: 4}, 2**70, "\u00e9\U0001f600", "a" * 500,
+]  # fmt: skip
+
+
+def containers(node: Any) -> list[Any]:
+    """Every non-empty dict and list in a tree."""
+    children = node.values() if isinstance(node, dict) else node if isinstance(node, list) else []
+    inner = [found for child in children for found in containers(child)]
+    return [node, *inner] if isinstance(node, dict | list) and node else inner
+
+
+def mutate(data: dict[str, Any], rng: random.Random) -> None:
+    node = rng.choice(containers(data))
+    key = rng.choice(list(node)) if isinstance(node, dict) else rng.randrange(len(node))
+    action = rng.choice(["replace", "replace", "delete", "misspell", "wrap", "swap"])
+    if action == "delete":
+        del node[key]
+    elif action == "misspell" and isinstance(node, dict):
+        node[str(key)[:-1] + rng.choice("aeiou")] = node.pop(key)
+    elif action == "wrap":
+        node[key] = [node[key]]
+    elif action == "swap":
+        node[key] = rng.choice(containers(data)).copy()
+    else:
+        node[key] = rng.choice(JUNK)
+
+
+def garble(text: str, rng: random.Random) -> str:
+    at = rng.randrange(len(text))
+    return text[:at] + rng.choice(["", "\t", ":", "{", "]", "- ", "\n", "&a ", "*a", "'", "#", "!", "%", "0"]) + text[at + 1 :]
+
+
+def random_override(data: dict[str, Any], rng: random.Random) -> str:
+    keys = []
+    node: Any = data
+    while isinstance(node, dict | list) and node and (not keys or rng.random() < 0.8):
+        key = rng.choice(list(node)) if isinstance(node, dict) else rng.randrange(len(node))
+        keys.append(str(key))
+        node = node[key]
+    path = ".".join([*keys, *rng.choice([[], [], [], ["x"], ["0"], ["-1"], [""]])])
+    same = json.dumps(node)
+    return f"{path}={rng.choice([same, same, '', '1', 'x', '1e-4', '[', '[a]', '{a: 1}', 'null', ': :'])}"
+
+
+@pytest.mark.parametrize("kind", ["tree", "text", "override"])
+def test_a_damaged_recipe_loads_or_is_refused_but_never_crashes(tmp_path: Path, kind: str) -> None:
+    rng = random.Random(20240513)
+    originals = [MINIMAL, RECIPES[0].read_text(encoding="utf-8")]
+    path = tmp_path / "damaged.yaml"
+    outcomes = {"loaded": 0, "refused": 0}
+    for number in range(100):
+        text = originals[number % len(originals)]
+        data, overrides = yaml.safe_load(text), []
+        if kind == "text":
+            text = garble(text, rng)
+        elif kind == "override":
+            overrides = [random_override(data, rng) for _ in range(2)]
+        else:
+            for _ in range(rng.randint(1, 3)):
+                if containers(data):
+                    mutate(data, rng)
+            text = yaml.safe_dump(data, allow_unicode=True)
+        path.write_text(text, encoding="utf-8")
+        try:
+            load(path, overrides)
+            outcomes["loaded"] += 1
+        except UsageError as error:
+            outcomes["refused"] += 1
+            assert str(error).startswith((f"{path}: ", "--set ")), (text, overrides)
+    assert min(outcomes.values()) > 0, "the damage is always fatal or never: the test says nothing"
