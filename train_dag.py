@@ -12,6 +12,7 @@ Algorithm 1 of Zhang et al. (2025), as `dag.trainer.Trainer.fit` runs it:
 
 import argparse
 import logging
+import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -24,12 +25,20 @@ from dag.run_folder import RunFolder, default_path, newest_run
 
 
 def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description="Diffusion alignment with GFlowNets. Everything else is in the recipe.")
+    parser = argparse.ArgumentParser(
+        description="Diffusion alignment with GFlowNets. Everything else is in the recipe."
+    )
     parser.add_argument("--recipe", required=True, metavar="FILE", help="YAML recipe")
-    parser.add_argument("--set", action="append", default=[], metavar="key.sub=value", help="override a key of the recipe")
+    parser.add_argument(
+        "--set", action="append", default=[], metavar="key.sub=value", help="override a key of the recipe"
+    )
     parser.add_argument("--out", metavar="DIR", help="run folder; default runs/<recipe>-<time>")
     parser.add_argument(
-        "--resume", nargs="?", const="", metavar="DIR", help="continue DIR, or --out, or this recipe's newest run"
+        "--resume",
+        nargs="?",
+        const="",
+        metavar="DIR",
+        help="continue DIR, or --out, or this recipe's newest run",
     )
     parser.add_argument("--plan", action="store_true", help="print what would run and stop")
     return parser.parse_args(argv)
@@ -41,7 +50,7 @@ def open_run(arguments: argparse.Namespace, config: Recipe) -> tuple[RunFolder, 
     if arguments.resume is None:
         return RunFolder.create(Path(arguments.out) if arguments.out else default_path(name)), None
     run = RunFolder.open(Path(arguments.resume or arguments.out or newest_run(name)))
-    _check_same_recipe(Recipe.model_validate(run.read_description()["recipe"]), config, run.path)
+    _check_same_recipe(run.read_recipe(), config, run.path)
     last = run.checkpoints / "last"
     if not last.exists():
         raise UsageError(f"--resume: {run.path} has no checkpoint yet; start it again in another folder")
@@ -51,8 +60,12 @@ def open_run(arguments: argparse.Namespace, config: Recipe) -> tuple[RunFolder, 
 def _check_same_recipe(old: Recipe, new: Recipe, path: Path) -> None:
     """A resumed run may train for more epochs and report more often; anything else would be another run."""
     before, after = (_flat(r.model_dump(mode="json")) for r in (old, new))
-    free = ("train.epochs", "evaluation.every", "checkpoint.", "trackers")
-    changed = [key for key in sorted(before.keys() | after.keys()) if before.get(key) != after.get(key) and not key.startswith(free)]
+    free = {"train.epochs", "evaluation.every", "checkpoint.every", "checkpoint.keep", "trackers"}
+    if after.get("objective.beta.anneal", "none") != "none":
+        free.remove("train.epochs")  # beta's schedule depends on the number of epochs
+    changed = [
+        key for key in sorted(before.keys() | after.keys()) if before.get(key) != after.get(key) and key not in free
+    ]
     if changed:
         shown = "; ".join(f"{key}: {before.get(key)!r} then, {after.get(key)!r} now" for key in changed)
         raise UsageError(f"--resume: {path} was started with another recipe: {shown}")
@@ -61,7 +74,9 @@ def _check_same_recipe(old: Recipe, new: Recipe, path: Path) -> None:
 def _flat(data: Any, prefix: str = "") -> dict[str, Any]:
     if not isinstance(data, dict):
         return {prefix: data}
-    return {key: value for name, part in data.items() for key, value in _flat(part, f"{prefix}.{name}".lstrip(".")).items()}
+    return {
+        key: value for name, part in data.items() for key, value in _flat(part, f"{prefix}.{name}".lstrip(".")).items()
+    }
 
 
 def train(config: Recipe, run: RunFolder, resume_from: Path | None) -> None:
@@ -80,7 +95,9 @@ def train(config: Recipe, run: RunFolder, resume_from: Path | None) -> None:
         run.write_description(describe_run(config, parts, accelerator.device))
     tracker = None
     if config.trackers:
-        accelerator.init_trackers("dag", config={key: str(value) for key, value in _flat(config.model_dump(mode="json")).items()})
+        accelerator.init_trackers(
+            "dag", config={key: str(value) for key, value in _flat(config.model_dump(mode="json")).items()}
+        )
         tracker = accelerator.log
     Trainer(config, run, parts, tracker).fit(resume_from)
     accelerator.end_training()
@@ -88,8 +105,9 @@ def train(config: Recipe, run: RunFolder, resume_from: Path | None) -> None:
 
 def main(argv: Sequence[str] | None = None) -> int:
     arguments = parse_arguments(argv)
-    # Says at import that an optional package is missing, which concerns nobody here.
+    # At import these say which optional packages are missing, which concerns nobody here.
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     try:
         config = recipe.load(arguments.recipe, arguments.set)
         if arguments.plan:

@@ -46,7 +46,10 @@ def save(
         tensors = {**tensors, f"optimizer_{name}": _optimizer_tensors(optimizer)}
         numbers[name] = _optimizer_numbers(optimizer)
     for name, group in tensors.items():
-        save_file({key: value.detach().cpu().contiguous() for key, value in group.items()}, temporary / f"{name}.safetensors")
+        save_file(
+            {key: value.detach().cpu().contiguous() for key, value in group.items()},
+            temporary / f"{name}.safetensors",
+        )
     write_json(temporary / "state.json", {"format": FORMAT, "epoch": epoch, "optimizers": numbers, **state})
     shutil.rmtree(final, ignore_errors=True)
     os.replace(temporary, final)

@@ -60,7 +60,10 @@ class Evaluator:
     def __call__(self, policy: Policy, reward: RewardSum) -> EvaluationResult:
         images = generate(policy, self.text, self.sample_id, self.recipe.seed, self.recipe.sampler)
         values, parts = reward.detailed(images, self.prompts, self.sample_id.tolist())
-        metrics = {"eval_reward_mean": float(values.mean()), "eval_reward_std": float(values.std(correction=0))}
+        metrics = {
+            "eval_reward_mean": float(values.mean()),
+            "eval_reward_std": float(values.std(correction=0)),
+        }
         if len(parts) > 1:
             metrics |= {f"eval_reward_{name}": float(part.mean()) for name, part in parts.items()}
         if self.tower is not None:

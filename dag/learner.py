@@ -19,7 +19,7 @@ from dag.balance import Transition
 from dag.objectives import Objective, ObjectiveOutput
 from dag.optim import Stepper
 from dag.protocols import Policy, Prediction
-from dag.recipe import Recipe
+from dag.recipe import DetailedBalance, KLDivergence, PolicyGradient, Recipe
 from dag.rollout import look_ahead
 from dag.state_flow import StateFlow
 from dag.trajectory import Trajectories
@@ -46,7 +46,8 @@ class RewardScale:
 
 def beta_at(recipe: Recipe, epoch: int) -> float:
     """The inverse temperature of an epoch, in nats per unit of reward."""
-    beta = recipe.objective.beta  # type: ignore[union-attr]
+    assert not isinstance(recipe.objective, PolicyGradient)
+    beta = recipe.objective.beta
     if beta.anneal == "none":
         return beta.value
     done = epoch if beta.anneal == "linear_from_zero" else epoch + 1
@@ -95,10 +96,20 @@ class Learner:
         balanced = recipe.objective.step_weight == "balanced"
         self.policy_weight = self.schedule.balanced_weights() if balanced else torch.ones(T, device=self.device)
 
+    @property
+    def _config(self) -> DetailedBalance | KLDivergence:
+        """The objective's section; only objectives with a flow have these keys."""
+        assert not isinstance(self.recipe.objective, PolicyGradient)
+        return self.recipe.objective
+
     # -- one rollout ---------------------------------------------------------------------------------------------
 
     def learn(
-        self, trajectories: Trajectories, epoch: int, score: Score | None = None, on_rows: Callable[[int], object] = lambda n: None
+        self,
+        trajectories: Trajectories,
+        epoch: int,
+        score: Score | None = None,
+        on_rows: Callable[[int], object] = lambda n: None,
     ) -> dict[str, float | list[float]]:
         """All updates of one rollout; returns its metrics. `on_rows` hears of finished policy transitions."""
         metrics: dict[str, float | list[float]] = {}
@@ -229,7 +240,7 @@ class Learner:
         looking, looking_next = scalars.looking[rows, k], nothing
         if not is_terminal:
             looking_next = scalars.looking[rows, k + 1]
-        source = self.recipe.objective.forward_looking.source  # type: ignore[union-attr]
+        source = self._config.forward_looking.source
         if source == "current":
             assert score is not None
             looking = self._look_now(trajectories, rows, k, prediction, score, epoch)
@@ -245,20 +256,33 @@ class Learner:
 
     @torch.no_grad()
     def _look_now(
-        self, trajectories: Trajectories, rows: Tensor, k: int, prediction: Prediction | None, score: Score, epoch: int
+        self,
+        trajectories: Trajectories,
+        rows: Tensor,
+        k: int,
+        prediction: Prediction | None,
+        score: Score,
+        epoch: int,
     ) -> Tensor:
         """(B,) forward-looking term from the current policy's x0_hat, the published form."""
         x_t = trajectories.chain[k, rows]
         if prediction is None:
             text = self.text[trajectories.prompt_id[rows.cpu()]]
             prediction = self.policy.predict(x_t, self.schedule.timesteps[k].expand(len(rows)), text)
-        looking = self.recipe.objective.forward_looking  # type: ignore[union-attr]
+        looking = self._config.forward_looking
         x0_hat = look_ahead(self.schedule, x_t, prediction.guided.detach(), prediction.conditional.detach(), k, looking)
         reward = score(self.policy.decode(x0_hat), rows.cpu()).to(self.device)
         return beta_at(self.recipe, epoch) * self._looking_weights()[k] * self.reward_scale(reward)
 
     def _regulariser(
-        self, trajectories: Trajectories, rows: Tensor, k: int, output: Tensor, x_t: Tensor, t: Tensor, text: Tensor
+        self,
+        trajectories: Trajectories,
+        rows: Tensor,
+        k: int,
+        output: Tensor,
+        x_t: Tensor,
+        t: Tensor,
+        text: Tensor,
     ) -> Tensor:
         """(B,) pull towards the sampling-time prediction and towards the pretrained policy."""
         weights = self.recipe.regulariser
@@ -284,15 +308,17 @@ class Learner:
     @torch.no_grad()
     def flow_table(self, trajectories: Trajectories, rows: Tensor) -> Tensor:
         """(n, T) log F~ at every state but the last of some trajectories."""
-        return torch.stack([self.log_F_tilde(trajectories, rows, k) for k in range(self.schedule.num_transitions)], dim=1)
+        return torch.stack(
+            [self.log_F_tilde(trajectories, rows, k) for k in range(self.schedule.num_transitions)], dim=1
+        )
 
     def _looking_weights(self) -> Tensor:
         alpha_bar = self.schedule.alpha_bar_t
-        return alpha_bar if self.recipe.objective.forward_looking.weight == "alpha_bar" else torch.ones_like(alpha_bar)  # type: ignore[union-attr]
+        return alpha_bar if self._config.forward_looking.weight == "alpha_bar" else torch.ones_like(alpha_bar)
 
     def _scalars(self, trajectories: Trajectories, epoch: int) -> Scalars:
         """The rollout's numbers in the objective's units; the first rollout fixes the reward's standard units."""
-        beta = self.recipe.objective.beta  # type: ignore[union-attr]
+        beta = self._config.beta
         if beta.unit == "reward_sd" and not self.reward_scale.is_set:
             sd = float(trajectories.reward.std(correction=0))
             self.reward_scale = RewardScale(float(trajectories.reward.mean()), sd if sd > 0 else 1.0, True)
@@ -310,15 +336,17 @@ class Learner:
     def _residuals(self, trajectories: Trajectories, scalars: Scalars, rows: Tensor) -> Tensor:
         """(n, T) residuals of some trajectories at the sampling-time policy and the current flow."""
         flows = self.flow_table(trajectories, rows)
-        return balance.residual_table(flows, scalars.looking[rows], scalars.log_pf[rows], scalars.log_pb[rows], scalars.log_reward[rows])
+        return balance.residual_table(
+            flows, scalars.looking[rows], scalars.log_pf[rows], scalars.log_pb[rows], scalars.log_reward[rows]
+        )
 
     def _calibrate(self, trajectories: Trajectories, scalars: Scalars) -> dict[str, float | list[float]]:
         """Measure a fresh rollout's residuals, then centre the flow's constants on them and track their scale."""
         assert self.flow is not None
-        config, rate = self.recipe.objective, self.recipe.flow.calibration
+        config, rate = self._config, self.recipe.flow.calibration
         everything = torch.arange(trajectories.num_trajectories, device=self.device)
         residuals = self._residuals(trajectories, scalars, everything)
-        measured = {
+        measured: dict[str, float | list[float]] = {
             "residual_mean": float(residuals.mean()),
             "residual_rms": float(residuals.square().mean().sqrt()),
             "residual_mean_per_step": residuals.mean(0).tolist(),
@@ -331,7 +359,7 @@ class Learner:
         spread = residuals.std(0, correction=0).clamp(min=1e-6)
         if rate > 0 and not self.is_calibrated:
             self.flow.scale.copy_(spread.mean())
-        if config.residual_scale == "running":  # type: ignore[union-attr]
+        if config.residual_scale == "running":
             keep = 1 - _SCALE_RATE if self.is_calibrated else 0.0
             self.residual_scale = keep * self.residual_scale + (1 - keep) * spread
         self.is_calibrated = True
@@ -352,7 +380,7 @@ class Learner:
                 log_F, log_F_next = transition.flows()
                 delta = balance.residual(log_F, transition.log_pf, transition.log_pb, log_F_next.detach())
                 self.flow_stepper.zero_grad()
-                penalty(delta / self.residual_scale[k], self.recipe.objective.huber).mean().backward()  # type: ignore[union-attr]
+                penalty(delta / self.residual_scale[k], self._config.huber).mean().backward()
                 self.flow_stepper.step()
 
     def _flow_transition(self, trajectories: Trajectories, scalars: Scalars, rows: Tensor, k: Tensor) -> Transition:

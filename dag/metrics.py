@@ -29,7 +29,9 @@ class MetricsFile:
     def read(self) -> list[dict[str, Any]]:
         if not self.path.exists():
             return []
-        return [json.loads(line) for line in self.path.read_text(encoding="utf-8").splitlines() if line]
+        # What follows the last newline was cut short by a crash.
+        complete, _, _ = self.path.read_text(encoding="utf-8").rpartition("\n")
+        return [json.loads(line) for line in complete.splitlines() if line]
 
     def keep_before(self, epoch: int) -> None:
         """Drop the rows of `epoch` and later, which a resumed run will write again."""

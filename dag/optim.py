@@ -1,6 +1,7 @@
 """Optimizers, gradient clipping and the finite check."""
 
 import math
+from typing import Any
 
 import torch
 from torch import nn
@@ -12,15 +13,24 @@ from dag.recipe import Train
 _MAX_SKIPPED_UPDATES = 5
 
 
-def build_optimizer(parameters: list[nn.Parameter], learning_rate: float, train: Train, kind: str) -> torch.optim.Optimizer:
+def build_optimizer(
+    parameters: list[nn.Parameter], learning_rate: float, train: Train, kind: str
+) -> torch.optim.Optimizer:
     """AdamW, or bitsandbytes' AdamW8bit for `kind` "adamw8bit". Raises UsageError if that is not installed."""
-    options = {"lr": learning_rate, "betas": train.adam_betas, "weight_decay": train.weight_decay, "eps": 1e-8}
+    options: dict[str, Any] = {
+        "lr": learning_rate,
+        "betas": train.adam_betas,
+        "weight_decay": train.weight_decay,
+        "eps": 1e-8,
+    }
     if kind == "adamw":
         return torch.optim.AdamW(parameters, **options)
     try:
         import bitsandbytes
     except ImportError:
-        raise UsageError("train.optimizer=adamw8bit needs bitsandbytes: pip install bitsandbytes, or use adamw") from None
+        raise UsageError(
+            "train.optimizer=adamw8bit needs bitsandbytes: pip install bitsandbytes, or use adamw"
+        ) from None
     return bitsandbytes.optim.AdamW8bit(parameters, **options)
 
 

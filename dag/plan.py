@@ -33,7 +33,11 @@ class Plan:
 def latent_elements(recipe: Recipe) -> tuple[int, bool]:
     """(D, is it an assumption)."""
     folder = local_folder(recipe.model.path)
-    channels, factor, resolution = _ASSUMED_CHANNELS, _ASSUMED_FACTOR, recipe.model.resolution or _ASSUMED_RESOLUTION
+    channels, factor, resolution = (
+        _ASSUMED_CHANNELS,
+        _ASSUMED_FACTOR,
+        recipe.model.resolution or _ASSUMED_RESOLUTION,
+    )
     if folder is not None and (folder / "unet/config.json").is_file() and (folder / "vae/config.json").is_file():
         unet = json.loads((folder / "unet/config.json").read_text(encoding="utf-8"))
         vae = json.loads((folder / "vae/config.json").read_text(encoding="utf-8"))
@@ -78,7 +82,11 @@ def make_plan(recipe: Recipe) -> Plan:
 def describe(recipe: Recipe, num_prompts: int) -> str:
     """The plan as a person reads it."""
     plan, train, sampler = make_plan(recipe), recipe.train, recipe.sampler
-    known = "assumed, an SD 1.x latent: the model's files are not on this machine" if plan.is_assumed else "from the model's config"
+    known = (
+        "assumed, an SD 1.x latent: the model's files are not on this machine"
+        if plan.is_assumed
+        else "from the model's config"
+    )
     lines = [
         f"model         {recipe.model.path}, {recipe.model.dtype}, {recipe.adapter.kind}"
         + (f" rank {recipe.adapter.rank}" if recipe.adapter.kind == "lora" else ""),

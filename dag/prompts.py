@@ -9,11 +9,53 @@ from dag.errors import UsageError
 from dag.recipe import Prompts
 
 # The 45 common animals that DDPO (Black et al. 2024, appendix) and DAG train on.
-SIMPLE_ANIMALS = (
-    "cat dog horse monkey rabbit zebra spider bird sheep deer cow goat lion tiger bear raccoon fox wolf lizard beetle ant "
-    "butterfly fish shark whale dolphin squirrel mouse rat snake turtle frog chicken duck goose bee pig turkey fly llama camel "
-    "bat gorilla hedgehog kangaroo"
-).split()
+SIMPLE_ANIMALS = [
+    "cat",
+    "dog",
+    "horse",
+    "monkey",
+    "rabbit",
+    "zebra",
+    "spider",
+    "bird",
+    "sheep",
+    "deer",
+    "cow",
+    "goat",
+    "lion",
+    "tiger",
+    "bear",
+    "raccoon",
+    "fox",
+    "wolf",
+    "lizard",
+    "beetle",
+    "ant",
+    "butterfly",
+    "fish",
+    "shark",
+    "whale",
+    "dolphin",
+    "squirrel",
+    "mouse",
+    "rat",
+    "snake",
+    "turtle",
+    "frog",
+    "chicken",
+    "duck",
+    "goose",
+    "bee",
+    "pig",
+    "turkey",
+    "fly",
+    "llama",
+    "camel",
+    "bat",
+    "gorilla",
+    "hedgehog",
+    "kangaroo",
+]
 
 
 def with_article(noun: str) -> str:
@@ -37,10 +79,11 @@ def load_prompts(prompts: Prompts) -> tuple[str, ...]:
 def read_prompt_file(path: str | Path) -> tuple[str, ...]:
     """One prompt a line, or one JSON object with a `prompt` key a line if the name ends in .jsonl."""
     try:
-        lines = Path(path).read_text(encoding="utf-8").splitlines()
+        # Not splitlines, which also cuts inside prompts: at form feeds, at U+2028.
+        lines = Path(path).read_text(encoding="utf-8-sig").split("\n")
     except FileNotFoundError:
         raise UsageError(f"prompts.file: {path} does not exist") from None
-    except (OSError, UnicodeDecodeError) as error:
+    except (OSError, ValueError) as error:
         raise UsageError(f"prompts.file: cannot read {path}: {getattr(error, 'strerror', None) or error}") from None
     numbered = [(number, line.strip()) for number, line in enumerate(lines, 1) if line.strip()]
     is_jsonl = str(path).endswith(".jsonl")
@@ -56,7 +99,9 @@ def _prompt_of_json(path: str | Path, number: int, line: str) -> str:
     except (json.JSONDecodeError, KeyError, TypeError):
         prompt = None
     if not isinstance(prompt, str) or not prompt.strip():
-        raise UsageError(f'prompts.file: {path}, line {number}: expected {{"prompt": "some text"}}, found {line[:60]!r}')
+        raise UsageError(
+            f'prompts.file: {path}, line {number}: expected {{"prompt": "some text"}}, found {line[:60]!r}'
+        )
     return prompt
 
 

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, Union
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator, model_validator
 
 from dag.errors import UsageError
 
@@ -19,11 +19,20 @@ from dag.errors import UsageError
 class Section(BaseModel):
     """A group of keys; unknown ones are refused."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False, use_attribute_docstrings=True)
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _no_boolean_as_number(cls, value: Any, info: ValidationInfo) -> Any:
+        """Python counts true as 1; a recipe does not."""
+        assert info.field_name is not None
+        if isinstance(value, bool) and cls.model_fields[info.field_name].annotation is not bool:
+            raise ValueError("true and false do not belong here")
+        return value
 
 
 class Model(Section):
-    path: str
+    path: str = Field(min_length=1)
     """`embedded`, a local diffusers folder, or a hub id (SD 1.x / 2.x architecture)."""
     revision: str | None = None
     """Branch, tag or commit of a hub id."""
@@ -189,7 +198,7 @@ ObjectiveTerm = Annotated[DetailedBalance | KLDivergence | PolicyGradient, Field
 
 
 class Flow(Section):
-    channels: tuple[int, ...] = (64, 128, 256, 256)
+    channels: tuple[Annotated[int, Field(ge=1)], ...] = (64, 128, 256, 256)
     """Widths of the state-flow network, one stage (each halves the side) per entry."""
     learning_rate: float = Field(3e-3, gt=0)
     """By default ten times the policy's: detailed balance needs a flow that keeps up."""
@@ -225,7 +234,7 @@ class Train(Section):
     """Always train the last transition, where the final reward enters. False is published."""
     learning_rate: float = Field(3e-4, gt=0)
     """AdamW learning rate of the policy."""
-    adam_betas: tuple[float, float] = (0.9, 0.999)
+    adam_betas: tuple[Annotated[float, Field(ge=0, lt=1)], Annotated[float, Field(ge=0, lt=1)]] = (0.9, 0.999)
     """AdamW's beta1, beta2, for policy and flow."""
     weight_decay: float = Field(1e-4, ge=0)
     """AdamW's decay, for policy and flow."""
@@ -316,16 +325,30 @@ def load(path: str | Path, overrides: typing.Sequence[str] = ()) -> Recipe:
     except (OSError, UnicodeDecodeError) as error:
         raise UsageError(f"{path}: cannot read the recipe: {getattr(error, 'strerror', None) or error}") from None
     try:
-        data = yaml.safe_load(text)
-    except yaml.YAMLError as error:
+        data = yaml.load(text, _Loader)
+    except Exception as error:  # PyYAML lets the ValueError of an impossible date and its like through
         mark = getattr(error, "problem_mark", None)
         where = f" (line {mark.line + 1})" if mark else ""
-        raise UsageError(f"{path}: not a YAML file{where}: {getattr(error, 'problem', None) or error}") from None
+        reason = getattr(error, "problem", None) or str(error).partition("\n")[0]
+        raise UsageError(f"{path}: not a YAML file{where}: {reason}") from None
     if not isinstance(data, dict):
         raise UsageError(f"{path}: a recipe is a mapping of keys, found {type(data).__name__}")
     for override in overrides:
         _apply_override(data, override)
     return parse(data, str(path))
+
+
+class _Loader(yaml.SafeLoader):
+    """Refuses a key given twice, of which YAML would keep the last."""
+
+    def compose_mapping_node(self, anchor: Any) -> yaml.MappingNode:
+        node = super().compose_mapping_node(anchor)
+        seen = set()
+        for key, _ in node.value:
+            if isinstance(key, yaml.ScalarNode) and key.value in seen:
+                raise yaml.composer.ComposerError(None, None, f"the key {key.value!r} is given twice", key.start_mark)
+            seen.add(key.value if isinstance(key, yaml.ScalarNode) else None)
+        return node
 
 
 def parse(data: dict[str, Any], source: str) -> Recipe:
@@ -345,8 +368,8 @@ def _apply_override(data: dict[str, Any], override: str) -> None:
     if not separator or not key.strip():
         raise UsageError(f"--set {override}: write key.sub=value")
     try:
-        value = yaml.safe_load(raw)
-    except yaml.YAMLError:
+        value = yaml.load(raw, _Loader)
+    except Exception:  # as in load
         raise UsageError(f"--set {override}: the value is not YAML") from None
     *parents, last = key.strip().split(".")
     node: Any = data
@@ -355,7 +378,7 @@ def _apply_override(data: dict[str, Any], override: str) -> None:
         if not isinstance(node, dict | list):
             raise UsageError(f"--set {override}: {'.'.join(parents[: depth + 1])} is not a section")
     if isinstance(node, list):
-        if not last.isdigit() or int(last) >= len(node):
+        if not last.isdecimal() or int(last) >= len(node):
             raise UsageError(f"--set {override}: index {last!r} is not one of 0..{len(node) - 1}")
         node[int(last)] = value
     else:
@@ -364,7 +387,7 @@ def _apply_override(data: dict[str, Any], override: str) -> None:
 
 def _child(node: Any, name: str, create: bool) -> Any:
     if isinstance(node, list):
-        return node[int(name)] if name.isdigit() and int(name) < len(node) else None
+        return node[int(name)] if name.isdecimal() and int(name) < len(node) else None
     if create and node.get(name) is None:
         node[name] = {}
     return node.get(name)
@@ -373,10 +396,10 @@ def _child(node: Any, name: str, create: bool) -> Any:
 def _explain(error: ValidationError) -> list[str]:
     lines = []
     for item in error.errors(include_url=False):
-        location = [part for part in item["loc"] if not _is_union_tag(part)]
+        location = _without_union_tag(item["loc"])
         key = ".".join(map(str, location)) or "recipe"
         if item["type"] == "extra_forbidden":
-            known = known_keys(location[:-1])
+            known = known_keys(item["loc"][:-1])
             close = difflib.get_close_matches(str(location[-1]), known, n=1)
             hint = f"; did you mean '{close[0]}'?" if close else f"; known: {', '.join(known)}"
             lines.append(f"{key}: unknown key{hint}")
@@ -386,31 +409,57 @@ def _explain(error: ValidationError) -> list[str]:
             context = item["ctx"]
             tags = context["expected_tags"].replace("'", "").split(", ")
             close = difflib.get_close_matches(str(context["tag"]), tags, n=1)
-            hint = f"; did you mean '{close[0]}'?" if close else ""
+            hint = f"; did you mean '{close[0]}'?" if close else ";"
             lines.append(f"{key}.name: unknown name '{context['tag']}'{hint} known: {', '.join(tags)}")
         elif item["type"] == "union_tag_not_found":
             lines.append(f"{key}.name: missing, and it has no default")
         else:
-            message = item["msg"].removeprefix("Value error, ")
-            lines.append(f"{key}: {message[0].lower()}{message[1:]} (found {item['input']!r})"[:400])
+            message = _PLAIN.get(item["type"]) or item["msg"].removeprefix("Value error, ")
+            found = "" if item["type"] == "value_error" else f" (found {item['input']!r})"
+            lines.append(f"{key}: {message[0].lower()}{message[1:]}{found}"[:400])
     return lines
 
 
-_UNION_TAGS = {"compressibility", "incompressibility", "colourfulness", "image_text", "custom", "dag_db", "dag_kl", "ddpo"}
+_UNION_TAGS = {
+    "compressibility",
+    "incompressibility",
+    "colourfulness",
+    "image_text",
+    "custom",
+    "dag_db",
+    "dag_kl",
+    "ddpo",
+}
 
 
-def _is_union_tag(part: int | str) -> bool:
+# Where pydantic speaks of Python rather than of YAML.
+_SECTION = "input should be a section, key: value"
+_PLAIN = {
+    "model_type": _SECTION,
+    "model_attributes_type": _SECTION,
+    "tuple_type": "input should be a list",
+    "string_pattern_mismatch": "write module:function or file.py:function",
+}
+
+
+def _without_union_tag(location: tuple[int | str, ...]) -> list[int | str]:
     """pydantic puts the chosen `name` of a union into the path; it is no key of the file."""
-    return part in _UNION_TAGS
+    at = {"objective": 1, "reward": 2}.get(str(location[0])) if location else None
+    return [part for index, part in enumerate(location) if index != at or part not in _UNION_TAGS]
 
 
 def known_keys(path: typing.Sequence[int | str]) -> list[str]:
-    """The keys a section accepts, [] for the top level; a union's members are merged."""
+    """The keys a section accepts, [] for the top level; a union's members are merged unless the path names one."""
     models: list[type[Section]] = [Recipe]
     for part in path:
         if isinstance(part, int):
             continue
-        models = [m for model in models if part in model.model_fields for m in _sections(model.model_fields[part].annotation)]
+        if part in _UNION_TAGS:
+            models = [model for model in models if part in typing.get_args(model.model_fields["name"].annotation)]
+            continue
+        models = [
+            m for model in models if part in model.model_fields for m in _sections(model.model_fields[part].annotation)
+        ]
     return sorted({name for model in models for name in model.model_fields})
 
 

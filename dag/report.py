@@ -41,7 +41,9 @@ def with_title(sheet: Image.Image, title: str) -> Image.Image:
 
 def beside(sheets: Sequence[Image.Image]) -> Image.Image:
     """Pictures side by side."""
-    joined = Image.new("RGB", (sum(s.width for s in sheets) + 12 * (len(sheets) - 1), max(s.height for s in sheets)), "white")
+    joined = Image.new(
+        "RGB", (sum(s.width for s in sheets) + 12 * (len(sheets) - 1), max(s.height for s in sheets)), "white"
+    )
     left = 0
     for sheet in sheets:
         joined.paste(sheet, (left, 0))
@@ -49,7 +51,9 @@ def beside(sheets: Sequence[Image.Image]) -> Image.Image:
     return joined
 
 
-def before_after(before: Tensor, after: Tensor, captions: tuple[Sequence[str], Sequence[str]], columns: int) -> Image.Image:
+def before_after(
+    before: Tensor, after: Tensor, captions: tuple[Sequence[str], Sequence[str]], columns: int
+) -> Image.Image:
     """The same prompts and seeds from the base model and from the trained one."""
     left = with_title(grid(before, captions[0], columns), "before")
     return beside([left, with_title(grid(after, captions[1], columns), "after")])

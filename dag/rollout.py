@@ -97,7 +97,12 @@ def sample_tile(
 
 
 def look_ahead(
-    schedule: Schedule, x_t: Tensor, output_guided: Tensor, output_conditional: Tensor, k: int, looking: ForwardLooking
+    schedule: Schedule,
+    x_t: Tensor,
+    output_guided: Tensor,
+    output_conditional: Tensor,
+    k: int,
+    looking: ForwardLooking,
 ) -> Tensor:
     """x0_hat (B, C, H, W) float32 of step k as a recipe's `forward_looking` section defines it."""
     output = output_guided if looking.prediction == "guided" else output_conditional
@@ -110,7 +115,9 @@ def look_ahead(
 
 
 @torch.no_grad()
-def score_tile(policy: Policy, tile: SampledTile, score: Score, on_image: Callable[[], object] = lambda: None) -> tuple[Tensor | None, Tensor, Tensor]:
+def score_tile(
+    policy: Policy, tile: SampledTile, score: Score, on_image: Callable[[], object] = lambda: None
+) -> tuple[Tensor | None, Tensor, Tensor]:
     """((B, T) rewards of every x0_hat or None, (B,) rewards of x_0, images (B, 3, H, W)), rewards on the CPU."""
     rows = torch.arange(len(tile.x_0))
     looking = []
@@ -123,7 +130,9 @@ def score_tile(policy: Policy, tile: SampledTile, score: Score, on_image: Callab
     return torch.stack(looking, 1) if looking else None, reward, images
 
 
-def assemble(tile: SampledTile, looking: Tensor | None, reward: Tensor, batch: Batch, seed: int, sampler: Sampler) -> Trajectories:
+def assemble(
+    tile: SampledTile, looking: Tensor | None, reward: Tensor, batch: Batch, seed: int, sampler: Sampler
+) -> Trajectories:
     """A scored tile as trajectories; scalars move to the chain's device."""
     device = tile.chain.device
     return Trajectories(
@@ -143,7 +152,9 @@ def generate(policy: Policy, text: Tensor, sample_id: Sequence[int] | Tensor, se
     """(N, 3, H, W) images in [0, 1] for (N, S, D) embeddings, by the sampler that training uses."""
     ids = torch.as_tensor(sample_id, dtype=torch.int64)
     tiles = zip(text.split(sampler.tile), ids.split(sampler.tile), strict=True)
-    return torch.cat([policy.decode(sample_tile(policy, part, part_ids, seed, sampler).x_0).cpu() for part, part_ids in tiles])
+    return torch.cat(
+        [policy.decode(sample_tile(policy, part, part_ids, seed, sampler).x_0).cpu() for part, part_ids in tiles]
+    )
 
 
 def _noise_dtype(sampler: Sampler) -> torch.dtype:

@@ -1,16 +1,18 @@
 """The folder of one run: what lies where, and the promise that nothing in it is overwritten by accident.
 
-    run.json, metrics.jsonl, curves.png, samples/epoch_NNNN.png, checkpoints/epoch_NNNN/ and `last`, lora/
+run.json, metrics.jsonl, curves.png, samples/epoch_NNNN.png, checkpoints/epoch_NNNN/ and `last`, lora/
 """
 
 import json
 import os
+import re
 import time
 from pathlib import Path
 from typing import Any
 
 from dag.errors import RunError, UsageError
 from dag.metrics import MetricsFile
+from dag.recipe import Recipe, parse
 
 
 class RunFolder:
@@ -23,10 +25,13 @@ class RunFolder:
 
     @classmethod
     def create(cls, path: Path) -> "RunFolder":
-        """A new run. Raises UsageError if the folder holds anything or cannot be written."""
-        if path.is_dir() and any(path.iterdir()):
-            raise UsageError(f"--out {path}: the folder is not empty; continue that run with --resume, or choose another folder")
+        """A new run. Raises UsageError if the folder holds any file or cannot be written."""
         try:
+            # Empty folders are what a run leaves that was refused before it began.
+            if any(not inside.is_dir() for inside in path.rglob("*")):
+                raise UsageError(
+                    f"--out {path}: the folder is not empty; continue that run with --resume, or choose another folder"
+                )
             (path / "samples").mkdir(parents=True, exist_ok=True)
             probe = path / ".writable"
             probe.touch()
@@ -45,10 +50,18 @@ class RunFolder:
     def write_description(self, description: dict[str, Any]) -> None:
         write_json(self.path / "run.json", description)
 
+    def read_recipe(self) -> Recipe:
+        """The recipe of the run. Raises UsageError if run.json holds none that this version understands."""
+        description, source = self.read_description(), str(self.path / "run.json")
+        data = description.get("recipe") if isinstance(description, dict) else None
+        if not isinstance(data, dict):
+            raise UsageError(f"{source}: holds no recipe")
+        return parse(data, source)
+
     def read_description(self) -> dict[str, Any]:
         try:
             return json.loads((self.path / "run.json").read_text(encoding="utf-8"))
-        except (OSError, json.JSONDecodeError) as error:
+        except (OSError, ValueError) as error:
             raise RunError(f"{self.path / 'run.json'}: cannot be read: {error}") from None
 
 
@@ -66,7 +79,14 @@ def default_path(recipe_name: str) -> Path:
 
 def newest_run(recipe_name: str) -> Path:
     """The newest runs/<recipe>-* that has a checkpoint. Raises UsageError if there is none."""
-    found = sorted(path for path in Path("runs").glob(f"{recipe_name}-*") if (path / "checkpoints" / "last").exists())
+    name = re.compile(re.escape(recipe_name) + r"-\d{8}-\d{6}")
+    found = sorted(
+        path
+        for path in Path("runs").glob("*")
+        if name.fullmatch(path.name) and (path / "checkpoints" / "last").exists()
+    )
     if not found:
-        raise UsageError(f"--resume: no run of {recipe_name} with a checkpoint under runs/; name its folder: --resume DIR")
+        raise UsageError(
+            f"--resume: no run of {recipe_name} with a checkpoint under runs/; name its folder: --resume DIR"
+        )
     return found[-1]

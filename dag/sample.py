@@ -14,7 +14,6 @@ from dag import checkpoint, report
 from dag.errors import RunError, UsageError
 from dag.models.sd import StableDiffusion
 from dag.prompts import load_prompts
-from dag.recipe import Recipe
 from dag.rollout import generate
 from dag.run_folder import RunFolder
 
@@ -37,7 +36,7 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
 def draw(arguments: argparse.Namespace) -> Path:
     """Make the picture; returns its path."""
     run = RunFolder.open(arguments.run)
-    recipe = Recipe.model_validate(run.read_description()["recipe"])
+    recipe = run.read_recipe()
     if arguments.images < 1:
         raise UsageError(f"--images {arguments.images}: at least 1")
     out = arguments.out or _free_name(run.samples)

@@ -86,7 +86,9 @@ class Schedule:
             )
         num_train = int(scheduler.config.num_train_timesteps)
         if not 1 <= num_steps <= num_train:
-            raise ValueError(f"sampler.steps={num_steps}: this model was trained on {num_train} steps; use 1 to {num_train}")
+            raise ValueError(
+                f"sampler.steps={num_steps}: this model was trained on {num_train} steps; use 1 to {num_train}"
+            )
         scheduler = copy.deepcopy(scheduler)
         scheduler.set_timesteps(num_steps)
         timesteps = torch.as_tensor(scheduler.timesteps).to("cpu", torch.int64)
@@ -104,7 +106,12 @@ class Schedule:
 
     @classmethod
     def from_alpha_bars(
-        cls, timesteps: Tensor, alpha_bar_t: Tensor, alpha_bar_next: Tensor, prediction_type: str, eta: float = 1.0
+        cls,
+        timesteps: Tensor,
+        alpha_bar_t: Tensor,
+        alpha_bar_next: Tensor,
+        prediction_type: str,
+        eta: float = 1.0,
     ) -> Self:
         """The table for given noise levels (T,) float64; see the module's formulas.
 
@@ -145,7 +152,7 @@ class Schedule:
 
     def to(self, device: torch.device | str) -> Self:
         """The same table on `device`, coefficients in float32."""
-        moved = {}
+        moved: dict[str, Any] = {}
         for field in fields(self):
             value = getattr(self, field.name)
             if isinstance(value, Tensor):
@@ -186,7 +193,11 @@ class Schedule:
             (B,) float32 (float64 for float64 inputs).
         """
         mean = self._mean(x_t.detach(), model_output, k)
-        return _reduced(gaussian_log_prob(_at_least_float32(x_next.detach()), mean, _at(self.sigma, k, mean)), x_t, reduction)
+        return _reduced(
+            gaussian_log_prob(_at_least_float32(x_next.detach()), mean, _at(self.sigma, k, mean)),
+            x_t,
+            reduction,
+        )
 
     def log_pb(self, x_t: Tensor, x_next: Tensor, k: int | Tensor, reduction: Reduction = "sum") -> Tensor:
         """log P_B(x_t | x_next), the fixed noising kernel; arguments and result as for `log_pf`."""
@@ -199,7 +210,9 @@ class Schedule:
         x, xp = _at_least_float32(x_t), _at_least_float32(x_next)
         return (xp - _at(self.mean_x, k, x) * x - _at(self.sigma, k, x) * noise) / _at(self.mean_output, k, x)
 
-    def policy_kl(self, model_output: Tensor, reference_output: Tensor, k: int | Tensor, reduction: Reduction = "sum") -> Tensor:
+    def policy_kl(
+        self, model_output: Tensor, reference_output: Tensor, k: int | Tensor, reduction: Reduction = "sum"
+    ) -> Tensor:
         """KL(N(mu, sigma^2 I) || N(mu_ref, sigma^2 I)) = 1/2 (b / sigma)^2 |o - o_ref|^2, (B,) float32."""
         o, reference = _at_least_float32(model_output), _at_least_float32(reference_output)
         scale = _at(self.mean_output, k, o) / _at(self.sigma, k, o)
@@ -219,7 +232,9 @@ def x0_coefficients(prediction_type: str, ab_t: Tensor) -> tuple[Tensor, Tensor]
     signal, noise = ab_t.sqrt(), (1 - ab_t).sqrt()
     if prediction_type == "epsilon":
         if bool((ab_t == 0).any()):
-            raise ValueError("a zero-terminal-SNR schedule cannot be walked with epsilon prediction; use a v-prediction model")
+            raise ValueError(
+                "a zero-terminal-SNR schedule cannot be walked with epsilon prediction; use a v-prediction model"
+            )
         return 1 / signal, -noise / signal
     if prediction_type == "v_prediction":
         return signal, -noise

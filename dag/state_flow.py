@@ -54,10 +54,11 @@ class StateFlow(nn.Module):
         self.stages = nn.ModuleList(
             _Stage(before, after, width) for before, after in zip((latent_channels, *channels), channels, strict=False)
         )
-        self.head = nn.Sequential(nn.LayerNorm(2 * width), nn.Linear(2 * width, width), nn.SiLU(), nn.Linear(width, 1))
+        last = nn.Linear(width, 1)
         # Starts as the constants alone: an arbitrary flow would first have to be unlearnt.
-        nn.init.zeros_(self.head[-1].weight)
-        nn.init.zeros_(self.head[-1].bias)
+        nn.init.zeros_(last.weight)
+        nn.init.zeros_(last.bias)
+        self.head = nn.Sequential(nn.LayerNorm(2 * width), nn.Linear(2 * width, width), nn.SiLU(), last)
         self.register_buffer("constants", torch.zeros(num_transitions))
         self.register_buffer("scale", torch.ones(()))
 

@@ -16,14 +16,14 @@ from torch import Tensor
 from tqdm import tqdm
 
 from dag import checkpoint, prompts, report
-from dag.errors import RunError
+from dag.errors import RunError, UsageError
 from dag.evaluate import EvaluationResult, Evaluator
 from dag.learner import Learner, RewardScale
 from dag.models.sd import StableDiffusion
 from dag.objectives import OBJECTIVES
 from dag.optim import Stepper, build_optimizer
 from dag.plan import make_plan
-from dag.recipe import Recipe
+from dag.recipe import ForwardLooking, PolicyGradient, Recipe
 from dag.rewards import RewardSum
 from dag.rollout import Batch, assemble, sample_tile, score_tile
 from dag.run_folder import RunFolder
@@ -70,7 +70,10 @@ def build(recipe: Recipe, device: torch.device, warn: Callable[[str], object] = 
         with torch.random.fork_rng():
             torch.manual_seed(recipe.seed)
             flow = StateFlow(
-                policy.latent_shape[0], policy.text_width, policy.schedule.num_transitions, recipe.flow.channels
+                policy.latent_shape[0],
+                policy.text_width,
+                policy.schedule.num_transitions,
+                recipe.flow.channels,
             ).to(device)
         optimizer = build_optimizer(list(flow.parameters()), recipe.flow.learning_rate, train, "adamw")
         flow_stepper = Stepper("flow", optimizer, train.clip_norm)
@@ -86,7 +89,11 @@ class Trainer:
     """
 
     def __init__(
-        self, recipe: Recipe, run: RunFolder, parts: Parts, tracker: Callable[[dict[str, Any], int], object] | None = None
+        self,
+        recipe: Recipe,
+        run: RunFolder,
+        parts: Parts,
+        tracker: Callable[[dict[str, Any], int], object] | None = None,
     ) -> None:
         self.recipe, self.run, self.parts, self.tracker = recipe, run, parts, tracker
         self.seconds: dict[str, float] = {}
@@ -100,6 +107,8 @@ class Trainer:
             self.record(0, before.metrics, before)
         else:
             start = self.load_checkpoint(resume_from)
+            if start > self.recipe.train.epochs:
+                raise UsageError(f"--resume: {start} epochs are done already, train.epochs={self.recipe.train.epochs}")
             self.run.metrics.keep_before(start + 1)
             tqdm.write(f"resumed after epoch {start} from {resume_from}")
         result = before
@@ -123,35 +132,52 @@ class Trainer:
 
     def sample(self, epoch: int) -> Trajectories:
         """Roll out and score the epoch's trajectories. If a reward fails, the state so far is saved first."""
-        train, sampler = self.recipe.train, self.recipe.sampler
+        train = self.recipe.train
         batch = Batch(
-            prompt_id=torch.from_numpy(prompts.draw(len(self.parts.prompts), train.trajectories, self.recipe.seed, epoch)),
+            prompt_id=torch.from_numpy(
+                prompts.draw(len(self.parts.prompts), train.trajectories, self.recipe.seed, epoch)
+            ),
             sample_id=epoch * train.trajectories + torch.arange(train.trajectories),
         )
-        T = self.parts.policy.schedule.num_transitions
-        looking = None if self.parts.flow is None else self.recipe.objective.forward_looking  # type: ignore[union-attr]
-        if looking is not None and looking.source == "none":
-            looking = None
+        T, looking = self.parts.policy.schedule.num_transitions, self._looking()
         scored = train.trajectories * (1 + (T if looking is not None else 0))
-        parts = []
+        tiles = []
         try:
-            with self._bar(epoch, "sample", train.trajectories * T) as sampled, self._bar(epoch, "score", scored) as scores:
-                for tile in batch.tiles(sampler.tile):
-                    size = len(tile.sample_id)
-                    with self._timed("sample"):
-                        text = self.parts.text[tile.prompt_id]
-                        drawn = sample_tile(
-                            self.parts.policy, text, tile.sample_id, self.recipe.seed, sampler, looking,
-                            lambda size=size: sampled.update(size),  # type: ignore[misc]
-                        )  # fmt: skip
-                    with self._timed("reward"):
-                        score = self._scorer(tile.prompt_id, tile.sample_id)
-                        rewards = score_tile(self.parts.policy, drawn, score, lambda size=size: scores.update(size))  # type: ignore[misc]
-                    parts.append(assemble(drawn, rewards[0], rewards[1], tile, self.recipe.seed, sampler))
+            with (
+                self._bar(epoch, "sample", train.trajectories * T) as sampled,
+                self._bar(epoch, "score", scored) as scores,
+            ):
+                for tile in batch.tiles(self.recipe.sampler.tile):
+                    tiles.append(self._sample_tile(tile, looking, sampled.update, scores.update))
         except RunError:
             self.save_checkpoint(epoch)
             raise
-        return concatenate(parts)
+        return concatenate(tiles)
+
+    def _looking(self) -> ForwardLooking | None:
+        """The forward-looking section, or None if no intermediate state is scored."""
+        objective = self.recipe.objective
+        if isinstance(objective, PolicyGradient) or objective.forward_looking.source == "none":
+            return None
+        return objective.forward_looking
+
+    def _sample_tile(
+        self,
+        tile: Batch,
+        looking: ForwardLooking | None,
+        sampled: Callable[[int], object],
+        scored: Callable[[int], object],
+    ) -> Trajectories:
+        sampler, seed, size = self.recipe.sampler, self.recipe.seed, len(tile.sample_id)
+        with self._timed("sample"):
+            text = self.parts.text[tile.prompt_id]
+            drawn = sample_tile(
+                self.parts.policy, text, tile.sample_id, seed, sampler, looking, on_step=lambda: sampled(size)
+            )
+        with self._timed("reward"):
+            score = self._scorer(tile.prompt_id, tile.sample_id)
+            seen, reward, _ = score_tile(self.parts.policy, drawn, score, on_image=lambda: scored(size))
+        return assemble(drawn, seen, reward, tile, seed, sampler)
 
     def update(self, trajectories: Trajectories, epoch: int) -> dict[str, Any]:
         """The optimizer updates that this rollout pays for."""
@@ -219,7 +245,10 @@ class Trainer:
 
     def save_checkpoint(self, epoch: int) -> None:
         learner, flow = self.parts.learner, self.parts.flow
-        tensors = {"policy": self.parts.policy.state_dict(), "learner": {"residual_scale": learner.residual_scale}}
+        tensors = {
+            "policy": self.parts.policy.state_dict(),
+            "learner": {"residual_scale": learner.residual_scale},
+        }
         if flow is not None:
             tensors["flow"] = flow.state_dict()
         state = {
@@ -256,7 +285,14 @@ class Trainer:
 
     def _bar(self, epoch: int, phase: str, total: int) -> Any:
         label = f"epoch {epoch + 1}/{self.recipe.train.epochs} {phase}"
-        return tqdm(total=total, desc=label, leave=False, disable=None, unit="row", position=1 if phase == "score" else 0)
+        return tqdm(
+            total=total,
+            desc=label,
+            leave=False,
+            disable=None,
+            unit="row",
+            position=1 if phase == "score" else 0,
+        )
 
 
 def describe_run(recipe: Recipe, parts: Parts, device: torch.device) -> dict[str, Any]:
@@ -271,7 +307,9 @@ def describe_run(recipe: Recipe, parts: Parts, device: torch.device) -> dict[str
         "plan": asdict(make_plan(recipe)),
         "beta_eff": make_plan(recipe).beta_eff,
         "reduction_factor": learner.reduction_factor,
-        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or platform.machine(),
+        "device": torch.cuda.get_device_name(device)
+        if device.type == "cuda"
+        else platform.processor() or platform.machine(),
         "threads": torch.get_num_threads(),
         "python": platform.python_version(),
         "versions": {name: importlib.metadata.version(name) for name in packages},
@@ -284,7 +322,9 @@ def _git_commit() -> str | None:
     """The commit of this code, with -dirty if it was changed; None outside a repository."""
     try:
         command = ["git", "describe", "--always", "--dirty", "--abbrev=12"]
-        return subprocess.run(command, cwd=Path(__file__).parent, capture_output=True, text=True, check=True).stdout.strip()
+        return subprocess.run(
+            command, cwd=Path(__file__).parent, capture_output=True, text=True, check=True
+        ).stdout.strip()
     except (OSError, subprocess.CalledProcessError):
         return None
 
@@ -299,7 +339,11 @@ def _line(epoch: int, epochs: int, row: dict[str, Any]) -> str:
     parts = [f"epoch {epoch}/{epochs}"]
     if "reward_mean" in row:
         parts.append(f"reward {row['reward_mean']:.3f} ± {row['reward_std']:.3f}")
-    for key, label in (("residual_rms", "residual rms"), ("ratio_max_dev", "ratio dev"), ("eval_reward_mean", "eval reward")):
+    for key, label in (
+        ("residual_rms", "residual rms"),
+        ("ratio_max_dev", "ratio dev"),
+        ("eval_reward_mean", "eval reward"),
+    ):
         if row.get(key) is not None:
             parts.append(f"{label} {row[key]:.4g}")
     for key, label in (("diversity", "diversity"), ("fidelity_top1", "fidelity")):

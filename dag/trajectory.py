@@ -8,6 +8,7 @@ Legend: N trajectories, T transitions.
 """
 
 from dataclasses import dataclass, fields
+from typing import Any
 
 import torch
 from dag_kernels import standard_normal
@@ -58,7 +59,7 @@ def draw_noise(seed: int, sample_id: Tensor, k: int, shape: tuple[int, ...], dty
 def concatenate(parts: list[Trajectories]) -> Trajectories:
     """One batch of several rolled-out tiles."""
     first = parts[0]
-    joined = {
+    joined: dict[str, Any] = {
         field.name: torch.cat([getattr(part, field.name) for part in parts], dim=1 if field.name == "chain" else 0)
         for field in fields(Trajectories)
         if isinstance(getattr(first, field.name), Tensor)

@@ -26,7 +26,11 @@ def pictures(recipe: Recipe, folder: Path, weight_name: str, prompts: list[str],
     scheduler.set_timesteps(recipe.sampler.steps)
     guidance, ids = recipe.sampler.guidance_scale, torch.tensor(sample_id)
     text, empty = pipeline.encode_prompt(prompts, "cpu", 1, True)
-    shape = (pipeline.unet.config.in_channels, pipeline.unet.config.sample_size, pipeline.unet.config.sample_size)
+    shape = (
+        pipeline.unet.config.in_channels,
+        pipeline.unet.config.sample_size,
+        pipeline.unet.config.sample_size,
+    )
     x_t = standard_normal(recipe.seed, ids, INITIAL_NOISE, shape)
     for k, t in enumerate(scheduler.timesteps):
         output = pipeline.unet(x_t, t, encoder_hidden_states=text).sample
@@ -40,11 +44,12 @@ def pictures(recipe: Recipe, folder: Path, weight_name: str, prompts: list[str],
 
 
 def main(run: Path) -> None:
+    from safetensors.torch import load_file
+
     from dag.evaluate import FIRST_SAMPLE_ID
     from dag.models.sd import StableDiffusion
     from dag.prompts import load_prompts
     from dag.rollout import generate
-    from safetensors.torch import load_file
 
     recipe = Recipe.model_validate(json.loads((run / "run.json").read_text())["recipe"])
     prompts = list(load_prompts(recipe.prompts)[:8])

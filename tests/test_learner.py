@@ -6,8 +6,8 @@ from typing import Any
 
 import pytest
 import torch
-
 from building import disturb, rolled_out
+
 from dag.recipe import Recipe
 from dag.run_folder import RunFolder
 from dag.trainer import Trainer
@@ -47,7 +47,10 @@ def test_ratio_is_exactly_one_with_equal_tiles(
 ) -> None:
     """Recomputing log P_F at the stored state gives the stored number bit for bit, whatever the precision."""
     recipe = make_recipe(
-        objective=objective, sampler={"chain_dtype": chain}, train={"micro_batch": 4, "updates": 1}, model={"dtype": dtype}
+        objective=objective,
+        sampler={"chain_dtype": chain},
+        train={"micro_batch": 4, "updates": 1},
+        model={"dtype": dtype},
     )
     trainer, trajectories = rolled_out(recipe, run)
     disturb(trainer.parts)
@@ -69,7 +72,11 @@ def test_gradient_does_not_depend_on_the_micro_batch(
 ) -> None:
     found = []
     for micro_batch in (1, 4):
-        recipe = make_recipe(objective=objective, train={"micro_batch": micro_batch}, regulariser={"sampling": 1.0, "pretrained_kl": 0.1})
+        recipe = make_recipe(
+            objective=objective,
+            train={"micro_batch": micro_batch},
+            regulariser={"sampling": 1.0, "pretrained_kl": 0.1},
+        )
         trainer, _ = rolled_out(recipe, run)
         disturb(trainer.parts)
         trajectories = trainer.sample(0)
@@ -127,7 +134,9 @@ def test_every_switch_changes_the_gradient(
     assert any(not torch.equal(a, b) for a, b in zip(*found, strict=True))
 
 
-def test_current_forward_looking_scores_the_moved_policy(make_recipe: MakeRecipe, run: RunFolder, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_current_forward_looking_scores_the_moved_policy(
+    make_recipe: MakeRecipe, run: RunFolder, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """source: current equals source: rollout until the policy moves, and then differs."""
 
     def both(move: bool) -> list[list[torch.Tensor]]:
@@ -144,15 +153,21 @@ def test_current_forward_looking_scores_the_moved_policy(make_recipe: MakeRecipe
     assert any(not torch.equal(a, b) for a, b in zip(*both(move=True), strict=True))
 
 
-def test_sampling_regulariser_is_zero_on_policy_and_bounded_by_rounding(make_recipe: MakeRecipe, run: RunFolder) -> None:
+def test_sampling_regulariser_is_zero_on_policy_and_bounded_by_rounding(
+    make_recipe: MakeRecipe, run: RunFolder
+) -> None:
     trainer, trajectories = rolled_out(make_recipe(regulariser={"sampling": 1.0}), run)
     rows = torch.arange(4)
     for k in range(4):
-        _, regulariser = trainer.parts.learner.rows_loss(trajectories, trainer.parts.learner._scalars(trajectories, 0), rows, k, None)
+        _, regulariser = trainer.parts.learner.rows_loss(
+            trajectories, trainer.parts.learner._scalars(trajectories, 0), rows, k, None
+        )
         assert float(regulariser.detach().max()) < 1e-9
 
 
-def test_pretrained_kl_is_zero_for_a_fresh_adapter_and_positive_afterwards(make_recipe: MakeRecipe, run: RunFolder) -> None:
+def test_pretrained_kl_is_zero_for_a_fresh_adapter_and_positive_afterwards(
+    make_recipe: MakeRecipe, run: RunFolder
+) -> None:
     trainer, trajectories = rolled_out(make_recipe(regulariser={"pretrained_kl": 1.0}), run)
     learner, rows = trainer.parts.learner, torch.arange(4)
     scalars = learner._scalars(trajectories, 0)
@@ -199,7 +214,9 @@ def test_step_subsets_keep_the_terminal_and_are_unbiased(make_recipe: MakeRecipe
     assert float((totals / draws - 1).abs().max()) < 5 * (4.5 * 3.5 / 4.5 / draws) ** 0.5 * 1.5
 
 
-def test_gradient_checkpointing_changes_nothing(make_recipe: MakeRecipe, run: RunFolder, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_gradient_checkpointing_changes_nothing(
+    make_recipe: MakeRecipe, run: RunFolder, monkeypatch: pytest.MonkeyPatch
+) -> None:
     found = []
     for on in (False, True):
         trainer, trajectories = rolled_out(make_recipe(train={"gradient_checkpointing": on}), run)
@@ -225,5 +242,9 @@ def test_a_gradient_that_stays_non_finite_stops_the_run(make_recipe: MakeRecipe,
     with torch.no_grad():
         trainer.parts.policy.trainable()[0].fill_(float("nan"))
     with pytest.raises(RunError, match="policy's gradient was not finite"):
-        for epoch in range(5):
-            trainer.update(trajectories, epoch)
+        _train(trainer, trajectories, epochs=5)
+
+
+def _train(trainer: Trainer, trajectories: Trajectories, epochs: int) -> None:
+    for epoch in range(epochs):
+        trainer.update(trajectories, epoch)

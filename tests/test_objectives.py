@@ -38,7 +38,12 @@ def dag_kl(**options: Any) -> Any:
 
 
 def expected_residual(t: Transition) -> torch.Tensor:
-    assert t.log_F_tilde is not None and t.log_F_tilde_next is not None and t.looking is not None and t.looking_next is not None
+    assert (
+        t.log_F_tilde is not None
+        and t.log_F_tilde_next is not None
+        and t.looking is not None
+        and t.looking_next is not None
+    )
     following = torch.where(t.is_terminal, t.log_reward, t.log_F_tilde_next + t.looking_next)
     return (t.log_F_tilde + t.looking + t.log_pf - t.log_pb - following).detach()
 

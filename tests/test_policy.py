@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 import torch
-
 from building import CPU, parts_of
+
 from dag import recipe
 from dag.errors import RunError, UsageError
 from dag.models.sd import StableDiffusion
@@ -51,7 +51,11 @@ def test_hub_out_of_reach_says_how_to_give_a_local_path(monkeypatch: pytest.Monk
 
 @pytest.mark.parametrize(
     ("name", "expected"),
-    [("GatedRepoError", "is gated"), ("RepositoryNotFoundError", "does not exist"), ("RevisionNotFoundError", "no revision")],
+    [
+        ("GatedRepoError", "is gated"),
+        ("RepositoryNotFoundError", "does not exist"),
+        ("RevisionNotFoundError", "no revision"),
+    ],
 )
 def test_hub_refusals(monkeypatch: pytest.MonkeyPatch, name: str, expected: str) -> None:
     from huggingface_hub import errors
@@ -131,7 +135,9 @@ def test_trainable_weights_stay_fp32_under_mixed_precision(tiny_model: Path) -> 
 
 def test_fp16_on_a_cpu_is_refused(tiny_model: Path) -> None:
     with pytest.raises(UsageError, match="fp16 needs a GPU"):
-        StableDiffusion(recipe.Model(path=str(tiny_model), dtype="fp16"), recipe.Adapter(), recipe.Sampler(steps=4), CPU)
+        StableDiffusion(
+            recipe.Model(path=str(tiny_model), dtype="fp16"), recipe.Adapter(), recipe.Sampler(steps=4), CPU
+        )
 
 
 def test_prompts_that_do_not_fit_are_reported(tiny_model: Path) -> None:
@@ -164,4 +170,6 @@ def test_weights_of_another_adapter_are_refused(tiny_model: Path) -> None:
 
 def test_resolution_must_suit_the_vae(tiny_model: Path) -> None:
     with pytest.raises(UsageError, match="multiple of 2"):
-        StableDiffusion(recipe.Model(path=str(tiny_model), resolution=15), recipe.Adapter(), recipe.Sampler(steps=4), CPU)
+        StableDiffusion(
+            recipe.Model(path=str(tiny_model), resolution=15), recipe.Adapter(), recipe.Sampler(steps=4), CPU
+        )

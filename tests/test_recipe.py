@@ -1,6 +1,7 @@
 """Recipes: what the schema refuses and how it says so, overrides, and that every shipped recipe and key is alive."""
 
 import ast
+import copy
 import itertools
 import json
 import random
@@ -70,7 +71,10 @@ def test_scientific_notation_without_a_dot_is_a_number(file: Path) -> None:
 def test_a_list_of_rewards(file: Path) -> None:
     override = "reward=[{name: compressibility, weight: -2}, {name: image_text}]"
     recipe = load(file, [override])
-    assert [(term.name, term.weight) for term in recipe.reward] == [("compressibility", -2.0), ("image_text", 1.0)]
+    assert [(term.name, term.weight) for term in recipe.reward] == [
+        ("compressibility", -2.0),
+        ("image_text", 1.0),
+    ]
 
 
 def test_a_recipe_cannot_be_changed(file: Path) -> None:
@@ -121,7 +125,10 @@ REFUSED_OVERRIDES = [
     ("objective={name: dag_db}", "objective.beta: missing"),
     ("objective.beta.value=0", "objective.beta.value: input should be greater than 0"),
     ("objective.beta.value=.nan", "objective.beta.value: "),
-    ("objective.forward_looking.source=rolout", "objective.forward_looking.source: input should be 'rollout', "),
+    (
+        "objective.forward_looking.source=rolout",
+        "objective.forward_looking.source: input should be 'rollout', ",
+    ),
     ("reward={name: colorfulness}", "unknown name 'colorfulness'; did you mean 'colourfulness'?"),
     ("reward=[{name: image_text}, {name: jpeg}]", "reward.1.name: unknown name 'jpeg'"),
     ("reward=[{name: image_text, pth: x}]", "reward.0.pth: unknown key; did you mean 'path'?"),
@@ -136,7 +143,9 @@ REFUSED_OVERRIDES = [
 ]
 
 
-@pytest.mark.parametrize(("override", "message"), REFUSED_OVERRIDES, ids=[override for override, _ in REFUSED_OVERRIDES])
+@pytest.mark.parametrize(
+    ("override", "message"), REFUSED_OVERRIDES, ids=[override for override, _ in REFUSED_OVERRIDES]
+)
 def test_a_mistake_in_a_section_is_named(file: Path, override: str, message: str) -> None:
     text = refusal(file, override)
     assert message in text
@@ -165,9 +174,15 @@ def test_all_mistakes_are_reported_together(file: Path) -> None:
 
 CROSS_FIELD = [
     (("train.updates=3",), "train.updates=3 must divide train.trajectories=64"),
-    (("objective={name: dag_kl, beta: {value: 1}}", "train.updates=64"), "leave-one-out baseline needs at least 2"),
+    (
+        ("objective={name: dag_kl, beta: {value: 1}}", "train.updates=64"),
+        "leave-one-out baseline needs at least 2",
+    ),
     (("adapter.targets=[]",), "adapter.targets: name at least one layer"),
-    (("adapter.kind=full", "regulariser.pretrained_kl=0.1"), "regulariser.pretrained_kl needs adapter.kind=lora"),
+    (
+        ("adapter.kind=full", "regulariser.pretrained_kl=0.1"),
+        "regulariser.pretrained_kl needs adapter.kind=lora",
+    ),
     (("flow.channels=[]",), "flow.channels: name at least one width"),
 ]
 
@@ -181,7 +196,11 @@ def test_validate_finds_nothing_in_a_good_recipe_and_everything_in_a_bad_one(fil
     good = load(file)
     assert validate(good) == []
     bad = good.model_copy(
-        update={"reward": (), "train": good.train.model_copy(update={"updates": 3}), "flow": schema.Flow(channels=())}
+        update={
+            "reward": (),
+            "train": good.train.model_copy(update={"updates": 3}),
+            "flow": schema.Flow(channels=()),
+        }
     )
     assert len(validate(bad)) == 3
 
@@ -196,7 +215,12 @@ def test_full_finetuning_needs_no_targets(file: Path) -> None:
 def test_overrides_reach_nested_keys_and_list_entries(file: Path) -> None:
     recipe = load(
         file,
-        ["objective.forward_looking.source=none", "prompts.texts.1=a fox", "reward.weight=2", "train.learning_rate=1e-5"],
+        [
+            "objective.forward_looking.source=none",
+            "prompts.texts.1=a fox",
+            "reward.weight=2",
+            "train.learning_rate=1e-5",
+        ],
     )
     assert recipe.objective.forward_looking.source == "none"
     assert recipe.prompts.texts == ("a cat", "a fox")
@@ -272,10 +296,14 @@ def test_a_file_that_cannot_be_read(tmp_path: Path) -> None:
 # -- values that Python or YAML stumble over ----------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("value", ["2024-13-45", "!!int x", "!!bool x", "0x_", "[" * 2000 + "]" * 2000])
+@pytest.mark.parametrize(
+    "value",
+    ["2024-13-45", "!!int x", "!!bool x", "!!timestamp x", "0x_", "9" * 5000, "[" * 500 + "]" * 500],
+    ids=["date", "int", "bool", "timestamp", "hex", "digits", "depth"],
+)
 def test_values_that_yaml_cannot_construct_are_refused(file: Path, value: str) -> None:
-    assert "not a YAML file" in refusal(with_keys(file, f"seed: {value}\n"))
     assert "the value is not YAML" in refusal(file, f"seed={value}")
+    assert "not a YAML file" in refusal(with_keys(file, f"seed: {value}\n"))
 
 
 def test_an_index_that_only_looks_like_a_digit_is_refused(file: Path) -> None:
@@ -288,7 +316,9 @@ def test_numbers_must_be_finite(file: Path, key: str, value: str) -> None:
     assert key.rpartition(".")[2] in refusal(file, f"{key}={value}")
 
 
-@pytest.mark.parametrize("override", ["flow.channels=[0]", "flow.channels=[-8]", "train.adam_betas=[2, 0.9]", "model.path=''"])
+@pytest.mark.parametrize(
+    "override", ["flow.channels=[0]", "flow.channels=[-8]", "train.adam_betas=[2, 0.9]", "model.path=''"]
+)
 def test_list_entries_are_checked_too(file: Path, override: str) -> None:
     assert override.partition("=")[0] in refusal(file, override)
 
@@ -298,10 +328,39 @@ def test_the_hint_of_an_unknown_key_is_a_key_of_the_chosen_union_member(file: Pa
     message = refusal(file, "objective.clip_range=3")
     assert "unknown key" in message
     assert "did you mean 'clip_range'" not in message
+    assert "did you mean 'clip_range'" in refusal(file, "objective={name: ddpo, clip_rage: 3}")
+
+
+@pytest.mark.parametrize(
+    "override", ["objective=3", "objective.beta=3", "reward=3", "adapter.targets=to_q", "train=[1]"]
+)
+def test_messages_speak_of_the_file_and_not_of_python(file: Path, override: str) -> None:
+    message = refusal(file, override)
+    assert not {"tuple", "dictionary", "instance", "object"} & set(message.split())
+    assert "a list" in message or "a section" in message
+
+
+def test_a_refused_section_is_quoted_once(file: Path) -> None:
+    assert refusal(file, "prompts={}") == f"{file}: prompts: give exactly one of set, file, texts (found: none)"
 
 
 def test_a_repeated_key_is_refused(file: Path) -> None:
-    assert "twice" in refusal(with_keys(file, "model: {path: elsewhere}\n"))
+    assert "the value is not YAML" in refusal(file, "sampler={eta: 1, eta: 1}")
+    message = refusal(with_keys(file, "model: {path: elsewhere}\n"))
+    assert message == f"{file}: not a YAML file (line 6): the key 'model' is given twice"
+
+
+def test_merge_keys_may_be_overridden(file: Path) -> None:
+    text = "checkpoint: &a {every: 3}\nevaluation: {<<: *a, every: 4}\n"
+    assert load(with_keys(file, text)).evaluation.every == 4
+
+
+@pytest.mark.parametrize("key", ["custom", "ddpo"])
+def test_a_key_named_like_a_reward_or_objective_is_unknown(file: Path, key: str) -> None:
+    """pydantic's error paths hold the names of union members; the key of the file must survive their removal."""
+    assert f"{file}: {key}: unknown key" in refusal(file, f"{key}=3")
+    assert f"{file}: objective.{key}: unknown key" in refusal(file, f"objective.{key}=3")
+    assert f"{file}: reward.0.{key}: unknown key" in refusal(file, f"reward.{key}=3")
 
 
 # -- the recipes of this repository -------------------------------------------------------------------------------
@@ -441,7 +500,12 @@ class Reader(ast.NodeVisitor):
 
     def visit_Call(self, node: ast.Call) -> None:
         if isinstance(node.func, ast.Attribute) and node.func.attr == "model_dump":
-            skipped = {name for keyword in node.keywords if keyword.arg == "exclude" for name in ast.literal_eval(keyword.value)}
+            skipped = {
+                name
+                for keyword in node.keywords
+                if keyword.arg == "exclude"
+                for name in ast.literal_eval(keyword.value)
+            }
             owners = self.infer(node.func.value) - {"Recipe"}
             self.reads |= {(owner, field) for owner, field in FIELDS if owner in owners and field not in skipped}
         self.generic_visit(node)
@@ -508,14 +572,18 @@ def mutate(data: dict[str, Any], rng: random.Random) -> None:
     elif action == "wrap":
         node[key] = [node[key]]
     elif action == "swap":
-        node[key] = rng.choice(containers(data)).copy()
+        node[key] = copy.deepcopy(rng.choice(containers(data)))
     else:
         node[key] = rng.choice(JUNK)
 
 
 def garble(text: str, rng: random.Random) -> str:
     at = rng.randrange(len(text))
-    return text[:at] + rng.choice(["", "\t", ":", "{", "]", "- ", "\n", "&a ", "*a", "'", "#", "!", "%", "0"]) + text[at + 1 :]
+    return (
+        text[:at]
+        + rng.choice(["", "\t", ":", "{", "]", "- ", "\n", "&a ", "*a", "'", "#", "!", "%", "0"])
+        + text[at + 1 :]
+    )
 
 
 def random_override(data: dict[str, Any], rng: random.Random) -> str:
@@ -535,7 +603,7 @@ def test_a_damaged_recipe_loads_or_is_refused_but_never_crashes(tmp_path: Path, 
     rng = random.Random(20240513)
     originals = [MINIMAL, RECIPES[0].read_text(encoding="utf-8")]
     path = tmp_path / "damaged.yaml"
-    outcomes = {"loaded": 0, "refused": 0}
+    messages: list[str] = []
     for number in range(100):
         text = originals[number % len(originals)]
         data, overrides = yaml.safe_load(text), []
@@ -551,8 +619,7 @@ def test_a_damaged_recipe_loads_or_is_refused_but_never_crashes(tmp_path: Path, 
         path.write_text(text, encoding="utf-8")
         try:
             load(path, overrides)
-            outcomes["loaded"] += 1
         except UsageError as error:
-            outcomes["refused"] += 1
-            assert str(error).startswith((f"{path}: ", "--set ")), (text, overrides)
-    assert min(outcomes.values()) > 0, "the damage is always fatal or never: the test says nothing"
+            messages.append(str(error))
+    assert all(message.startswith((f"{path}: ", "--set ")) for message in messages)
+    assert 0 < len(messages) < 100, "the damage is always fatal or never: the test says nothing"

@@ -4,9 +4,9 @@ from collections.abc import Callable
 
 import pytest
 import torch
+from building import disturb, parts_of
 from dag_kernels import standard_normal
 
-from building import disturb, parts_of
 from dag.recipe import Recipe
 from dag.rollout import generate, sample_tile
 from dag.schedule import INITIAL_NOISE
@@ -26,7 +26,9 @@ def test_the_stored_state_is_the_state(make_recipe: MakeRecipe) -> None:
     for k in range(4):
         with torch.no_grad():
             output = policy.predict(tile.chain[k], schedule.timesteps[k].expand(2), text).guided
-        expected = schedule.sample_next(tile.chain[k], output, standard_normal(recipe.seed, ids, k, (4, 8, 8)), k).half()
+        expected = schedule.sample_next(
+            tile.chain[k], output, standard_normal(recipe.seed, ids, k, (4, 8, 8)), k
+        ).half()
         assert torch.equal(tile.chain[k + 1], expected)
         assert torch.equal(tile.log_pf[:, k], schedule.log_pf(tile.chain[k], tile.chain[k + 1], output, k))
         assert torch.equal(tile.log_pb[:, k], schedule.log_pb(tile.chain[k], tile.chain[k + 1], k))
@@ -43,7 +45,10 @@ def test_a_trajectory_does_not_depend_on_its_tile(make_recipe: MakeRecipe) -> No
 
 
 def test_guidance_one_is_the_conditional_branch(make_recipe: MakeRecipe) -> None:
-    guided, plain = parts_of(make_recipe(sampler={"guidance_scale": 1.000001})), parts_of(make_recipe(sampler={"guidance_scale": 1.0}))
+    guided, plain = (
+        parts_of(make_recipe(sampler={"guidance_scale": 1.000001})),
+        parts_of(make_recipe(sampler={"guidance_scale": 1.0})),
+    )
     x_t, t, text = torch.randn(2, 4, 8, 8), torch.tensor([500, 500]), plain.text
     with torch.no_grad():
         one, two = plain.policy.predict(x_t, t, text), guided.policy.predict(x_t, t, text)
@@ -59,7 +64,9 @@ def test_guidance_in_fp32_beats_guidance_in_half_precision(make_recipe: MakeReci
         policy, text = parts.policy, parts.text
         x_t, t = torch.randn(2, 4, 8, 8, generator=torch.Generator().manual_seed(1)), torch.tensor([500, 500])
         branches = []
-        handle = policy.unet.register_forward_hook(lambda module, inputs, output: branches.append(output[0].double()))
+        handle = policy.unet.register_forward_hook(
+            lambda module, inputs, output, seen=branches: seen.append(output[0].double())
+        )
         with torch.no_grad():
             guided = policy.predict(x_t, t, text).guided
         handle.remove()
@@ -79,11 +86,15 @@ def test_old_outputs_are_recomputed_from_the_chain(make_recipe: MakeRecipe) -> N
         with torch.no_grad():
             output = parts.policy.predict(tile.chain[k], schedule.timesteps[k].expand(2), text).guided
         noise = standard_normal(0, ids, k, (4, 8, 8))
-        torch.testing.assert_close(schedule.output_of(tile.chain[k], tile.chain[k + 1], noise, k), output, rtol=0, atol=2e-5)
+        torch.testing.assert_close(
+            schedule.output_of(tile.chain[k], tile.chain[k + 1], noise, k), output, rtol=0, atol=2e-5
+        )
 
 
 @pytest.mark.parametrize("prediction_type", ["v_prediction", "sample"])
-def test_other_prediction_types_sample_and_train(make_recipe: MakeRecipe, tmp_path, tiny_model, prediction_type: str) -> None:  # type: ignore[no-untyped-def]
+def test_other_prediction_types_sample_and_train(
+    make_recipe: MakeRecipe, tmp_path, tiny_model, prediction_type: str
+) -> None:  # type: ignore[no-untyped-def]
     import json
     import shutil
 

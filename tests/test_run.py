@@ -8,10 +8,10 @@ from typing import Any
 import pytest
 import torch
 import yaml
+from building import disturb, parts_of
 from safetensors.torch import load_file
 
 import train_dag
-from building import disturb, parts_of
 from dag.recipe import Recipe
 from dag.rollout import generate
 from dag.sample import main as sample_main
@@ -85,7 +85,9 @@ def test_resume_is_exact(make_recipe: MakeRecipe, tmp_path: Path, objective: dic
     assert all(torch.equal(ours[name], theirs[name]) for name in ours)
 
 
-def test_resume_under_another_recipe_is_refused(make_recipe: MakeRecipe, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_resume_under_another_recipe_is_refused(
+    make_recipe: MakeRecipe, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     run, path = tmp_path / "run", write(make_recipe(train={"epochs": 1}), tmp_path / "r.yaml")
     assert train_dag.main(["--recipe", path, "--out", str(run)]) == 0
     before = (run / "metrics.jsonl").read_bytes()
@@ -94,7 +96,9 @@ def test_resume_under_another_recipe_is_refused(make_recipe: MakeRecipe, tmp_pat
     assert (run / "metrics.jsonl").read_bytes() == before
 
 
-def test_a_run_is_never_overwritten(make_recipe: MakeRecipe, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_run_is_never_overwritten(
+    make_recipe: MakeRecipe, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     run, path = tmp_path / "run", write(make_recipe(train={"epochs": 1}), tmp_path / "r.yaml")
     run.mkdir()
     (run / "precious.txt").write_text("mine")
@@ -105,7 +109,7 @@ def test_a_run_is_never_overwritten(make_recipe: MakeRecipe, tmp_path: Path, cap
 
 BROKEN_REWARDS = {
     "raises": ("raise KeyError('no such thing')", "raised KeyError"),
-    "nan": ("return torch.full((len(prompts),), float('nan'))", "returned nan for sample 0, prompt"),
+    "nan": ("return torch.full((len(prompts),), float('nan'))", "returned nan for sample 8, prompt"),
     "shape": ("return torch.zeros(len(prompts), 1)", "returned shape (4, 1)"),
     "dtype": ("return torch.zeros(len(prompts), dtype=torch.float64)", "returned dtype torch.float64"),
     "list": ("return [0.0] * len(prompts)", "returned list"),
@@ -123,7 +127,9 @@ def test_a_broken_reward_stops_with_one_line_and_a_checkpoint(
         f"    if calls > 12:\n        {body}\n    return images.mean((1, 2, 3))\n"
     )
     recipe = make_recipe(
-        reward={"name": "custom", "path": f"{tmp_path / 'mine.py'}:score"}, checkpoint={"every": 100}, evaluation={"every": 100}
+        reward={"name": "custom", "path": f"{tmp_path / 'mine.py'}:score"},
+        checkpoint={"every": 100},
+        evaluation={"every": 100},
     )
     run = tmp_path / "run"
     assert train_dag.main(["--recipe", write(recipe, tmp_path / "r.yaml"), "--out", str(run)]) == 1
@@ -133,10 +139,17 @@ def test_a_broken_reward_stops_with_one_line_and_a_checkpoint(
     assert (run / "checkpoints/last/state.json").is_file()
 
 
-def test_custom_reward_and_weighted_sum(make_recipe: MakeRecipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_custom_reward_and_weighted_sum(
+    make_recipe: MakeRecipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.chdir(tmp_path)
-    (tmp_path / "my_reward_module.py").write_text("def brightness(images, prompts):\n    return images.mean((1, 2, 3))\n")
-    terms = [{"name": "custom", "path": "my_reward_module:brightness", "weight": 2.0}, {"name": "compressibility", "weight": 0.5}]
+    (tmp_path / "my_reward_module.py").write_text(
+        "def brightness(images, prompts):\n    return images.mean((1, 2, 3))\n"
+    )
+    terms = [
+        {"name": "custom", "path": "my_reward_module:brightness", "weight": 2.0},
+        {"name": "compressibility", "weight": 0.5},
+    ]
     parts = parts_of(Recipe.model_validate({**json.loads(make_recipe().model_dump_json()), "reward": terms}))
     images = torch.rand(3, 3, 16, 16)
     total, each = parts.reward.detailed(images, ["a"] * 3)
@@ -170,7 +183,10 @@ def test_full_fine_tune_exports_a_unet_folder(make_recipe: MakeRecipe, tmp_path:
 
 def test_sample_command(make_recipe: MakeRecipe, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     run = tmp_path / "run"
-    assert train_dag.main(["--recipe", write(make_recipe(train={"epochs": 1}), tmp_path / "r.yaml"), "--out", str(run)]) == 0
+    assert (
+        train_dag.main(["--recipe", write(make_recipe(train={"epochs": 1}), tmp_path / "r.yaml"), "--out", str(run)])
+        == 0
+    )
     out = tmp_path / "grid.png"
     arguments = ["--run", str(run), "--prompt", "a cat", "a dog", "--images", "2", "--out", str(out)]
     assert sample_main(arguments) == 0

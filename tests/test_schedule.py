@@ -33,7 +33,18 @@ TABLE = {
     48: (21, 0.980381, 0.998296, 1.009096, -0.129287, 0.039480, 1.00996, -0.14146, 0.990986, 0.133962),
     49: (1, 0.998296, 0.999150, 1.000428, -0.020714, 0.020648, 1.00085, -0.04131, 0.999573, 0.029235),
 }
-COLUMNS = ("timesteps", "alpha_bar_t", "alpha_bar_next", "mean_x", "mean_output", "sigma", "x0_x", "x0_output", "noising_x", "noising_std")
+COLUMNS = (
+    "timesteps",
+    "alpha_bar_t",
+    "alpha_bar_next",
+    "mean_x",
+    "mean_output",
+    "sigma",
+    "x0_x",
+    "x0_output",
+    "noising_x",
+    "noising_std",
+)
 
 
 @pytest.mark.parametrize("k", TABLE)
@@ -54,7 +65,9 @@ def test_detailed_balance_holds_exactly_for_a_point_mass(prediction_type: str, s
         x_t, x_next = data(2 + k), data(100 + k)
 
         def log_q(x: torch.Tensor, alpha_bar: torch.Tensor) -> torch.Tensor:
-            return torch.distributions.Normal(alpha_bar.sqrt() * x_0, (1 - alpha_bar).sqrt()).log_prob(x).flatten(1).sum(1)
+            return (
+                torch.distributions.Normal(alpha_bar.sqrt() * x_0, (1 - alpha_bar).sqrt()).log_prob(x).flatten(1).sum(1)
+            )
 
         delta = residual(
             log_q(x_t, schedule.alpha_bar_t[k]),
@@ -72,7 +85,9 @@ def test_x0_hat_inverts_the_prediction(prediction_type: str) -> None:
     x_0 = data(1)
     for k in (0, 25, 49):
         x_t = data(2)
-        torch.testing.assert_close(schedule.x0_hat(x_t, network_output(schedule, x_t, x_0, k), k), x_0, rtol=0, atol=1e-10)
+        torch.testing.assert_close(
+            schedule.x0_hat(x_t, network_output(schedule, x_t, x_0, k), k), x_0, rtol=0, atol=1e-10
+        )
 
 
 @pytest.mark.parametrize("reduction", ["sum", "mean"])
@@ -149,9 +164,16 @@ def test_output_of_recovers_the_network_output() -> None:
 
 
 def test_policy_kl_equals_torch_distributions() -> None:
-    schedule, x_t, output, reference = Schedule.from_diffusers(stable_diffusion(), 50), data(1), data(2), data(3)
+    schedule, x_t, output, reference = (
+        Schedule.from_diffusers(stable_diffusion(), 50),
+        data(1),
+        data(2),
+        data(3),
+    )
     for k in (0, 49):
-        ours, theirs = (torch.distributions.Normal(schedule.step_mean(x_t, o, k), schedule.sigma[k]) for o in (output, reference))
+        ours, theirs = (
+            torch.distributions.Normal(schedule.step_mean(x_t, o, k), schedule.sigma[k]) for o in (output, reference)
+        )
         expected = torch.distributions.kl_divergence(ours, theirs).flatten(1).sum(1)
         torch.testing.assert_close(schedule.policy_kl(output, reference, k), expected, rtol=1e-9, atol=0)
 
@@ -178,7 +200,9 @@ def test_half_precision_states_are_computed_in_float32(dtype: torch.dtype) -> No
         reference = exact.log_pf(x_t.double(), x_next.double(), output.double(), k)
         mean = exact.step_mean(x_t.float(), output.float(), k)
         plain = torch.distributions.Normal(mean, exact.sigma[k].float()).log_prob(x_next.float()).flatten(1).sum(1)
-        assert float((ours - reference).abs().max()) <= 2 * float((plain - reference).abs().max()) + 1e-6 * float(reference.abs().max())
+        assert float((ours - reference).abs().max()) <= 2 * float((plain - reference).abs().max()) + 1e-6 * float(
+            reference.abs().max()
+        )
 
 
 @pytest.mark.parametrize(

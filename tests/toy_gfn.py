@@ -1,12 +1,12 @@
 """Diffusion chains in one or two dimensions whose data law, target and optimum are known in closed form.
 
 The model is exact: its data law is a Gaussian mixture, so the score is a formula. The policy is that score
-plus a learnt table, one per step, of normalised radial basis functions; the flow is such a table too. All that
-is under test (the chain's coefficients and densities, the residual, the objectives) comes from `dag`; this
-module adds the mixtures, the tables, a training loop and an independent reference.
+plus a learnt table, one per step, of normalised radial basis functions; the flow is such a table too. What is
+under test (the chain's coefficients and densities, the residual, the objectives) comes from `dag`; here are
+the mixtures, the tables, a training loop and an independent reference.
 
-Legend: S seeds trained at once, B trajectories each, N = S * B rows (seed-major), T transitions, D dimensions of
-the state, J basis functions. Tables of transitions are (T, N, ...), flattened step-major into `Transition`.
+Legend: S seeds trained at once, B trajectories each, N = S * B rows (seed-major), T transitions, D dimensions
+of the state, J basis functions. Transitions are (T, N, ...) here, flattened step-major into `Transition`.
 """
 
 import math
@@ -46,9 +46,7 @@ class Mixture:
         """(N, M) log weight_i + log N(x; sqrt(ab) mean_i, V I)."""
         variance = noised_variance(self.sd, alpha_bar)
         square = (x[:, None] - alpha_bar.sqrt() * self.means).square().sum(2)
-        return (
-            self.weights.log() - 0.5 * square / variance - 0.5 * x.shape[1] * (2 * math.pi * variance).log()
-        )
+        return self.weights.log() - 0.5 * square / variance - 0.5 * x.shape[1] * (2 * math.pi * variance).log()
 
 
 def noised_variance(sd: float, alpha_bar: Tensor) -> Tensor:
@@ -71,7 +69,10 @@ def toy_schedule(mode_sd: float, steps: int = 16) -> Schedule:
 
 
 def basis(x: Tensor, centres: Tensor) -> Tensor:
-    """(N, J) normalised radial basis functions of x (N, D), on the J = C^D points with coordinates in `centres` (C,)."""
+    """(N, J) normalised radial basis functions of x (N, D).
+
+    Their centres are the J = C^D points with coordinates in `centres` (C,); their width is the spacing.
+    """
     spacing = centres[1] - centres[0]
     per_dim = (-0.5 * ((x[:, :, None] - centres) / spacing).square()).softmax(2)
     product = per_dim[:, 0]
@@ -125,7 +126,7 @@ class ToyGFN:
 
     def __init__(self, data: Mixture, target: Mixture, centres: Tensor, seeds: int) -> None:
         self.data, self.target, self.centres = data, target, centres
-        self.schedule = toy_schedule(data.sd).to("cpu")
+        self.schedule = toy_schedule(data.sd).to("cpu")  # in float32, like the states
         self.seeds, self.dims = seeds, data.means.shape[1]
         T, J = self.schedule.num_transitions, len(centres) ** self.dims
         self.policy = torch.zeros(T, seeds, J, self.dims, requires_grad=True)
@@ -134,9 +135,7 @@ class ToyGFN:
 
     def noise(self, batch: int) -> Tensor:
         """(S * B, D) standard normal, each seed from its own generator."""
-        return torch.cat(
-            [torch.randn(batch, self.dims, generator=generator) for generator in self.generators]
-        )
+        return torch.cat([torch.randn(batch, self.dims, generator=generator) for generator in self.generators])
 
     def output(self, k: int, features: Tensor, exact_eps: Tensor) -> Tensor:
         """(N, D) the policy's noise prediction at step k."""
@@ -155,7 +154,7 @@ class ToyGFN:
             x = schedule.sample_next(x, output, self.noise(batch), k)
             states.append(x)
         stacked = [torch.stack(rows) for rows in (states, features, exact, looking)]
-        return Rollout(*stacked, log_reward=self.target.log_prob(x))
+        return Rollout(*stacked, self.target.log_prob(x))
 
     def loss(self, objective: Objective, rollout: Rollout) -> Tensor:
         """Sum over the seeds of each seed's mean loss over all transitions of its trajectories."""
@@ -186,7 +185,7 @@ class ToyGFN:
     def _advantage(
         self, objective: Objective, rollout: Rollout, log_F_tilde: Tensor, log_pf: Tensor, log_pb: Tensor
     ) -> Tensor | None:
-        """(T * N,) advantages from rewards or from residuals, as the objective chooses; each seed on its own."""
+        """(T * N,) advantages, from rewards or residuals as the objective chooses; each seed on its own."""
         T, N = log_pf.shape
         rewards = rollout.log_reward.split(N // self.seeds)
         from_rewards = [objective.observe(reward, torch.zeros(len(reward))) for reward in rewards]
@@ -198,9 +197,7 @@ class ToyGFN:
 
     def train(self, objective: Objective, settings: Settings) -> None:
         """On-policy: one update from all transitions of every rollout."""
-        optimizer = torch.optim.Adam(
-            [{"params": [self.policy]}, {"params": [self.flow]}], betas=(0.9, 0.99), eps=1e-4
-        )
+        optimizer = torch.optim.Adam([{"params": [self.policy]}, {"params": [self.flow]}], betas=(0.9, 0.99), eps=1e-4)
         for iteration in range(settings.iterations):
             for group, rate in zip(optimizer.param_groups, settings.learning_rates(iteration), strict=True):
                 group["lr"] = rate
@@ -215,6 +212,13 @@ class ToyGFN:
         """(S, count, D) final states of fresh trajectories."""
         return self.rollout(count).states[-1].view(self.seeds, count, self.dims)
 
+    @torch.no_grad()
+    def initial_log_F(self, count: int) -> Tensor:
+        """(S,) mean of log F over the initial noise."""
+        rollout = self.rollout(count)
+        log_F = self._lookup(self.flow, rollout.features)[0, :, 0] + rollout.looking[0]
+        return log_F.view(self.seeds, count).mean(1)
+
     def _lookup(self, table: Tensor, features: Tensor) -> Tensor:
         """(T, N, D') values of a table (T, S, J, D') at features (T, N, J)."""
         T, N, J = features.shape
@@ -228,50 +232,51 @@ def clip_per_seed(table: Tensor, norm: float = 1.0) -> None:
         table.grad /= (norms / norm).clamp(min=1.0)
 
 
+GRID = torch.linspace(-5, 5, 1001, dtype=torch.float64)
+"""Where laws in one dimension are tabulated, as probabilities (1001,) float64 of its points."""
+
+
 @dataclass(frozen=True)
 class Fit:
-    """How a law in one dimension compares with the target."""
+    """How far a law in one dimension is from another."""
 
     left: float
-    """Probability of the mode at the smaller mean."""
+    """The law's mass below zero."""
     kl: float
-    """KL(law || target) of histograms, in nats."""
+    """KL(law || other) of histograms with bins of 0.1, in nats."""
     w1: float
     """Wasserstein-1 distance."""
 
+    def __str__(self) -> str:
+        return f"left mass {self.left:.3f}  KL {self.kl:.4f}  W1 {self.w1:.3f}"
 
-GRID = torch.linspace(-5, 5, 1001, dtype=torch.float64)
-"""Where laws in one dimension are tabulated."""
 
-
-def fit(law: Tensor, target: Mixture, bin_points: int = 10) -> Fit:
-    """Compare probabilities (1001,) on GRID with a target; histograms have `bin_points` neighbours in a bin."""
-    spacing = float(GRID[1] - GRID[0])
-    wanted = on_grid(target)
-    whole_bins = len(GRID) // bin_points * bin_points
-    p, q = (values[:whole_bins].view(-1, bin_points).sum(1) for values in (law, wanted))
-    middle = float(target.means.mean())
+def fit(law: Tensor, other: Tensor) -> Fit:
+    """Compare two laws on GRID."""
+    p, q = (values[:-1].view(-1, 10).sum(1) for values in (law, other))
     return Fit(
-        left=float(law[middle > GRID].sum()),
+        left=float(law[: len(GRID) // 2].sum()),
         kl=float((torch.xlogy(p, p) - torch.xlogy(p, q)).sum()),
-        w1=float((law.cumsum(0) - wanted.cumsum(0)).abs().sum() * spacing),
+        w1=float((law.cumsum(0) - other.cumsum(0)).abs().sum() * (GRID[1] - GRID[0])),
     )
 
 
 def on_grid(target: Mixture) -> Tensor:
-    """(1001,) float64 probabilities of a one-dimensional target at the points of GRID."""
+    """A one-dimensional mixture as a law on GRID."""
     return target.log_prob(GRID.float()[:, None]).double().softmax(0)
 
 
 def histogram(samples: Tensor) -> Tensor:
-    """(1001,) float64 share of samples (n,) nearest to each point of GRID; those beyond its ends count there."""
+    """Samples (n,) as a law on GRID, each at its nearest point."""
     spacing = GRID[1] - GRID[0]
     nearest = ((samples.double() - GRID[0]) / spacing).round().clamp(0, len(GRID) - 1).long()
     return torch.bincount(nearest, minlength=len(GRID)).double() / len(samples)
 
 
-def best_gaussian_steps(target: Mixture, schedule: Schedule) -> Tensor:
-    """(1001,) law on GRID of the best policy whose steps are N(mu_k(x), sigma_k^2), by dynamic programming.
+def best_gaussian_steps(target: Mixture, schedule: Schedule) -> tuple[Tensor, float]:
+    """The best policy with steps N(mu_k(x), sigma_k^2), by dynamic programming.
+
+    Returns its law on GRID and the mean of log F_0 over the initial noise.
 
     Detailed balance cannot hold exactly where the posterior F' P_B / F of a step is not Gaussian. What DAG's
     updates then leave at rest minimises KL(P_F || F' P_B / F) in each step: backwards from log F_T = log R,
@@ -289,7 +294,7 @@ def best_gaussian_steps(target: Mixture, schedule: Schedule) -> Tensor:
         gain = step @ log_F - 0.5 * misfit / (1 - rho) - 0.5 * ((1 - rho) / sigma.square()).log() + 0.5
         log_F, best = gain.max(1)
         kernels.append(step[best])
-    law = (-0.5 * GRID.square()).softmax(0)  # of the initial noise
+    initial = law = (-0.5 * GRID.square()).softmax(0)
     for kernel in reversed(kernels):
         law = law @ kernel
-    return law
+    return law, float(initial @ log_F)

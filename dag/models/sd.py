@@ -20,6 +20,7 @@ from peft import LoraConfig, get_peft_model_state_dict, set_peft_model_state_dic
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import CLIPTextModel, CLIPTokenizer
+from transformers.utils.logging import disable_progress_bar
 
 from dag import recipe
 from dag.errors import RunError, UsageError
@@ -28,6 +29,8 @@ from dag.protocols import Prediction
 from dag.schedule import PREDICTION_TYPES, Schedule
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+# Bars of our own show what takes time; loading the text encoder does not.
+disable_progress_bar()
 # Below this many tokens a vocabulary is a closed one, in which an unknown word is spelled letter by letter.
 _OPEN_VOCABULARY = 10_000
 
@@ -87,9 +90,13 @@ class StableDiffusion:
         """(P, S, D) embeddings on the CPU in the compute dtype. The text encoder is freed afterwards."""
         tokenizer, encoder = self._load_text()
         length = int(encoder.config.max_position_embeddings)
-        tokens = tokenizer(["", *prompts], padding="max_length", max_length=length, truncation=True, return_tensors="pt")
+        tokens = tokenizer(
+            ["", *prompts], padding="max_length", max_length=length, truncation=True, return_tensors="pt"
+        )
         with torch.no_grad(), self._autocast():
-            embedded = torch.cat([encoder(ids.to(self.device))[0].to(self.dtype).cpu() for ids in tokens.input_ids.split(64)])
+            embedded = torch.cat(
+                [encoder(ids.to(self.device))[0].to(self.dtype).cpu() for ids in tokens.input_ids.split(64)]
+            )
         self._uncond = embedded[:1].to(self.device)
         return embedded[1:]
 
@@ -197,7 +204,12 @@ class StableDiffusion:
         read_config(self.folder, name)
         try:
             module = component.from_pretrained(
-                self.folder, subfolder=name, torch_dtype=dtype, variant=self._variant, use_safetensors=True, local_files_only=True
+                self.folder,
+                subfolder=name,
+                torch_dtype=dtype,
+                variant=self._variant,
+                use_safetensors=True,
+                local_files_only=True,
             )
         except Exception as error:
             first_line = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
@@ -208,7 +220,9 @@ class StableDiffusion:
         config = read_config(self.folder, "scheduler")
         prediction_type = config.get("prediction_type", "epsilon")
         if prediction_type not in PREDICTION_TYPES:
-            raise RunError(f"model.path: {self.folder} predicts {prediction_type!r}; known: {', '.join(PREDICTION_TYPES)}")
+            raise RunError(
+                f"model.path: {self.folder} predicts {prediction_type!r}; known: {', '.join(PREDICTION_TYPES)}"
+            )
         return DDIMScheduler.from_config({**config, "clip_sample": False})
 
     def _load_text(self) -> tuple[Any, Any]:
@@ -221,7 +235,9 @@ class StableDiffusion:
     def _load_transformers(self, component: Any, name: str) -> Any:
         options = {} if name == "tokenizer" else {"dtype": self.dtype, "variant": self._variant}
         if not (self.folder / name).is_dir():
-            raise RunError(f"model.path: {self.folder} has no {name} folder; a Stable Diffusion 1.x/2.x folder is needed")
+            raise RunError(
+                f"model.path: {self.folder} has no {name} folder; a Stable Diffusion 1.x/2.x folder is needed"
+            )
         try:
             return component.from_pretrained(self.folder / name, local_files_only=True, **options)
         except Exception as error:
@@ -270,7 +286,10 @@ def _check_family(folder: Path) -> None:
         raise RunError(f"model.path: {folder} is an SDXL model (a second text encoder); SD 1.x/2.x is supported")
     channels = unet.get("in_channels")
     if channels != unet.get("out_channels"):
-        raise RunError(f"model.path: {folder} takes {channels} latent channels and predicts {unet.get('out_channels')}: an inpainting or editing model, not text-to-image")
+        raise RunError(
+            f"model.path: {folder} takes {channels} latent channels and predicts {unet.get('out_channels')}: "
+            "an inpainting or editing model, not text-to-image"
+        )
 
 
 def _check_targets(unet: nn.Module, targets: Sequence[str]) -> None:
@@ -279,7 +298,9 @@ def _check_targets(unet: nn.Module, targets: Sequence[str]) -> None:
     for target in targets:
         if not any(name == target or name.endswith(f".{target}") for name in layers):
             endings = sorted({re.sub(r".*\.(?=\D)", "", name) for name in layers})
-            raise UsageError(f"adapter.targets: {target!r} matches no layer of the UNet; layer names end in: {', '.join(endings)}")
+            raise UsageError(
+                f"adapter.targets: {target!r} matches no layer of the UNet; layer names end in: {', '.join(endings)}"
+            )
 
 
 def _schedule(scheduler: DDIMScheduler, sampler: recipe.Sampler) -> Schedule:

@@ -23,7 +23,9 @@ def local_folder(path: str) -> Path | None:
     if folder.is_dir():
         return folder
     if folder.is_file():
-        raise UsageError(f"model.path: {path} is a file; a diffusers folder is needed (single-file checkpoints must be converted)")
+        raise UsageError(
+            f"model.path: {path} is a file; a diffusers folder is needed (single-file checkpoints must be converted)"
+        )
     if re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", path):
         return None
     raise UsageError(f"model.path: there is no folder {path}, and it does not look like a hub id (owner/name)")
@@ -51,15 +53,26 @@ def read_config(folder: Path, component: str) -> dict[str, Any]:
 
 
 def _download(model: recipe.Model) -> Path:
-    from huggingface_hub import snapshot_download
     from huggingface_hub import errors as hub
+    from huggingface_hub import snapshot_download
 
     variant = f".{model.variant}" if model.variant else ""
     weights = [f"text_encoder/model{variant}*.safetensors*"]
-    weights += [f"{part}/diffusion_pytorch_model{variant}{rest}" for part in ("unet", "vae") for rest in (".safetensors", "-*", ".safetensors.index*")]
+    weights += [
+        f"{part}/diffusion_pytorch_model{variant}{rest}"
+        for part in ("unet", "vae")
+        for rest in (".safetensors", "-*", ".safetensors.index*")
+    ]
     patterns = ["model_index.json", "*/*.json", "tokenizer/*", *weights]
     try:
-        return Path(snapshot_download(model.path, revision=model.revision, allow_patterns=patterns, ignore_patterns=["safety_checker/*"]))
+        return Path(
+            snapshot_download(
+                model.path,
+                revision=model.revision,
+                allow_patterns=patterns,
+                ignore_patterns=["safety_checker/*"],
+            )
+        )
     except hub.GatedRepoError:
         reason = "is gated: accept its terms on its page and log in with `hf auth login`,"
     except hub.RepositoryNotFoundError:

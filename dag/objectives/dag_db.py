@@ -1,7 +1,14 @@
 """DAG-DB: the squared detailed-balance residual (Zhang et al. 2025, Sec. 3.2)."""
 
 from dag.balance import Transition, residual
-from dag.objectives.registry import OBJECTIVES, BatchFree, ObjectiveOutput, log_ratio, penalty, with_gradient_weight
+from dag.objectives.registry import (
+    OBJECTIVES,
+    BatchFree,
+    ObjectiveOutput,
+    log_ratio,
+    penalty,
+    with_gradient_weight,
+)
 from dag.recipe import DetailedBalance as Config
 
 

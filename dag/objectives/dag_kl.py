@@ -10,7 +10,14 @@ import torch
 from torch import Tensor
 
 from dag.balance import Transition, leave_one_out_mean, leave_one_out_std, residual
-from dag.objectives.registry import OBJECTIVES, BatchFree, ObjectiveOutput, clipped_surrogate, log_ratio, penalty
+from dag.objectives.registry import (
+    OBJECTIVES,
+    BatchFree,
+    ObjectiveOutput,
+    clipped_surrogate,
+    log_ratio,
+    penalty,
+)
 from dag.recipe import KLDivergence as Config
 
 _tiny = 1e-8

@@ -25,7 +25,7 @@ class RewardSum:
     """sum_i weight_i * reward_i, each part checked under its own name; keeps the parts' means for the metrics."""
 
     def __init__(self, terms: Sequence[RewardTerm], device: torch.device) -> None:
-        self.parts = []
+        self.parts: list[tuple[str, float, Reward]] = []
         for term in terms:
             options = term.model_dump(exclude={"name", "weight"})
             if getattr(REWARDS[term.name], "takes_device", False):
@@ -38,9 +38,14 @@ class RewardSum:
     def detailed(
         self, images: Tensor, prompts: Sequence[str], sample_ids: Sequence[int] | None = None
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        """(total (B,), {name: unweighted part (B,)}), float32 on the CPU."""
-        parts = {name: checked(name, reward, images, prompts, sample_ids) for name, _, reward in self.parts}
-        total = torch.stack([weight * parts[name] for name, weight, _ in self.parts]).sum(0)
+        """(total (B,), {name: unweighted part (B,)}), float32 on the CPU; a repeated name gets #2, #3, ..."""
+        parts: dict[str, Tensor] = {}
+        total = torch.zeros(len(prompts))
+        for name, weight, reward in self.parts:
+            values = checked(name, reward, images, prompts, sample_ids)
+            total = total + weight * values
+            repeated = sum(key.split("#")[0] == name for key in parts)
+            parts[f"{name}#{repeated + 1}" if repeated else name] = values
         return total, parts
 
 
@@ -65,14 +70,18 @@ def checked(
         ) from error
     if not isinstance(values, Tensor) or values.shape != (len(prompts),):
         found = f"shape {tuple(values.shape)}" if isinstance(values, Tensor) else type(values).__name__
-        raise RunError(f"reward {name} returned {found}; expected a tensor of shape ({len(prompts)},), one number per image")
+        raise RunError(
+            f"reward {name} returned {found}; expected a tensor of shape ({len(prompts)},), one number per image"
+        )
     if values.dtype != torch.float32:
         raise RunError(f"reward {name} returned dtype {values.dtype}; expected torch.float32")
     values = values.detach().cpu()
     if not bool(values.isfinite().all()):
         row = int((~values.isfinite()).nonzero()[0])
         where = f"sample {sample_ids[row]}, " if sample_ids else ""
-        raise RunError(f"reward {name} returned {float(values[row])} for {where}prompt {prompts[row]!r}; rewards must be finite")
+        raise RunError(
+            f"reward {name} returned {float(values[row])} for {where}prompt {prompts[row]!r}; rewards must be finite"
+        )
     return values
 
 

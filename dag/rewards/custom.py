@@ -3,7 +3,7 @@
 import importlib
 import importlib.util
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import ModuleType
 
@@ -20,10 +20,14 @@ class Custom:
     def __init__(self, path: str) -> None:
         module_name, _, function_name = path.rpartition(":")
         module = _load_file(module_name) if module_name.endswith(".py") else _import(module_name)
-        self.function = getattr(module, function_name, None)
-        if not callable(self.function):
+        function = getattr(module, function_name, None)
+        if not callable(function):
             known = [name for name, value in vars(module).items() if callable(value) and not name.startswith("_")]
-            raise UsageError(f"reward.path: {module_name} has no function {function_name!r}; it has: {', '.join(known) or 'none'}")
+            raise UsageError(
+                f"reward.path: {module_name} has no function {function_name!r}; it has: {', '.join(known) or 'none'}"
+            )
+
+        self.function: Callable[[Tensor, Sequence[str]], Tensor] = function
 
     def __call__(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
         return self.function(images, prompts)

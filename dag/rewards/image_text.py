@@ -26,14 +26,18 @@ class ClipTower:
 
         folder = EMBEDDED if path == "embedded" else Path(path).expanduser()
         if not folder.is_dir():
-            raise UsageError(f"image_text.path: there is no folder {path}; give 'embedded' or a folder in CLIPModel format")
+            raise UsageError(
+                f"image_text.path: there is no folder {path}; give 'embedded' or a folder in CLIPModel format"
+            )
         self.device = torch.device(device)
         try:
             self.model: Any = CLIPModel.from_pretrained(folder, dtype=torch.float32, local_files_only=True)
             self.tokenizer = CLIPTokenizer.from_pretrained(folder, local_files_only=True)
             self.processor = CLIPImageProcessorPil.from_pretrained(folder, local_files_only=True)
         except Exception as error:
-            raise RunError(f"image_text.path: cannot load a CLIPModel from {folder}: {str(error).splitlines()[0]}") from None
+            raise RunError(
+                f"image_text.path: cannot load a CLIPModel from {folder}: {str(error).splitlines()[0]}"
+            ) from None
         self.model.to(self.device).eval().requires_grad_(False)
         self._texts: dict[str, Tensor] = {}
 
@@ -53,7 +57,8 @@ class ClipTower:
             length = int(self.model.config.text_config.max_position_embeddings)
             tokens = self.tokenizer(new, padding="max_length", max_length=length, truncation=True, return_tensors="pt")
             features = self.model.get_text_features(
-                input_ids=tokens.input_ids.to(self.device), attention_mask=tokens.attention_mask.to(self.device)
+                input_ids=tokens.input_ids.to(self.device),
+                attention_mask=tokens.attention_mask.to(self.device),
             ).pooler_output
             self._texts.update(zip(new, functional.normalize(features, dim=-1), strict=True))
         return torch.stack([self._texts[text] for text in texts])

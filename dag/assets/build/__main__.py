@@ -14,6 +14,7 @@ Stages, in order; each leaves files in the work folder, so that one can be repea
     judge     the classifier that measures prompt fidelity
     scorer    the CLIP model that scores pictures against prompts
     denoiser  text encoder and UNet: the text-to-image model
+    continue  the denoiser again, from the weights in the out folder
     measure   fidelity table and sample picture
 """
 
@@ -61,6 +62,10 @@ def _denoiser(work: Path, out: Path, clock: Clock) -> None:
     denoiser.train(work, out, data.load(work), clock)
 
 
+def _continue(work: Path, out: Path, clock: Clock) -> None:
+    denoiser.train(work, out, data.load(work), clock, from_shipped=True)
+
+
 def _measure(work: Path, out: Path, clock: Clock) -> None:
     measure.report(work, out, data.load(work))
 
@@ -71,28 +76,23 @@ STAGES: dict[str, Callable[[Path, Path, Clock], None]] = {
     "judge": _judge,
     "scorer": _scorer,
     "denoiser": _denoiser,
+    "continue": _continue,
     "measure": _measure,
 }
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m dag.assets.build")
-    parser.add_argument(
-        "--work", type=Path, required=True, help="folder for the drawings, data and checkpoints"
-    )
+    parser.add_argument("--work", type=Path, required=True, help="folder for the drawings, data and checkpoints")
     parser.add_argument(
         "--out", type=Path, required=True, help="folder that gets embedded/, scorer/, judge/, samples.png"
     )
     parser.add_argument("--stage", nargs="+", choices=list(STAGES), default=list(STAGES))
-    parser.add_argument(
-        "--speed", type=float, default=1.0, help="divide every time budget by this, for trials"
-    )
+    parser.add_argument("--speed", type=float, default=1.0, help="divide every time budget by this, for trials")
     arguments = parser.parse_args()
     packages = arguments.work / "npm/node_modules"
     if not packages.is_dir():
-        parser.error(
-            f"{packages} is missing; the first lines of dag/assets/build/__main__.py say what to install"
-        )
+        parser.error(f"{packages} is missing; the first lines of dag/assets/build/__main__.py say what to install")
     for stage in arguments.stage:
         start = time.monotonic()
         STAGES[stage](arguments.work, arguments.out, Clock(arguments.speed))

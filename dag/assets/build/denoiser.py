@@ -20,16 +20,16 @@ from dag.assets.build.vae import encode
 
 @dataclass(frozen=True)
 class DenoiserSettings:
-    minutes: float = 40.0
-    batch: int = 48
-    learning_rate: float = 1.2e-3
+    minutes: float = 48.0
+    batch: int = 32
+    learning_rate: float = 1e-3
     weight_decay: float = 1e-2
     caption_dropout: float = 0.1
     snr_cap: float = 5.0
     ema: float = 0.999
     constant_share: float = 0.5
     """Share of the time before the cosine decay begins."""
-    checkpoint_minutes: float = 8.0
+    checkpoint_minutes: float = 6.0
     seed: int = 4
 
 
@@ -91,15 +91,29 @@ class Averaged:
 
 
 def train(
-    work: Path, out: Path, dataset: Dataset, clock: Clock, settings: DenoiserSettings = DenoiserSettings()
+    work: Path,
+    out: Path,
+    dataset: Dataset,
+    clock: Clock,
+    settings: DenoiserSettings = DenoiserSettings(),
+    from_shipped: bool = False,
 ) -> None:
-    """Train for a fixed time; the averaged weights go to `out`/embedded now and then, and at the end."""
-    torch.manual_seed(settings.seed)
+    """Train for a fixed time; the averaged weights go to `out`/embedded now and then, and at the end.
+
+    Args:
+        from_shipped: start from the weights in `out`/embedded instead of from scratch, with another seed.
+    """
+    torch.manual_seed(settings.seed + from_shipped)
     tokenizer = CLIPTokenizer.from_pretrained(work / "tokenizer")
     latents, unet, text = cache_latents(work, dataset), new_unet(), CLIPTextModel(text_config(tokenizer))
-    # The scorer's words are already apart; a fresh text encoder takes thousands of steps to separate them.
-    scorer = CLIPModel.from_pretrained(work / "scorer", dtype=torch.float32)
-    text.load_state_dict(scorer.text_model.state_dict())
+    if from_shipped:
+        shipped = out / "embedded"
+        unet = UNet2DConditionModel.from_pretrained(shipped, subfolder="unet", torch_dtype=torch.float32)
+        text = CLIPTextModel.from_pretrained(shipped / "text_encoder", dtype=torch.float32)
+    else:
+        # The scorer's words are already apart; a fresh text encoder takes thousands of steps to separate them.
+        scorer = CLIPModel.from_pretrained(work / "scorer", dtype=torch.float32)
+        text.load_state_dict(scorer.text_model.state_dict())
     captions = [scene.caption for scene in dataset.scenes[: dataset.training]]
     ids = torch.tensor(tokenizer([*captions, ""], padding="max_length", max_length=MAX_TOKENS).input_ids)
     unet = unet.to(memory_format=torch.channels_last)
@@ -110,9 +124,7 @@ def train(
     saved_at, losses = 0.0, []
     for step, progress in enumerate(clock.ticks(settings.minutes), start=1):
         for group in optimizer.param_groups:
-            group["lr"] = (
-                settings.learning_rate * min(1, step / 200) * _decay(progress, settings.constant_share)
-            )
+            group["lr"] = settings.learning_rate * min(1, step / 200) * _decay(progress, settings.constant_share)
         rows = torch.randint(len(latents), (settings.batch,))
         dropped = torch.rand(settings.batch) < settings.caption_dropout
         tokens = ids[torch.where(dropped, len(ids) - 1, rows)]

@@ -47,9 +47,7 @@ def blurred(images: Tensor, rng: np.random.Generator) -> Tensor:
     return images
 
 
-def mixed_batch(
-    dataset: Dataset, reconstructions: np.ndarray, rows: np.ndarray, rng: np.random.Generator
-) -> Tensor:
+def mixed_batch(dataset: Dataset, reconstructions: np.ndarray, rows: np.ndarray, rng: np.random.Generator) -> Tensor:
     """(B, 3, 64, 64) in [0, 1]: half of the rows that have a reconstruction show it."""
     use = (rows < len(reconstructions)) & (rng.random(len(rows)) < 0.5)
     pictures = np.array(dataset.pictures[rows])
@@ -83,10 +81,7 @@ def train(
             print(f"judge {step} loss {float(loss.detach()):.3f} {100 * progress:.0f} %", flush=True)
     folder = out / "judge"
     folder.mkdir(parents=True, exist_ok=True)
-    half = {
-        name: value.half() if value.is_floating_point() else value
-        for name, value in judge.state_dict().items()
-    }
+    half = {name: value.half() if value.is_floating_point() else value for name, value in judge.state_dict().items()}
     save_file(half, folder / "judge.safetensors")
     (folder / "config.json").write_text(f'{{"channels": {list(judge.channels)}}}\n', encoding="utf-8")
 

@@ -85,9 +85,7 @@ def fidelity(
     shapes = []
     for _ in range(settings.prompts):
         colour, background = rng.sample(COLOURS, 2)
-        shapes.append(
-            f"{with_article(f'{colour} {rng.choice(SHAPES)}')} on {with_article(background)} background"
-        )
+        shapes.append(f"{with_article(f'{colour} {rng.choice(SHAPES)}')} on {with_article(background)} background")
     counts = []
     for _ in range(settings.prompts):
         name = rng.choice(SHAPES) if rng.random() < 0.5 else rng.choice(NOUNS)
@@ -96,9 +94,7 @@ def fidelity(
     return {
         "noun top-1": top1,
         "noun top-5": top5,
-        **_attributes(
-            judge, _sample(pipeline, shapes, guidance, settings), shapes, ("shape", "colour", "background")
-        ),
+        **_attributes(judge, _sample(pipeline, shapes, guidance, settings), shapes, ("shape", "colour", "background")),
         **_attributes(judge, _sample(pipeline, counts, guidance, settings), counts, ("count",)),
     }
 
@@ -132,9 +128,7 @@ def report(work: Path, out: Path, dataset: Dataset, settings: MeasureSettings = 
         "judge_accuracy_on_pictures": accuracy(judge, to_tensor(held_out) / 2 + 0.5, truth, rows),
         "judge_accuracy_on_reconstructions": accuracy(judge, reconstruct(vae, held_out), truth, rows),
         "scorer_noun_accuracy": _scorer_accuracy(out, to_tensor(held_out) / 2 + 0.5, dataset),
-        "fidelity": {
-            f"guidance {g:g}": fidelity(pipeline, judge, g, settings) for g in settings.guidance_scales
-        },
+        "fidelity": {f"guidance {g:g}": fidelity(pipeline, judge, g, settings) for g in settings.guidance_scales},
     }
     (work / "measured.json").write_text(json.dumps(figures, indent=2), encoding="utf-8")
     print(json.dumps(figures, indent=2), flush=True)
@@ -148,20 +142,14 @@ def _scorer_accuracy(out: Path, images: Tensor, dataset: Dataset) -> float:
     tower = ClipTower(str(out / "scorer"))
     scenes = dataset.scenes[dataset.training :]
     rows = [
-        row
-        for row, scene in enumerate(scenes)
-        if scene.count == 1 and len(scene.things) == 1 and scene.things[0].style
+        row for row, scene in enumerate(scenes) if scene.count == 1 and len(scene.things) == 1 and scene.things[0].style
     ]
     texts = tower.embed_texts([with_article(noun) for noun in NOUNS])
     best = (tower.embed_images(images[rows]) @ texts.T).argmax(1).tolist()
-    return sum(
-        NOUNS[found] == scenes[row].things[0].name for found, row in zip(best, rows, strict=True)
-    ) / len(rows)
+    return sum(NOUNS[found] == scenes[row].things[0].name for found, row in zip(best, rows, strict=True)) / len(rows)
 
 
-def _picture(
-    pipeline: StableDiffusionPipeline, settings: MeasureSettings, per_prompt: int = 3
-) -> Image.Image:
+def _picture(pipeline: StableDiffusionPipeline, settings: MeasureSettings, per_prompt: int = 3) -> Image.Image:
     """A captioned grid, two prompts wide."""
     prompts = [prompt for prompt in SAMPLE_PROMPTS for _ in range(per_prompt)]
     images = (_sample(pipeline, prompts, 3.0, settings) * 255).round().byte().permute(0, 2, 3, 1).numpy()

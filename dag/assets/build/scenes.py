@@ -152,10 +152,7 @@ def _shape_sprite(shape: str, rgb: tuple[int, ...]) -> Image.Image:
         angles = [i * math.pi / 5 for i in range(10)]
         centre = side / 2
         draw.polygon(
-            [
-                (centre + r * math.sin(a), centre + 4 - r * math.cos(a))
-                for r, a in zip(radii, angles, strict=True)
-            ],
+            [(centre + r * math.sin(a), centre + 4 - r * math.cos(a)) for r, a in zip(radii, angles, strict=True)],
             fill=fill,
         )
     else:
@@ -238,9 +235,7 @@ class SceneMaker:
 
     def _thing(self, rng: random.Random, background: str, shape_share: float) -> Thing:
         if rng.random() < shape_share:
-            return Thing(
-                rng.choice(SHAPES), rng.choice([colour for colour in COLOURS if colour != background]), None
-            )
+            return Thing(rng.choice(SHAPES), rng.choice([colour for colour in COLOURS if colour != background]), None)
         noun = rng.choice(NOUNS)
         return Thing(noun, None, rng.choice([style for style in STYLES if (noun, style) in self.sprites]))
 

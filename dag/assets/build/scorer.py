@@ -87,9 +87,7 @@ def train(
     tokenizer = CLIPTokenizer.from_pretrained(work / "tokenizer")
     model, truth = new_model(tokenizer), targets(dataset.scenes)
     ids = torch.tensor(
-        tokenizer(
-            [scene.caption for scene in dataset.scenes], padding="max_length", max_length=MAX_TOKENS
-        ).input_ids
+        tokenizer([scene.caption for scene in dataset.scenes], padding="max_length", max_length=MAX_TOKENS).input_ids
     )
     # Attribute heads speed up the vision tower and are dropped afterwards.
     sizes = Judge().sizes
@@ -101,9 +99,7 @@ def train(
     for step, progress in enumerate(clock.ticks(settings.minutes), start=1):
         for group in optimizer.param_groups:
             group["lr"] = (
-                settings.learning_rate
-                * min(1, step / 50)
-                * max(0.02, 0.5 * (1 + math.cos(math.pi * progress)))
+                settings.learning_rate * min(1, step / 50) * max(0.02, 0.5 * (1 + math.cos(math.pi * progress)))
             )
         rows = rng.integers(0, dataset.training, settings.batch)
         pixels = blurred(mixed_batch(dataset, reconstructions, rows, rng), rng)
@@ -115,9 +111,7 @@ def train(
         unit_image, unit_text = functional.normalize(image, dim=-1), functional.normalize(text, dim=-1)
         matches = caption_matches([dataset.scenes[row] for row in rows])
         loss = pair_loss(unit_image, unit_text, matches, scale, bias)
-        loss = loss + 0.5 * judge_loss(
-            Verdict(*attributes(image).split(sizes, dim=1)), truth, torch.from_numpy(rows)
-        )
+        loss = loss + 0.5 * judge_loss(Verdict(*attributes(image).split(sizes, dim=1)), truth, torch.from_numpy(rows))
         optimizer.zero_grad()
         loss.backward()
         nn.utils.clip_grad_norm_(parameters, 1.0)
@@ -132,6 +126,4 @@ def train(
 
 def _processor() -> CLIPImageProcessorPil:
     side = {"height": 64, "width": 64}
-    return CLIPImageProcessorPil(
-        size={"shortest_edge": 64}, crop_size=side, image_mean=[0.5] * 3, image_std=[0.25] * 3
-    )
+    return CLIPImageProcessorPil(size={"shortest_edge": 64}, crop_size=side, image_mean=[0.5] * 3, image_std=[0.25] * 3)

@@ -57,20 +57,14 @@ def train(work: Path, dataset: Dataset, settings: VaeSettings = VaeSettings()) -
     recent = []
     for step in range(settings.steps):
         progress = step / settings.steps
-        rate = (
-            settings.learning_rate
-            * min(1, (step + 1) / 100)
-            * max(0.02, 0.5 * (1 + math.cos(math.pi * progress)))
-        )
+        rate = settings.learning_rate * min(1, (step + 1) / 100) * max(0.02, 0.5 * (1 + math.cos(math.pi * progress)))
         for group in optimizer.param_groups:
             group["lr"] = rate
         rows = np.sort(rng.integers(0, dataset.training, settings.batch))
         x = to_tensor(dataset.pictures[rows]).contiguous(memory_format=torch.channels_last)
         posterior = vae.encode(x).latent_dist
         y = vae.decode(posterior.sample()).sample
-        loss = (
-            reconstruction_loss(y, x) + settings.kl_weight * posterior.kl().mean() / posterior.mean[0].numel()
-        )
+        loss = reconstruction_loss(y, x) + settings.kl_weight * posterior.kl().mean() / posterior.mean[0].numel()
         optimizer.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(vae.parameters(), 1.0)
