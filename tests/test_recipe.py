@@ -480,6 +480,11 @@ class Reader(ast.NodeVisitor):
         if found := self.annotated(node.annotation):
             self.types.setdefault(node.arg, set()).update(found)
 
+    def visit_FunctionDef(self, node: ast.FunctionDef) -> None:
+        if any(isinstance(decorator, ast.Name) and decorator.id == "property" for decorator in node.decorator_list):
+            self.types.setdefault(f"self.{node.name}", set()).update(self.annotated(node.returns))
+        self.generic_visit(node)
+
     def visit_Assign(self, node: ast.Assign) -> None:
         for target in node.targets:
             self.learn(target, node.value)

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from dag_kernels import guided
 from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
-from diffusers.utils import convert_state_dict_to_diffusers, convert_state_dict_to_kohya
+from diffusers.utils import convert_state_dict_to_kohya
 from peft import LoraConfig, get_peft_model_state_dict, set_peft_model_state_dict
 from safetensors.torch import save_file
 from torch import Tensor, nn
@@ -175,7 +175,8 @@ class StableDiffusion:
         state = self.state_dict()
         StableDiffusionPipeline.save_lora_weights(
             folder,
-            unet_lora_layers=convert_state_dict_to_diffusers(state),
+            # As peft names them: diffusers' older names exist for attention alone, and it loads no mixture.
+            unet_lora_layers=state,
             unet_lora_adapter_metadata=self.unet.peft_config["default"].to_dict(),
         )
         save_file(self._kohya_state(state), folder / "lora_kohya.safetensors")
