@@ -90,6 +90,7 @@ def train(config: Recipe, run: RunFolder, resume_from: Path | None) -> None:
         raise UsageError(
             f"launched with {accelerator.num_processes} processes; this version trains in one: accelerate launch --num_processes 1"
         )
+    _use_all_threads(accelerator.device.type)
     parts = build(config, accelerator.device)
     if resume_from is None:
         run.write_description(describe_run(config, parts, accelerator.device))
@@ -101,6 +102,17 @@ def train(config: Recipe, run: RunFolder, resume_from: Path | None) -> None:
         tracker = accelerator.log
     Trainer(config, run, parts, tracker).fit(resume_from)
     accelerator.end_training()
+
+
+def _use_all_threads(device_type: str) -> None:
+    """Undo the launcher's OMP_NUM_THREADS=1, which it sets for any number of CPU processes, also for one."""
+    import torch
+
+    is_launched = "ACCELERATE_DYNAMO_BACKEND" in os.environ
+    if device_type == "cpu" and is_launched and torch.get_num_threads() == 1:
+        threads = len(os.sched_getaffinity(0))
+        torch.set_num_threads(threads)
+        print(f"{threads} threads (accelerate's launcher had set 1; start with python train_dag.py to choose)", flush=True)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
