@@ -112,7 +112,9 @@ def _use_all_threads(device_type: str) -> None:
     if device_type == "cpu" and is_launched and torch.get_num_threads() == 1:
         threads = len(os.sched_getaffinity(0))
         torch.set_num_threads(threads)
-        print(f"{threads} threads (accelerate's launcher had set 1; start with python train_dag.py to choose)", flush=True)
+        print(
+            f"{threads} threads (accelerate's launcher had set 1; start with python train_dag.py to choose)", flush=True
+        )
 
 
 def main(argv: Sequence[str] | None = None) -> int:

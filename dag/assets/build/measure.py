@@ -50,9 +50,9 @@ SAMPLE_PROMPTS = (
 
 @dataclass(frozen=True)
 class MeasureSettings:
-    prompts: int = 256
+    prompts: int = 128
     steps: int = 20
-    guidance_scales: tuple[float, ...] = (1.0, 3.0, 6.0)
+    guidance_scales: tuple[float, ...] = (1.0, 3.0)
     seed: int = 5
 
 
