@@ -4,8 +4,8 @@ from pathlib import Path
 
 import pytest
 import torch
-
 from building import parts_of
+
 from dag import fidelity, recipe
 from dag.prompts import with_article
 from dag.recipe import Recipe

@@ -84,7 +84,7 @@ def test_gradient_does_not_depend_on_the_micro_batch(
     scale = max(float(gradient.abs().max()) for gradient in found[0])
     worst = max(float((a - b).abs().max()) for a, b in zip(*found, strict=True))
     assert scale > 0
-    # float32 sums in another order; measured 4e-6.
+    # float32 sums in another order.
     assert worst < 2e-5 * scale
 
 

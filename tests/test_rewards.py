@@ -92,7 +92,7 @@ def test_image_text_is_the_clip_models_own_cosine(images: torch.Tensor) -> None:
 
 
 def test_image_text_names_a_missing_folder() -> None:
-    with pytest.raises(UsageError, match="there is no folder ./nope"):
+    with pytest.raises(UsageError, match=r"there is no folder \./nope"):
         build_reward("image_text", path="./nope")
 
 
