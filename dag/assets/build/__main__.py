@@ -87,7 +87,9 @@ def main() -> None:
     parser.add_argument(
         "--out", type=Path, required=True, help="folder that gets embedded/, scorer/, judge/, samples.png"
     )
-    parser.add_argument("--stage", nargs="+", choices=list(STAGES), default=list(STAGES))
+    parser.add_argument(
+        "--stage", nargs="+", choices=list(STAGES), default=[name for name in STAGES if name != "continue"]
+    )
     parser.add_argument("--speed", type=float, default=1.0, help="divide every time budget by this, for trials")
     arguments = parser.parse_args()
     packages = arguments.work / "npm/node_modules"

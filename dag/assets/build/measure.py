@@ -132,7 +132,8 @@ def report(work: Path, out: Path, dataset: Dataset, settings: MeasureSettings = 
     }
     (work / "measured.json").write_text(json.dumps(figures, indent=2), encoding="utf-8")
     print(json.dumps(figures, indent=2), flush=True)
-    _picture(pipeline, settings).save(out / "samples.png", optimize=True)
+    # A palette keeps the picture at a third of its size.
+    _picture(pipeline, settings).quantize(256).save(out / "samples.png", optimize=True)
 
 
 def _scorer_accuracy(out: Path, images: Tensor, dataset: Dataset) -> float:
