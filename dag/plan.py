@@ -105,5 +105,10 @@ def describe(recipe: Recipe, num_prompts: int) -> str:
         beta = recipe.objective.beta
         unit = "sd of the first rollout's reward" if beta.unit == "reward_sd" else "unit of reward"
         lines.append(f"beta          {beta.value:g}, effective inverse temperature {plan.beta_eff:g} nats per {unit}")
+    if train.micro_batch != sampler.tile:
+        lines.append(
+            f"ratio         micro-batch {train.micro_batch} is not the tile {sampler.tile}: log P_F is recomputed up to float "
+            "rounding; set them equal for a first ratio of exactly 1"
+        )
     lines.append("memory        not predicted by this version")
     return "\n".join(lines)
