@@ -1,5 +1,6 @@
 """Text encoder and UNet, trained together on cached latents; saved as a StableDiffusionPipeline folder."""
 
+import json
 import math
 import shutil
 from collections.abc import Iterable
@@ -188,6 +189,9 @@ def save(work: Path, out: Path, unet: UNet2DConditionModel, text: CLIPTextModel)
     ).to(dtype=torch.float16)
     folder, fresh = out / "embedded", out / "embedded.new"
     pipeline.save_pretrained(fresh)
+    vae_config = fresh / "vae/config.json"
+    kept = {key: value for key, value in json.loads(vae_config.read_text()).items() if key != "_name_or_path"}
+    vae_config.write_text(json.dumps(kept, indent=2) + "\n", encoding="utf-8")
     for name in ("vocab.json", "merges.txt"):
         shutil.copy(work / "tokenizer" / name, fresh / "tokenizer" / name)
     shutil.rmtree(folder, ignore_errors=True)
