@@ -18,9 +18,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from dag import plan, prompts, recipe
+from dag import plan, prompts
 from dag.errors import RunError, UsageError
 from dag.recipe import Recipe
+from dag.recipe_file import load
 from dag.run_folder import RunFolder, default_path, newest_run
 
 
@@ -83,7 +84,8 @@ def train(config: Recipe, run: RunFolder, resume_from: Path | None) -> None:
     # Here, not above: these imports take seconds, and --plan and mistakes need none of them.
     from accelerate import Accelerator
 
-    from dag.trainer import Trainer, build, describe_run
+    from dag.parts import build, describe_run
+    from dag.trainer import Trainer
 
     accelerator = Accelerator(mixed_precision="no", log_with=list(config.trackers) or None, project_dir=str(run.path))
     if accelerator.num_processes > 1:
@@ -123,7 +125,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     try:
-        config = recipe.load(arguments.recipe, arguments.set)
+        config = load(arguments.recipe, arguments.set)
         if arguments.plan:
             print(plan.describe(config, len(prompts.load_prompts(config.prompts))))
             return 0

@@ -19,6 +19,11 @@ def residual(log_F: Tensor, log_pf: Tensor, log_pb: Tensor, log_F_next: Tensor) 
     return log_F + log_pf - log_pb - log_F_next
 
 
+def with_rewarded_end(log_F_next: Tensor, log_reward: Tensor, is_terminal: Tensor) -> Tensor:
+    """log F(x_next), (B,): the log reward where the transition is the last, whose end has no learnt flow."""
+    return torch.where(is_terminal, log_reward, log_F_next)
+
+
 @dataclass(frozen=True)
 class Transition:
     """A micro-batch of B transitions, all that an objective sees. Log-probs share one reduction (sum or mean)."""
@@ -55,7 +60,7 @@ class Transition:
         assert self.log_F_tilde is not None and self.log_F_tilde_next is not None
         assert self.looking is not None and self.looking_next is not None
         log_F = self.log_F_tilde + self.looking
-        log_F_next = torch.where(self.is_terminal, self.log_reward, self.log_F_tilde_next + self.looking_next)
+        log_F_next = with_rewarded_end(self.log_F_tilde_next + self.looking_next, self.log_reward, self.is_terminal)
         return log_F, log_F_next
 
 

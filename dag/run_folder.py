@@ -12,7 +12,8 @@ from typing import Any
 
 from dag.errors import RunError, UsageError
 from dag.metrics import MetricsFile
-from dag.recipe import Recipe, parse
+from dag.recipe import Recipe
+from dag.recipe_file import parse
 
 
 class RunFolder:

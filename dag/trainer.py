@@ -1,84 +1,23 @@
 """The training loop: sample, score, update, measure, save. No maths and no file formats here."""
 
-import importlib.metadata
-import platform
-import subprocess
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from PIL import features
 from torch import Tensor
 from tqdm import tqdm
 
 from dag import checkpoint, prompts, report
 from dag.errors import RunError, UsageError
-from dag.evaluate import EvaluationResult, Evaluator
-from dag.learner import Learner, RewardScale
-from dag.models.sd import StableDiffusion
-from dag.objectives import OBJECTIVES
-from dag.optim import Stepper, build_optimizer
-from dag.plan import make_plan
+from dag.evaluate import EvaluationResult
+from dag.parts import Parts
 from dag.recipe import ForwardLooking, PolicyGradient, Recipe
-from dag.rewards import RewardSum
 from dag.rollout import Batch, assemble, sample_tile, score_tile
 from dag.run_folder import RunFolder
-from dag.state_flow import StateFlow
 from dag.trajectory import Trajectories, concatenate
-
-
-@dataclass
-class Parts:
-    """What a recipe builds."""
-
-    policy: StableDiffusion
-    flow: StateFlow | None
-    reward: RewardSum
-    learner: Learner
-    evaluator: Evaluator
-    prompts: tuple[str, ...]
-    text: Tensor
-    """(P, S, D) prompt embeddings on the CPU."""
-
-
-def build(recipe: Recipe, device: torch.device, warn: Callable[[str], object] = print) -> Parts:
-    """Load the model and assemble everything. Cheap mistakes (prompts, rewards) surface before the model is read."""
-    texts = prompts.load_prompts(recipe.prompts)
-    reward = RewardSum(recipe.reward, device)
-    objective = OBJECTIVES[recipe.objective.name](recipe.objective)
-    policy = StableDiffusion(
-        recipe.model, recipe.adapter, recipe.sampler, device, recipe.seed, recipe.train.gradient_checkpointing
-    )
-    for warning in policy.prompt_warnings(texts):
-        warn(f"warning: {warning}")
-    text = policy.encode(texts)
-    policy.free_text_encoder()
-    use_scaler = recipe.model.dtype == "fp16"
-    train = recipe.train
-    policy_stepper = Stepper(
-        "policy",
-        build_optimizer(policy.trainable(), train.learning_rate, train, train.optimizer),
-        train.clip_norm,
-        use_scaler,
-    )
-    flow, flow_stepper = None, None
-    if objective.uses_flow:
-        with torch.random.fork_rng():
-            torch.manual_seed(recipe.seed)
-            flow = StateFlow(
-                policy.latent_shape[0],
-                policy.text_width,
-                policy.schedule.num_transitions,
-                recipe.flow.channels,
-            ).to(device)
-        optimizer = build_optimizer(list(flow.parameters()), recipe.flow.learning_rate, train, "adamw")
-        flow_stepper = Stepper("flow", optimizer, train.clip_norm)
-    learner = Learner(recipe, policy, flow, objective, policy_stepper, flow_stepper, text)
-    return Parts(policy, flow, reward, learner, Evaluator(recipe, texts, text, device), texts, text)
 
 
 class Trainer:
@@ -239,40 +178,25 @@ class Trainer:
     # -- checkpoints ---------------------------------------------------------------------------------------------
 
     def _optimizers(self) -> dict[str, torch.optim.Optimizer]:
-        learner = self.parts.learner
-        steppers = [learner.policy_stepper] + ([learner.flow_stepper] if learner.flow_stepper else [])
-        return {stepper.name: stepper.optimizer for stepper in steppers}
+        return {stepper.name: stepper.optimizer for stepper in self.parts.learner.steppers()}
 
     def save_checkpoint(self, epoch: int) -> None:
         learner, flow = self.parts.learner, self.parts.flow
-        tensors = {
-            "policy": self.parts.policy.state_dict(),
-            "learner": {"residual_scale": learner.residual_scale},
-        }
+        tensors = {"policy": self.parts.policy.state_dict(), "learner": learner.tensors()}
         if flow is not None:
             tensors["flow"] = flow.state_dict()
-        state = {
-            "optimizer_step": learner.optimizer_step,
-            "is_calibrated": learner.is_calibrated,
-            "reward_scale": asdict(learner.reward_scale),
-            "objective": learner.objective.state_dict(),
-            "scaler": learner.policy_stepper.scaler.state_dict(),
-        }
-        checkpoint.save(self.run.checkpoints, epoch, tensors, self._optimizers(), state, self.recipe.checkpoint.keep)
+        keep = self.recipe.checkpoint.keep
+        checkpoint.save(self.run.checkpoints, epoch, tensors, self._optimizers(), learner.state_dict(), keep)
 
     def load_checkpoint(self, folder: Path) -> int:
         """Restore everything; returns the number of completed epochs."""
-        learner, flow, state = self.parts.learner, self.parts.flow, checkpoint.load_state(folder)
+        state, flow = checkpoint.load_state(folder), self.parts.flow
         self.parts.policy.load_state_dict(checkpoint.load_tensors(folder, "policy"))
+        self.parts.learner.load_state_dict(state, checkpoint.load_tensors(folder, "learner"))
         if flow is not None:
             flow.load_state_dict(checkpoint.load_tensors(folder, "flow"))
-        learner.residual_scale = checkpoint.load_tensors(folder, "learner")["residual_scale"].to(learner.device)
         for name, optimizer in self._optimizers().items():
             checkpoint.load_optimizer(folder, name, optimizer, state["optimizers"][name])
-        learner.optimizer_step, learner.is_calibrated = state["optimizer_step"], state["is_calibrated"]
-        learner.reward_scale = RewardScale(**state["reward_scale"])
-        learner.objective.load_state_dict(state["objective"])
-        learner.policy_stepper.scaler.load_state_dict(state["scaler"])
         return int(state["epoch"])
 
     # -- time and progress ---------------------------------------------------------------------------------------
@@ -293,40 +217,6 @@ class Trainer:
             unit="row",
             position=1 if phase == "score" else 0,
         )
-
-
-def describe_run(recipe: Recipe, parts: Parts, device: torch.device) -> dict[str, Any]:
-    """What run.json holds: enough to know what ran, on what, and to resume it."""
-    packages = ("torch", "diffusers", "transformers", "peft", "accelerate", "numpy", "pillow", "safetensors")
-    learner = parts.learner
-    return {
-        "recipe": recipe.model_dump(mode="json"),
-        "seed": recipe.seed,
-        "model": parts.policy.describe(),
-        "flow_parameters": 0 if parts.flow is None else sum(p.numel() for p in parts.flow.parameters()),
-        "plan": asdict(make_plan(recipe)),
-        "beta_eff": make_plan(recipe).beta_eff,
-        "reduction_factor": learner.reduction_factor,
-        "device": torch.cuda.get_device_name(device)
-        if device.type == "cuda"
-        else platform.processor() or platform.machine(),
-        "threads": torch.get_num_threads(),
-        "python": platform.python_version(),
-        "versions": {name: importlib.metadata.version(name) for name in packages},
-        "jpeg": features.version("libjpeg_turbo") or features.version("jpg"),
-        "commit": _git_commit(),
-    }
-
-
-def _git_commit() -> str | None:
-    """The commit of this code, with -dirty if it was changed; None outside a repository."""
-    try:
-        command = ["git", "describe", "--always", "--dirty", "--abbrev=12"]
-        return subprocess.run(
-            command, cwd=Path(__file__).parent, capture_output=True, text=True, check=True
-        ).stdout.strip()
-    except (OSError, subprocess.CalledProcessError):
-        return None
 
 
 def _peak_memory_gib() -> float | None:

@@ -2,9 +2,10 @@
 
 import torch
 
+from dag.parts import Parts, build
 from dag.recipe import Recipe
 from dag.run_folder import RunFolder
-from dag.trainer import Parts, Trainer, build
+from dag.trainer import Trainer
 from dag.trajectory import Trajectories
 
 CPU = torch.device("cpu")

@@ -10,7 +10,8 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 import pytest
 import torch
 
-from dag import recipe
+from dag.recipe import Recipe
+from dag.recipe_file import parse
 
 
 @pytest.fixture(autouse=True)
@@ -57,7 +58,7 @@ def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
-def make_recipe(tiny_model: Path) -> Callable[..., recipe.Recipe]:
+def make_recipe(tiny_model: Path) -> Callable[..., Recipe]:
     """A small recipe on the tiny model; keyword arguments replace sections, merged one level deep."""
     base: dict[str, dict[str, Any]] = {
         "model": {"path": str(tiny_model)},
@@ -71,10 +72,10 @@ def make_recipe(tiny_model: Path) -> Callable[..., recipe.Recipe]:
         "checkpoint": {"every": 1},
     }
 
-    def make(**sections: dict[str, Any]) -> recipe.Recipe:
+    def make(**sections: dict[str, Any]) -> Recipe:
         merged = {name: {**base.get(name, {}), **sections.get(name, {})} for name in base | sections}
         if merged["objective"]["name"] == "ddpo":
             merged["objective"].pop("beta", None)
-        return recipe.parse(merged, "test recipe")
+        return parse(merged, "test recipe")
 
     return make

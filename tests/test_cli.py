@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 
 import train_dag
-from dag import recipe
 from dag.plan import make_plan
+from dag.recipe_file import load
 
 MINIMAL = """
 model: {path: embedded}
@@ -115,7 +115,7 @@ def test_plan_prints_counts_and_writes_nothing(file: Path, capsys: pytest.Captur
 
 def test_plan_counts_what_a_recipe_asks_for(file: Path) -> None:
     def plan_of(*overrides: str) -> dict[str, float]:
-        return vars(make_plan(recipe.load(file, overrides)))
+        return vars(make_plan(load(file, overrides)))
 
     base = plan_of()
     assert plan_of("sampler.guidance_scale=1")["unet_rows_per_epoch"] == base["unet_rows_per_epoch"] / 2
@@ -135,9 +135,9 @@ def test_plan_reads_the_latent_from_the_models_configs(file: Path) -> None:
     }.items():
         (Path("model") / part).mkdir(parents=True)
         (Path("model") / part / "config.json").write_text(json.dumps(config))
-    plan = make_plan(recipe.load(file, ["model.path=model"]))
+    plan = make_plan(load(file, ["model.path=model"]))
     assert (plan.latent_elements, plan.is_assumed) == (16 * 8 * 8, False)
-    assert make_plan(recipe.load(file, ["model.path=model", "model.resolution=16"])).latent_elements == 16 * 4 * 4
+    assert make_plan(load(file, ["model.path=model", "model.resolution=16"])).latent_elements == 16 * 4 * 4
 
 
 # -- mistakes that cost nothing -----------------------------------------------------------------------------------
@@ -221,7 +221,7 @@ def started_run(file: Path, folder: str, *, has_checkpoint: bool) -> Path:
     """A run folder as `train` leaves it, as far as --resume looks at it."""
     path = Path(folder)
     path.mkdir(parents=True)
-    dump = recipe.load(file).model_dump(mode="json")
+    dump = load(file).model_dump(mode="json")
     (path / "run.json").write_text(json.dumps({"recipe": dump}))
     if has_checkpoint:
         (path / "checkpoints/epoch_0003").mkdir(parents=True)

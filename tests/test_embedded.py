@@ -6,9 +6,10 @@ import pytest
 import torch
 from building import parts_of
 
-from dag import fidelity, recipe
+from dag import fidelity
 from dag.prompts import with_article
 from dag.recipe import Recipe
+from dag.recipe_file import parse
 from dag.rollout import generate
 
 ASSETS = Path(fidelity.__file__).parent / "assets"
@@ -23,7 +24,7 @@ def embedded() -> Recipe:
         "reward": {"name": "colourfulness"},
         "objective": {"name": "ddpo"},
     }
-    return recipe.parse(data, "embedded")
+    return parse(data, "embedded")
 
 
 def test_everything_shipped_fits_twelve_megabytes() -> None:

@@ -35,8 +35,7 @@ def gradients(trainer: Trainer, trajectories: Trajectories, monkeypatch: pytest.
     monkeypatch.setattr("dag.optim.Stepper.step", capture)
     learner.learn(trajectories, 0, trainer._scorer(trajectories.prompt_id, trajectories.sample_id))
     monkeypatch.undo()
-    steppers = 1 if learner.flow_stepper is None else 2
-    return [gradient for group in captured[:steppers] for gradient in group]
+    return [gradient for group in captured[: len(list(learner.steppers()))] for gradient in group]
 
 
 @pytest.mark.parametrize("objective", [DB, KL, DDPO])
@@ -157,11 +156,9 @@ def test_sampling_regulariser_is_zero_on_policy_and_bounded_by_rounding(
     make_recipe: MakeRecipe, run: RunFolder
 ) -> None:
     trainer, trajectories = rolled_out(make_recipe(regulariser={"sampling": 1.0}), run)
-    rows = torch.arange(4)
+    learner, rows = trainer.parts.learner, torch.arange(4)
     for k in range(4):
-        _, regulariser = trainer.parts.learner.rows_loss(
-            trajectories, trainer.parts.learner._scalars(trajectories, 0), rows, k, None
-        )
+        _, regulariser = learner.rows_loss(learner.rollout(trajectories, 0), rows, k)
         assert float(regulariser.detach().max()) < 1e-9
 
 
@@ -170,18 +167,18 @@ def test_pretrained_kl_is_zero_for_a_fresh_adapter_and_positive_afterwards(
 ) -> None:
     trainer, trajectories = rolled_out(make_recipe(regulariser={"pretrained_kl": 1.0}), run)
     learner, rows = trainer.parts.learner, torch.arange(4)
-    scalars = learner._scalars(trajectories, 0)
-    assert learner.rows_loss(trajectories, scalars, rows, 1, None)[1].abs().max() == 0
+    rollout = learner.rollout(trajectories, 0)
+    assert learner.rows_loss(rollout, rows, 1)[1].abs().max() == 0
     disturb(trainer.parts)
-    assert learner.rows_loss(trajectories, scalars, rows, 1, None)[1].min() > 0
+    assert learner.rows_loss(rollout, rows, 1)[1].min() > 0
 
 
 def test_calibration_centres_the_residuals_of_its_rollout(make_recipe: MakeRecipe, run: RunFolder) -> None:
     trainer, trajectories = rolled_out(make_recipe(flow={"warmup_epochs": 1}), run)
     learner = trainer.parts.learner
     first = learner.learn(trajectories, 0)
-    scalars = learner._scalars(trajectories, 0)
-    residuals = learner._residuals(trajectories, scalars, torch.arange(8))
+    assert learner.flow_fit is not None
+    residuals = learner.flow_fit.residuals(trajectories, learner.units.scalars(trajectories, 0), torch.arange(8))
     means, before = residuals.mean(0).abs().max(), max(map(abs, first["residual_mean_per_step"]))  # type: ignore[arg-type]
     assert before > 10
     assert float(means) < 1e-4 * before
@@ -231,7 +228,7 @@ def test_eight_bit_optimizer_trains(make_recipe: MakeRecipe, run: RunFolder) -> 
     recipe = make_recipe(train={"optimizer": "adamw8bit"}, adapter={"rank": 300})
     trainer, trajectories = rolled_out(recipe, run)
     trainer.update(trajectories, 0)
-    optimizer = trainer.parts.learner.policy_stepper.optimizer
+    optimizer = trainer.parts.learner.stepper.optimizer
     assert any(state["state1"].dtype == torch.uint8 for state in optimizer.state.values())
 
 

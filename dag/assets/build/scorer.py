@@ -23,7 +23,7 @@ EMBEDDING = 96
 
 @dataclass(frozen=True)
 class ScorerSettings:
-    minutes: float = 5.0
+    minutes: float = 9.0
     batch: int = 128
     learning_rate: float = 2e-3
     seed: int = 3

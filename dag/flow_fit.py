@@ -1,0 +1,111 @@
+"""Fitting the state flow to a rollout: per-step constants, per-step residual scales, flow-only updates.
+
+The UNet is not called here: log P_F stays what it was at sampling time.
+
+Legend: N trajectories, B rows, T transitions.
+"""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from dag import balance
+from dag.optim import Stepper
+from dag.schedule import Schedule
+from dag.state_flow import StateFlow
+from dag.trajectory import Trajectories
+from dag.units import Scalars
+
+# Share of a new rollout in the running per-step residual scale.
+_SCALE_RATE = 0.3
+
+
+class FlowFit:
+    """Owns what the flow carries from rollout to rollout.
+
+    Args:
+        text:        (P, S, D) embeddings of the recipe's prompts.
+        calibration: share by which a rollout moves the constants (`flow.calibration`); 0 never.
+        is_scaled:   divide residuals by their running sd per step (`objective.residual_scale: running`).
+    """
+
+    def __init__(
+        self,
+        flow: StateFlow,
+        stepper: Stepper,
+        schedule: Schedule,
+        text: Tensor,
+        calibration: float,
+        is_scaled: bool,
+    ) -> None:
+        self.flow, self.stepper, self.schedule, self.text = flow, stepper, schedule, text
+        self.calibration, self.is_scaled = calibration, is_scaled
+        self.residual_scale = torch.ones(schedule.num_transitions, device=schedule.timesteps.device)
+        self.is_calibrated = False
+
+    def log_F_tilde(self, trajectories: Trajectories, rows: Tensor, k: int | Tensor) -> Tensor:
+        """(B,) learnt part of the flow at state k of each row, with gradients; k an int or (B,)."""
+        ks = torch.full((len(rows),), k, device=rows.device) if isinstance(k, int) else k
+        text = self.text[trajectories.prompt_id[rows.cpu()]].to(rows.device)
+        return self.flow(trajectories.chain[ks, rows], self.schedule.timesteps[ks], ks, text)
+
+    @torch.no_grad()
+    def residuals(self, trajectories: Trajectories, scalars: Scalars, rows: Tensor) -> Tensor:
+        """(B, T) residuals of some trajectories at the sampling-time policy and the current flow."""
+        steps = range(self.schedule.num_transitions)
+        table = torch.stack([self.log_F_tilde(trajectories, rows, k) for k in steps], dim=1)
+        return balance.residual_table(
+            table, scalars.looking[rows], scalars.log_pf[rows], scalars.log_pb[rows], scalars.log_reward[rows]
+        )
+
+    def calibrate(self, trajectories: Trajectories, scalars: Scalars) -> dict[str, float | list[float]]:
+        """Measure a fresh rollout's residuals, then centre the flow's constants on them and track their scale."""
+        everything = torch.arange(trajectories.num_trajectories, device=trajectories.chain.device)
+        residuals = self.residuals(trajectories, scalars, everything)
+        measured: dict[str, float | list[float]] = {
+            "residual_mean": float(residuals.mean()),
+            "residual_rms": float(residuals.square().mean().sqrt()),
+            "residual_mean_per_step": residuals.mean(0).tolist(),
+            "residual_rms_per_step": residuals.square().mean(0).sqrt().tolist(),
+        }
+        if self.calibration > 0:
+            rate = self.calibration if self.is_calibrated else 1.0
+            self.flow.constants += rate * balance.constant_shift(residuals)
+            residuals = self.residuals(trajectories, scalars, everything)
+        spread = residuals.std(0, correction=0).clamp(min=1e-6)
+        if self.calibration > 0 and not self.is_calibrated:
+            self.flow.scale.copy_(spread.mean())
+        if self.is_scaled:
+            rate = _SCALE_RATE if self.is_calibrated else 1.0
+            self.residual_scale = (1 - rate) * self.residual_scale + rate * spread
+        self.is_calibrated = True
+        return measured
+
+    def train(
+        self,
+        trajectories: Trajectories,
+        scalars: Scalars,
+        penalty: Callable[[Tensor], Tensor],
+        batch: int,
+        generator: torch.Generator,
+    ) -> None:
+        """One shuffled pass over every transition: an update per `batch` of them on the mean penalty of delta / s."""
+        N, T = scalars.log_pf.shape
+        order = torch.randperm(N * T, generator=generator).to(scalars.log_pf.device)
+        for index in order.split(batch):
+            rows, k = index // T, index % T
+            delta = self._residual_of(trajectories, scalars, rows, k)
+            self.stepper.zero_grad()
+            penalty(delta / self.residual_scale[k]).mean().backward()
+            self.stepper.step()
+
+    def _residual_of(self, trajectories: Trajectories, scalars: Scalars, rows: Tensor, k: Tensor) -> Tensor:
+        """(B,) residuals of single transitions with the gradient of log F; log F' is a constant target."""
+        T = self.schedule.num_transitions
+        following = (k + 1).clamp(max=T - 1)
+        with torch.no_grad():
+            log_F_next = self.log_F_tilde(trajectories, rows, following) + scalars.looking[rows, following]
+            log_F_next = balance.with_rewarded_end(log_F_next, scalars.log_reward[rows], k == T - 1)
+        log_F = self.log_F_tilde(trajectories, rows, k) + scalars.looking[rows, k]
+        return balance.residual(log_F, scalars.log_pf[rows, k], scalars.log_pb[rows, k], log_F_next)

@@ -1,0 +1,111 @@
+"""From a recipe to the objects that run it, and their description in run.json."""
+
+import importlib.metadata
+import platform
+import subprocess
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import features
+from torch import Tensor
+
+from dag import prompts
+from dag.evaluate import Evaluator
+from dag.flow_fit import FlowFit
+from dag.learner import Learner
+from dag.models.sd import StableDiffusion
+from dag.objectives import OBJECTIVES
+from dag.optim import Stepper, build_optimizer
+from dag.plan import make_plan
+from dag.protocols import Policy
+from dag.recipe import PolicyGradient, Recipe
+from dag.rewards import RewardSum
+from dag.state_flow import StateFlow
+
+
+@dataclass
+class Parts:
+    """What a recipe builds."""
+
+    policy: StableDiffusion
+    reward: RewardSum
+    learner: Learner
+    evaluator: Evaluator
+    prompts: tuple[str, ...]
+    text: Tensor
+    """(P, S, D) prompt embeddings on the CPU."""
+
+    @property
+    def flow(self) -> StateFlow | None:
+        return None if self.learner.flow_fit is None else self.learner.flow_fit.flow
+
+
+def build(recipe: Recipe, device: torch.device, warn: Callable[[str], object] = print) -> Parts:
+    """Load the model and assemble everything. Cheap mistakes (prompts, rewards) surface before the model is read."""
+    texts = prompts.load_prompts(recipe.prompts)
+    reward = RewardSum(recipe.reward, device)
+    objective = OBJECTIVES[recipe.objective.name](recipe.objective)
+    policy = StableDiffusion(
+        recipe.model, recipe.adapter, recipe.sampler, device, recipe.seed, recipe.train.gradient_checkpointing
+    )
+    for warning in policy.prompt_warnings(texts):
+        warn(f"warning: {warning}")
+    text = policy.encode(texts)
+    policy.free_text_encoder()
+    train = recipe.train
+    optimizer = build_optimizer(policy.trainable(), train.learning_rate, train, train.optimizer)
+    stepper = Stepper("policy", optimizer, train.clip_norm, use_scaler=recipe.model.dtype == "fp16")
+    flow_fit = _flow_fit(recipe, policy, text) if objective.uses_flow else None
+    learner = Learner(recipe, policy, objective, stepper, flow_fit, text)
+    return Parts(policy, reward, learner, Evaluator(recipe, texts, text, device), texts, text)
+
+
+def _flow_fit(recipe: Recipe, policy: Policy, text: Tensor) -> FlowFit:
+    """A fresh state flow with its optimizer; its weights depend on the seed alone."""
+    assert not isinstance(recipe.objective, PolicyGradient)
+    schedule = policy.schedule
+    with torch.random.fork_rng():
+        torch.manual_seed(recipe.seed)
+        flow = StateFlow(policy.latent_shape[0], policy.text_width, schedule.num_transitions, recipe.flow.channels).to(
+            schedule.timesteps.device
+        )
+    optimizer = build_optimizer(list(flow.parameters()), recipe.flow.learning_rate, recipe.train, "adamw")
+    stepper = Stepper("flow", optimizer, recipe.train.clip_norm)
+    is_scaled = recipe.objective.residual_scale == "running"
+    return FlowFit(flow, stepper, schedule, text, recipe.flow.calibration, is_scaled)
+
+
+def describe_run(recipe: Recipe, parts: Parts, device: torch.device) -> dict[str, Any]:
+    """What run.json holds: enough to know what ran, on what, and to resume it."""
+    packages = ("torch", "diffusers", "transformers", "peft", "accelerate", "numpy", "pillow", "safetensors")
+    return {
+        "recipe": recipe.model_dump(mode="json"),
+        "seed": recipe.seed,
+        "model": parts.policy.describe(),
+        "flow_parameters": 0 if parts.flow is None else sum(p.numel() for p in parts.flow.parameters()),
+        "plan": asdict(make_plan(recipe)),
+        "beta_eff": make_plan(recipe).beta_eff,
+        "reduction_factor": parts.learner.units.reduction_factor,
+        "device": torch.cuda.get_device_name(device)
+        if device.type == "cuda"
+        else platform.processor() or platform.machine(),
+        "threads": torch.get_num_threads(),
+        "python": platform.python_version(),
+        "versions": {name: importlib.metadata.version(name) for name in packages},
+        "jpeg": features.version("libjpeg_turbo") or features.version("jpg"),
+        "commit": _git_commit(),
+    }
+
+
+def _git_commit() -> str | None:
+    """The commit of this code, with -dirty if it was changed; None outside a repository."""
+    try:
+        command = ["git", "describe", "--always", "--dirty", "--abbrev=12"]
+        return subprocess.run(
+            command, cwd=Path(__file__).parent, capture_output=True, text=True, check=True
+        ).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return None

@@ -1,0 +1,98 @@
+"""The shipped recipes load, their names are the registered ones, and every key of the schema is read by the code."""
+
+import itertools
+import typing
+from pathlib import Path
+from typing import Any
+
+import pytest
+from key_reader import FIELDS, fields_read
+
+from dag import recipe as schema
+from dag.objectives import OBJECTIVES
+from dag.plan import make_plan
+from dag.prompts import SETS
+from dag.recipe_file import load
+from dag.rewards import REWARDS
+
+ROOT = Path(__file__).parent.parent
+RECIPES = sorted((ROOT / "recipes").rglob("*.yaml"))
+
+# -- the recipes of this repository -------------------------------------------------------------------------------
+
+
+def test_there_are_recipes() -> None:
+    assert len(RECIPES) > 0
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=lambda path: str(path.relative_to(ROOT)))
+def test_a_shipped_recipe_loads_and_can_be_planned(path: Path) -> None:
+    plan = make_plan(load(path))
+    assert plan.trajectories > 0
+    assert plan.updates > 0
+    assert plan.unet_rows_per_epoch > 0
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=lambda path: str(path.relative_to(ROOT)))
+def test_a_shipped_recipe_says_what_it_is_for(path: Path) -> None:
+    lines = path.read_text(encoding="utf-8").splitlines()
+    comment = list(itertools.takewhile(lambda line: line.startswith("#"), lines))
+    assert any(line.startswith("# Purpose: ") for line in comment)
+    assert any(f"--recipe {path.relative_to(ROOT)}" in line for line in comment), "the command must name this very file"
+
+
+# -- names --------------------------------------------------------------------------------------------------------
+
+
+def literals(annotation: Any) -> set[str]:
+    if typing.get_origin(annotation) is typing.Literal:
+        return set(typing.get_args(annotation))
+    return {name for argument in typing.get_args(annotation) for name in literals(argument)}
+
+
+def names_of(union: Any) -> set[str]:
+    members = typing.get_args(typing.get_args(union)[0])
+    return {name for member in members for name in literals(member.model_fields["name"].annotation)}
+
+
+def test_names_in_recipes_are_the_registered_ones() -> None:
+    assert names_of(schema.RewardTerm) == set(REWARDS)
+    assert names_of(schema.ObjectiveTerm) == set(OBJECTIVES)
+    assert literals(schema.Prompts.model_fields["set"].annotation) == set(SETS)
+
+
+# -- every key is read --------------------------------------------------------------------------------------------
+
+
+def test_the_reader_tells_sections_apart() -> None:
+    source = """
+from dag.recipe import Recipe, RewardTerm, Train as Config
+def f(config: Recipe, terms: list[RewardTerm]):
+    train, rate = config.train, config.flow.learning_rate
+    other.epochs
+    train.updates = 3
+    return train.seed, [term.model_dump(exclude={"name", "weight"}) for term in terms], config.model_dump()
+class A:
+    def __init__(self, options: Config):
+        self.options = options
+    def g(self):
+        return self.options.clip_norm
+def chosen(recipe: Recipe) -> Config: ...
+chosen(x).epochs
+"""
+    assert fields_read(source) == {
+        ("Recipe", "train"),
+        ("Recipe", "flow"),
+        ("Flow", "learning_rate"),
+        ("Train", "clip_norm"),
+        ("Train", "epochs"),
+        ("ImageText", "path"),
+        ("Custom", "path"),
+    }
+
+
+def test_every_key_of_the_schema_is_read_somewhere() -> None:
+    sources = [path for path in (ROOT / "dag").rglob("*.py") if path.name not in ("recipe.py", "recipe_file.py")]
+    read = set().union(*(fields_read(path.read_text(encoding="utf-8")) for path in [*sources, ROOT / "train_dag.py"]))
+    unread = sorted(f"{section}.{field}" for section, field in FIELDS - read)
+    assert not unread, "keys that change nothing"
