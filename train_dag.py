@@ -127,7 +127,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         config = load(arguments.recipe, arguments.set)
         if arguments.plan:
-            print(plan.describe(config, len(prompts.load_prompts(config.prompts))))
+            print(plan.describe(config, len(prompts.load_prompts(config.prompts).training)))
             return 0
         prompts.load_prompts(config.prompts)
         run, resume_from = open_run(arguments, config)

@@ -10,7 +10,7 @@ from dag.fidelity import load_judge, noun_accuracy
 from dag.protocols import Policy
 from dag.recipe import Recipe
 from dag.rewards import RewardSum
-from dag.rewards.image_text import ClipTower
+from dag.rewards.clip import feature_tower
 from dag.rollout import generate
 
 # Sample ids of evaluations; training counts up from 0 and never gets here.
@@ -44,7 +44,7 @@ class Evaluator:
     """Holds the towers that measure; built once per run.
 
     Args:
-        prompts: all prompts of the recipe.
+        prompts: those to evaluate on; the recipe says how many of them, from the first.
         text:    (P, S, D) their embeddings.
     """
 
@@ -54,7 +54,7 @@ class Evaluator:
         index = torch.arange(min(config.prompts, len(prompts))).repeat_interleave(self.per_prompt)
         self.prompts, self.text = [prompts[i] for i in index.tolist()], text[index]
         self.sample_id = FIRST_SAMPLE_ID + torch.arange(len(index))
-        self.tower = ClipTower(config.diversity, device) if config.diversity else None
+        self.tower = feature_tower("evaluation.diversity", config.diversity, device) if config.diversity else None
         self.judge = load_judge() if config.fidelity else None
 
     def __call__(self, policy: Policy, reward: RewardSum) -> EvaluationResult:

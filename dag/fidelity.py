@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from dag.errors import RunError
-from dag.prompts import SIMPLE_ANIMALS
+from dag.prompt_sets import SIMPLE_ANIMALS
 
 JUDGE = Path(__file__).parent / "assets" / "judge"
 _THINGS = (

@@ -45,7 +45,8 @@ class Parts:
 
 def build(recipe: Recipe, device: torch.device, warn: Callable[[str], object] = print) -> Parts:
     """Load the model and assemble everything. Cheap mistakes (prompts, rewards) surface before the model is read."""
-    texts = prompts.load_prompts(recipe.prompts)
+    found = prompts.load_prompts(recipe.prompts)
+    texts = (*found.training, *found.held_out)
     reward = RewardSum(recipe.reward, device)
     objective = OBJECTIVES[recipe.objective.name](recipe.objective)
     policy = StableDiffusion(
@@ -53,14 +54,15 @@ def build(recipe: Recipe, device: torch.device, warn: Callable[[str], object] = 
     )
     for warning in policy.prompt_warnings(texts):
         warn(f"warning: {warning}")
-    text = policy.encode(texts)
+    text, held_out = policy.encode(texts).split([len(found.training), len(found.held_out)])
     policy.free_text_encoder()
     train = recipe.train
     optimizer = build_optimizer(policy.trainable(), train.learning_rate, train, train.optimizer)
     stepper = Stepper("policy", optimizer, train.clip_norm, use_scaler=recipe.model.dtype == "fp16")
     flow_fit = _flow_fit(recipe, policy, text) if objective.uses_flow else None
     learner = Learner(recipe, policy, objective, stepper, flow_fit, text)
-    return Parts(policy, reward, learner, Evaluator(recipe, texts, text, device), texts, text)
+    evaluated = (found.held_out, held_out) if recipe.evaluation.held_out else (found.training, text)
+    return Parts(policy, reward, learner, Evaluator(recipe, *evaluated, device), found.training, text)
 
 
 def _flow_fit(recipe: Recipe, policy: Policy, text: Tensor) -> FlowFit:

@@ -68,8 +68,12 @@ class Sampler(Section):
 
 
 class Prompts(Section):
-    set: Literal["simple_animals"] | None = None
-    """A named prompt set."""
+    set: Literal["simple_animals", "imagenet", "imagenet_animals", "imagenet_dogs", "drawbench", "hpdv2"] | None = None
+    """A named prompt set; drawbench and hpdv2 are not shipped and need `path`."""
+    path: str | None = None
+    """Your copy of drawbench (a CSV file) or hpdv2 (a folder of JSON files)."""
+    style: Literal["anime", "concept-art", "paintings", "photo"] | None = None
+    """One style of hpdv2; null takes all four."""
     file: str | None = None
     """A UTF-8 text file, one prompt a line, or .jsonl with a `prompt` key."""
     texts: tuple[str, ...] | None = None
@@ -82,6 +86,10 @@ class Prompts(Section):
             raise ValueError(f"give exactly one of set, file, texts (found: {', '.join(given) or 'none'})")
         if self.texts is not None and not (self.texts and all(text.strip() for text in self.texts)):
             raise ValueError("texts must hold at least one prompt and no empty one")
+        if self.path is not None and self.set not in ("drawbench", "hpdv2"):
+            raise ValueError("path belongs to set: drawbench and set: hpdv2; for prompts of your own use file")
+        if self.style is not None and self.set != "hpdv2":
+            raise ValueError("style belongs to set: hpdv2")
         return self
 
 
@@ -102,10 +110,75 @@ class Colourfulness(_Reward):
     name: Literal["colourfulness"]
 
 
-class ImageText(_Reward):
-    name: Literal["image_text"]
-    path: str = "embedded"
-    """`embedded` or a local folder in CLIPModel format."""
+class Tower(_Reward):
+    """A reward with a neural network."""
+
+    path: str | None = None
+    """Local file or folder, or hub id, of its weights; null takes the published ones from the hub."""
+    tokenizer: str | None = None
+    """Folder or hub id of its tokenizer; null looks beside the weights, then at the hub."""
+    config: str | None = None
+    """JSON file of an architecture that an original-layout file does not tell; only unusual ones need it."""
+    dtype: Literal["fp32", "bf16", "fp16"] = "fp32"
+    """Precision of the network; heads and normalisation stay fp32. Half the memory, scores move by a few per cent."""
+    max_batch: int = Field(16, ge=1)
+    """Pictures per forward pass; memory grows with it, scores do not depend on it."""
+    device: Literal["auto", "cpu"] = "auto"
+    """`auto` is the policy's device; `cpu` costs no GPU memory, and time."""
+    offload: bool = False
+    """Keep the network on the CPU while the policy trains; costs its transfer twice an epoch."""
+
+
+class Aesthetic(Tower):
+    name: Literal["aesthetic"]
+    head: str | None = None
+    """LAION's predictor, `sac+logos+ava1-l14-linearMSE.pth`; null takes TRL's copy from the hub."""
+
+
+class ClipScore(Tower):
+    name: Literal["clip_score"]
+    scale: float = 1.0
+    """Factor of the cosine: 2.5 is Hessel et al., 100 is torchmetrics."""
+    clamp: bool = False
+    """Negative cosines count as 0, in both of these; they then have no gradient."""
+    prefix: str = ""
+    """Before every prompt; Hessel et al.: `A photo depicts `."""
+
+
+class ImageText(ClipScore):
+    name: Literal["image_text"]  # type: ignore[assignment]
+    path: str | None = "embedded"
+    """`embedded`, the scorer that ships with this package, or any CLIP model."""
+    scale: float = 100.0
+    """Factor of the cosine."""
+
+
+class PickScore(Tower):
+    name: Literal["pickscore"]
+
+
+class HPSv2(Tower):
+    name: Literal["hpsv2"]
+    version: Literal["v2.1", "v2.0"] = "v2.1"
+    """Which published weights; a `path` of your own says itself."""
+
+
+class ImageReward(Tower):
+    name: Literal["image_reward"]
+
+
+class Http(_Reward):
+    """A reward in another process or on another machine: `python -m dag.rewards.serve`, or your own server."""
+
+    name: Literal["http"]
+    url: str = Field(pattern=r"^https?://[^/\s]+(/\S*)?$")
+    """Gets POST {"images": [base64 PNG, ...], "prompts": [...]}, answers {"rewards": [...]}."""
+    timeout: float = Field(60.0, gt=0)
+    """Seconds to wait for one answer."""
+    retries: int = Field(6, ge=0)
+    """Attempts after a failed one, with pauses of 1, 2, 4, ... at most 30 seconds: six bridge about a minute."""
+    max_batch: int = Field(16, ge=1)
+    """Pictures per request."""
 
 
 class Custom(_Reward):
@@ -115,7 +188,18 @@ class Custom(_Reward):
 
 
 RewardTerm = Annotated[
-    Compressibility | Incompressibility | Colourfulness | ImageText | Custom, Field(discriminator="name")
+    Compressibility
+    | Incompressibility
+    | Colourfulness
+    | ImageText
+    | ClipScore
+    | Aesthetic
+    | ImageReward
+    | HPSv2
+    | PickScore
+    | Http
+    | Custom,
+    Field(discriminator="name"),
 ]
 
 
@@ -243,7 +327,9 @@ class Evaluation(Section):
     every: int = Field(10, ge=1)
     """Epochs between evaluations; there is always one before and one after training."""
     prompts: int = Field(8, ge=1)
-    """How many of the prompts, from the first, the fixed evaluation uses."""
+    """How many prompts, from the first, the fixed evaluation uses."""
+    held_out: bool = False
+    """Evaluate on the prompts that the set keeps back (drawbench, hpdv2) instead of on those trained on."""
     images_per_prompt: int = Field(4, ge=2)
     """Fixed seeds per prompt."""
     diversity: str | None = None
@@ -300,4 +386,6 @@ def validate(recipe: Recipe) -> list[str]:
         problems.append("regulariser.pretrained_kl needs adapter.kind=lora: a full fine-tune keeps no pretrained copy")
     if not recipe.flow.channels:
         problems.append("flow.channels: name at least one width")
+    if recipe.evaluation.held_out and recipe.prompts.set not in ("drawbench", "hpdv2"):
+        problems.append("evaluation.held_out: only prompts.set=drawbench and hpdv2 keep prompts back")
     return problems

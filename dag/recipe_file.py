@@ -13,7 +13,7 @@ import yaml
 from pydantic import ValidationError
 
 from dag.errors import UsageError
-from dag.recipe import Recipe, Section, validate
+from dag.recipe import ObjectiveTerm, Recipe, RewardTerm, Section, validate
 
 
 def load(path: str | Path, overrides: typing.Sequence[str] = ()) -> Recipe:
@@ -67,6 +67,16 @@ def parse(data: dict[str, Any], source: str) -> Recipe:
     if problems:
         raise UsageError("\n".join(f"{source}: {problem}" for problem in problems))
     return recipe
+
+
+def parse_reward(name: str, overrides: typing.Sequence[str]) -> RewardTerm:
+    """One reward by its name and `key=value` options, checked as in a recipe. Raises UsageError."""
+    data: dict[str, Any] = {"reward": {"name": name}}
+    for override in overrides:
+        _apply_override(data["reward"], override)
+    # The required sections, so that the reward is checked and explained by the recipe's own schema.
+    data |= {"model": {"path": "embedded"}, "prompts": {"texts": ["-"]}, "objective": {"name": "ddpo"}}
+    return parse(data, "--set").reward[0]
 
 
 def _apply_override(data: dict[str, Any], override: str) -> None:
@@ -127,14 +137,10 @@ def _explain(error: ValidationError) -> list[str]:
 
 
 _UNION_TAGS = {
-    "compressibility",
-    "incompressibility",
-    "colourfulness",
-    "image_text",
-    "custom",
-    "dag_db",
-    "dag_kl",
-    "ddpo",
+    name
+    for union in (RewardTerm, ObjectiveTerm)
+    for member in typing.get_args(typing.get_args(union)[0])
+    for name in typing.get_args(member.model_fields["name"].annotation)
 }
 
 

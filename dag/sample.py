@@ -42,7 +42,7 @@ def draw(arguments: argparse.Namespace) -> Path:
     out = arguments.out or _free_name(run.samples)
     if out.exists():
         raise UsageError(f"--out {out}: exists already; choose another name")
-    prompts = list(arguments.prompt or load_prompts(recipe.prompts)[:_DEFAULT_PROMPTS])
+    prompts = list(arguments.prompt or load_prompts(recipe.prompts).training[:_DEFAULT_PROMPTS])
     weights = checkpoint.load_tensors(run.checkpoints / (arguments.checkpoint or "last"), "policy")
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     policy = StableDiffusion(recipe.model, recipe.adapter, recipe.sampler, device, recipe.seed)

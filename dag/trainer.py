@@ -2,7 +2,7 @@
 
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -83,6 +83,7 @@ class Trainer:
         tiles = []
         try:
             with (
+                self.parts.reward.at_work(),
                 self._bar(epoch, "sample", train.trajectories * T) as sampled,
                 self._bar(epoch, "score", scored) as scores,
             ):
@@ -123,11 +124,15 @@ class Trainer:
         train = self.recipe.train
         total = train.trajectories * self.parts.policy.schedule.num_transitions * train.inner_epochs
         score = self._scorer(trajectories.prompt_id, trajectories.sample_id.cpu())
-        with self._bar(epoch, "update", total) as bar, self._timed("update"):
+        looking = self._looking()
+        needs_reward = looking is not None and looking.source == "current"
+        at_work = self.parts.reward.at_work() if needs_reward else nullcontext()
+        with at_work, self._bar(epoch, "update", total) as bar, self._timed("update"):
             return dict(self.parts.learner.learn(trajectories, epoch, score, bar.update))
 
     def evaluate(self) -> EvaluationResult:
-        return self.parts.evaluator(self.parts.policy, self.parts.reward)
+        with self.parts.reward.at_work():
+            return self.parts.evaluator(self.parts.policy, self.parts.reward)
 
     def _scorer(self, prompt_id: Tensor, sample_id: Tensor) -> Callable[[Tensor, Tensor], Tensor]:
         """A reward of (images, rows), rows indexing these trajectories."""

@@ -8,12 +8,13 @@ from typing import Any
 from dag import recipe as schema
 from dag.recipe import Section
 
-SECTIONS = {
-    name: value
-    for name, value in vars(schema).items()
-    if isinstance(value, type) and issubclass(value, Section) and not name.startswith("_") and value is not Section
-}
-FIELDS = {(name, field) for name, section in SECTIONS.items() for field in section.model_fields}
+
+def sections_below(section: type[Section]) -> Iterator[type[Section]]:
+    """A section and all that its keys can hold."""
+    yield section
+    for field in section.model_fields.values():
+        for name in sections_in(field.annotation):
+            yield from sections_below(getattr(schema, name))
 
 
 def sections_in(annotation: Any) -> set[str]:
@@ -21,6 +22,10 @@ def sections_in(annotation: Any) -> set[str]:
     if isinstance(annotation, type) and issubclass(annotation, Section):
         return {annotation.__name__}
     return {name for argument in typing.get_args(annotation) for name in sections_in(argument)}
+
+
+SECTIONS = {section.__name__: section for section in sections_below(schema.Recipe)}
+FIELDS = {(name, field) for name, section in SECTIONS.items() for field in section.model_fields}
 
 
 class Reader(ast.NodeVisitor):

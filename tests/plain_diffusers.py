@@ -52,7 +52,7 @@ def main(run: Path) -> None:
     from dag.rollout import generate
 
     recipe = Recipe.model_validate(json.loads((run / "run.json").read_text())["recipe"])
-    prompts = list(load_prompts(recipe.prompts)[:8])
+    prompts = list(load_prompts(recipe.prompts).training[:8])
     ids = [FIRST_SAMPLE_ID + i for i in range(len(prompts))]
     policy = StableDiffusion(recipe.model, recipe.adapter, recipe.sampler, torch.device("cpu"), recipe.seed)
     text = policy.encode(prompts)

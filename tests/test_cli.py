@@ -323,7 +323,7 @@ BUILD_MISTAKES = {
     ),
     "no CLIP folder": (
         "reward={name: image_text, path: ./nope}",
-        "image_text.path: there is no folder ./nope",
+        "image_text.path: there is no file or folder ./nope",
     ),
 }
 

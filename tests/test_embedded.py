@@ -7,7 +7,7 @@ import torch
 from building import parts_of
 
 from dag import fidelity
-from dag.prompts import with_article
+from dag.prompt_sets import with_article
 from dag.recipe import Recipe
 from dag.recipe_file import parse
 from dag.rollout import generate

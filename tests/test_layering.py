@@ -12,8 +12,10 @@ ROOT = Path(__file__).parent.parent
 # number are one level of the design, split where one of its modules stands on another.
 LAYERS = (
     (0, ("dag_kernels", "dag.errors", "dag.registry")),
+    (0, ("dag.hub",)),
     (0, ("dag.recipe",)),
     (0, ("dag.recipe_file",)),
+    (1, ("dag.prompt_sets",)),
     (1, ("dag.schedule", "dag.prompts", "dag.metrics", "dag.balance")),
     (1, ("dag.protocols", "dag.run_folder")),
     (2, ("dag.trajectory", "dag.state_flow", "dag.fidelity")),
@@ -24,7 +26,7 @@ LAYERS = (
     (4, ("dag.learner",)),
     (5, ("dag.parts",)),
     (5, ("dag.trainer",)),
-    (6, ("train_dag", "dag.sample", "dag.assets.build")),
+    (6, ("train_dag", "dag.sample", "dag.score", "dag.assets.build")),
 )
 ROW = {unit: row for row, (_, units) in enumerate(LAYERS) for unit in units}
 
@@ -38,7 +40,7 @@ HOMES = {
     "triton": ("dag_kernels",),
     "accelerate": ("train_dag",),
     "bitsandbytes": ("dag.optim",),
-    "huggingface_hub": ("dag.models",),
+    "huggingface_hub": ("dag.hub",),
     "matplotlib": ("dag.report",),
     "pydantic": ("dag.recipe", "dag.recipe_file"),
     "pickle": (),
@@ -132,9 +134,11 @@ def test_the_schema_and_the_command_line_import_no_torch() -> None:
         "dag.recipe",
         "dag.recipe_file",
         "dag.errors",
+        "dag.hub",
         "dag.registry",
         "dag.metrics",
         "dag.prompts",
+        "dag.prompt_sets",
         "dag.run_folder",
         "dag.plan",
     }

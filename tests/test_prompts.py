@@ -1,5 +1,6 @@
 """Prompt sets, prompt files and the prompts of an epoch."""
 
+import json
 import re
 from collections import Counter
 from pathlib import Path
@@ -8,7 +9,8 @@ import numpy as np
 import pytest
 
 from dag.errors import UsageError
-from dag.prompts import SETS, SIMPLE_ANIMALS, draw, load_prompts, read_prompt_file, with_article
+from dag.prompt_sets import DOWNLOADED, HPDV2_STYLES, SIMPLE_ANIMALS, PromptSet, named, with_article
+from dag.prompts import draw, load_prompts, read_prompt_file
 from dag.recipe import Prompts
 
 # -- draw ---------------------------------------------------------------------------------------------------------
@@ -58,7 +60,7 @@ def test_the_largest_seed_works() -> None:
 
 
 def test_the_simple_animals() -> None:
-    animals = SETS["simple_animals"]
+    animals = named("simple_animals", None, None).training
     assert len(animals) == len(set(animals)) == len(SIMPLE_ANIMALS) == 45
     assert animals[:2] == ("a cat", "a dog")
     assert animals[-1] == "a kangaroo"
@@ -66,7 +68,17 @@ def test_the_simple_animals() -> None:
     assert [animal for animal in animals if animal.startswith("an ")] == ["an ant"]
 
 
-@pytest.mark.parametrize(("noun", "expected"), [("ant", "an ant"), ("owl", "an owl"), ("cat", "a cat")])
+def test_the_classes_of_imagenet() -> None:
+    classes = named("imagenet", None, None).training
+    animals, dogs = (named(f"imagenet_{part}", None, None).training for part in ("animals", "dogs"))
+    assert len(classes) == 1000 and classes[:1] == ("a tench",) and classes[-1] == "a toilet tissue"
+    assert animals == classes[:398] and animals[-1] == "a puffer"
+    assert len(dogs) == 118 and (dogs[0], dogs[-1]) == ("a Chihuahua", "a Mexican hairless")
+
+
+@pytest.mark.parametrize(
+    ("noun", "expected"), [("ant", "an ant"), ("owl", "an owl"), ("cat", "a cat"), ("Afghan hound", "an Afghan hound")]
+)
 def test_articles(noun: str, expected: str) -> None:
     assert with_article(noun) == expected
 
@@ -74,9 +86,56 @@ def test_articles(noun: str, expected: str) -> None:
 def test_each_source_of_a_recipe(tmp_path: Path) -> None:
     path = tmp_path / "prompts.txt"
     path.write_text("a fox\n")
-    assert load_prompts(Prompts(set="simple_animals")) == SETS["simple_animals"]
-    assert load_prompts(Prompts(texts=("a cow", "a cow"))) == ("a cow", "a cow")
-    assert load_prompts(Prompts(file=str(path))) == ("a fox",)
+    assert load_prompts(Prompts(set="simple_animals")) == named("simple_animals", None, None)
+    assert load_prompts(Prompts(texts=("a cow", "a cow"))) == PromptSet(("a cow", "a cow"))
+    assert load_prompts(Prompts(file=str(path))) == PromptSet(("a fox",))
+
+
+DRAWBENCH = """Prompts,Category
+A red car.,Colors
+"A blue car, and a red one.",Colors
+A green car.,Colors
+A pink car.,Colors
+Rbefraigerator.,Misspellings
+One cat.,Counting
+Acersecomicke.,Rare Words
+Two cats.,Counting
+Three cats.,Counting
+"""
+
+
+def test_drawbench_holds_two_of_each_category_out(tmp_path: Path) -> None:
+    path = tmp_path / "drawbench.csv"
+    path.write_text("\ufeff" + DRAWBENCH, encoding="utf-8")
+    found = load_prompts(Prompts(set="drawbench", path=str(path)))
+    assert found.training == ("A red car.", "A blue car, and a red one.", "One cat.")
+    assert found.held_out == ("A green car.", "A pink car.", "Two cats.", "Three cats.")
+
+
+def test_hpdv2_holds_ten_of_each_style_out(tmp_path: Path) -> None:
+    for style in HPDV2_STYLES:
+        (tmp_path / f"{style}.json").write_text(json.dumps([f"{style} {number}" for number in range(12)]))
+    every = load_prompts(Prompts(set="hpdv2", path=str(tmp_path)))
+    assert len(every.training) == 8 and len(every.held_out) == 40
+    photo = load_prompts(Prompts(set="hpdv2", path=str(tmp_path), style="photo"))
+    assert photo.training == ("photo 0", "photo 1") and photo.held_out[0] == "photo 2"
+    alone = load_prompts(Prompts(set="hpdv2", path=str(tmp_path / "photo.json")))
+    assert alone == photo
+
+
+@pytest.mark.parametrize("name", DOWNLOADED)
+@pytest.mark.parametrize("content", [None, "", "x,y\n1,2\n", "[1, 2]", '["only one"]', "\x00\xff", '{"a": 1}'])
+def test_a_set_that_is_missing_or_something_else_says_where_to_get_it(
+    tmp_path: Path, name: str, content: str | None
+) -> None:
+    path = tmp_path / "copy"
+    if content is not None:
+        path.write_text(content, encoding="latin-1")
+    with pytest.raises(UsageError, match=r"^prompts\.path: .*; (give|download) .*https://") as caught:
+        named(name, str(path), None)
+    assert str(path) in str(caught.value)
+    with pytest.raises(UsageError, match=rf"^prompts\.path: {name} is not shipped; download .*https://"):
+        named(name, None, None)
 
 
 # -- files --------------------------------------------------------------------------------------------------------

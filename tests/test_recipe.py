@@ -124,6 +124,11 @@ REFUSED_OVERRIDES = [
     ("prompts={}", "prompts: give exactly one of set, file, texts (found: none)"),
     ("prompts.set=simple_animals", "give exactly one of set, file, texts (found: set, texts)"),
     ("prompts={set: animals}", "prompts.set: input should be 'simple_animals'"),
+    ("prompts.path=x", "path belongs to set: drawbench and set: hpdv2"),
+    ("prompts={set: drawbench, path: x, style: photo}", "style belongs to set: hpdv2"),
+    ("evaluation.held_out=true", "evaluation.held_out: only prompts.set=drawbench and hpdv2 keep prompts back"),
+    ("reward={name: http, url: localhost}", "reward.0.url: "),
+    ("reward={name: hpsv2, version: v3}", "reward.0.version: input should be 'v2.1' or 'v2.0'"),
     ("prompts={texts: []}", "texts must hold at least one prompt and no empty one"),
     ("prompts={texts: [a cat, '  ']}", "texts must hold at least one prompt and no empty one"),
 ]

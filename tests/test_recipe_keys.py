@@ -11,7 +11,7 @@ from key_reader import FIELDS, fields_read
 from dag import recipe as schema
 from dag.objectives import OBJECTIVES
 from dag.plan import make_plan
-from dag.prompts import SETS
+from dag.prompt_sets import DOWNLOADED, HPDV2_STYLES, SHIPPED
 from dag.recipe_file import load
 from dag.rewards import REWARDS
 
@@ -58,7 +58,8 @@ def names_of(union: Any) -> set[str]:
 def test_names_in_recipes_are_the_registered_ones() -> None:
     assert names_of(schema.RewardTerm) == set(REWARDS)
     assert names_of(schema.ObjectiveTerm) == set(OBJECTIVES)
-    assert literals(schema.Prompts.model_fields["set"].annotation) == set(SETS)
+    assert literals(schema.Prompts.model_fields["set"].annotation) == {*SHIPPED, *DOWNLOADED}
+    assert literals(schema.Prompts.model_fields["style"].annotation) == set(HPDV2_STYLES)
 
 
 # -- every key is read --------------------------------------------------------------------------------------------
@@ -66,8 +67,8 @@ def test_names_in_recipes_are_the_registered_ones() -> None:
 
 def test_the_reader_tells_sections_apart() -> None:
     source = """
-from dag.recipe import Recipe, RewardTerm, Train as Config
-def f(config: Recipe, terms: list[RewardTerm]):
+from dag.recipe import Compressibility, Custom, Recipe, Train as Config
+def f(config: Recipe, terms: list[Compressibility | Custom]):
     train, rate = config.train, config.flow.learning_rate
     other.epochs
     train.updates = 3
@@ -86,7 +87,6 @@ chosen(x).epochs
         ("Flow", "learning_rate"),
         ("Train", "clip_norm"),
         ("Train", "epochs"),
-        ("ImageText", "path"),
         ("Custom", "path"),
     }
 

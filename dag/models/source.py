@@ -5,7 +5,7 @@ import re
 from pathlib import Path
 from typing import Any
 
-from dag import recipe
+from dag import hub, recipe
 from dag.errors import RunError, UsageError
 
 EMBEDDED = Path(__file__).parent.parent / "assets" / "embedded"
@@ -53,9 +53,6 @@ def read_config(folder: Path, component: str) -> dict[str, Any]:
 
 
 def _download(model: recipe.Model) -> Path:
-    from huggingface_hub import errors as hub
-    from huggingface_hub import snapshot_download
-
     variant = f".{model.variant}" if model.variant else ""
     weights = [f"text_encoder/model{variant}*.safetensors*"]
     weights += [
@@ -64,25 +61,4 @@ def _download(model: recipe.Model) -> Path:
         for rest in (".safetensors", "-*", ".safetensors.index*")
     ]
     patterns = ["model_index.json", "*/*.json", "tokenizer/*", *weights]
-    try:
-        return Path(
-            snapshot_download(
-                model.path,
-                revision=model.revision,
-                allow_patterns=patterns,
-                ignore_patterns=["safety_checker/*"],
-            )
-        )
-    except hub.GatedRepoError:
-        reason = "is gated: accept its terms on its page and log in with `hf auth login`,"
-    except hub.RepositoryNotFoundError:
-        reason = "does not exist on the hub (or is private and you are not logged in): check the name,"
-    except hub.RevisionNotFoundError:
-        reason = f"has no revision {model.revision!r}: correct model.revision,"
-    except (hub.LocalEntryNotFoundError, hub.OfflineModeIsEnabled, OSError) as error:
-        del error
-        reason = "is not in the local cache and the hub cannot be reached: connect once to download it,"
-    except Exception as error:
-        # The hub's HTTP client raises its own family of connection errors, which changes between versions.
-        reason = f"could not be downloaded ({type(error).__name__}): try again,"
-    raise RunError(f"model.path: {model.path} {reason} {_LOCAL_HINT}")
+    return hub.snapshot("model.path", model.path, patterns, _LOCAL_HINT, model.revision, ["safety_checker/*"])

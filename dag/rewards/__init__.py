@@ -4,16 +4,27 @@
 the standard form. Only this package imports CLIP-like towers.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor
 
 from dag.errors import RunError, UsageError
 from dag.protocols import Reward
-from dag.recipe import RewardTerm
-from dag.rewards import colourfulness, custom, image_text, jpeg  # noqa: F401  (registers them)
+from dag.recipe import RewardTerm, Tower
+from dag.rewards import (  # noqa: F401  (registers them)
+    aesthetic,
+    clip_score,
+    colourfulness,
+    custom,
+    image_reward,
+    jpeg,
+    preference,
+    remote,
+)
 from dag.rewards.registry import REWARDS
+from dag.rewards.tower import TowerReward
 
 
 def build_reward(name: str, **options: object) -> Reward:
@@ -21,16 +32,39 @@ def build_reward(name: str, **options: object) -> Reward:
     return REWARDS[name](**options)
 
 
+def build_term(term: RewardTerm, device: torch.device) -> Reward:
+    """A recipe's reward on the policy's device, or on the CPU if the recipe says so."""
+    options = term.model_dump(exclude={"name", "weight", "device", "offload"})
+    if isinstance(term, Tower):
+        options["device"] = torch.device("cpu") if term.device == "cpu" else device
+    return build_reward(term.name, **options)
+
+
 class RewardSum:
     """sum_i weight_i * reward_i, each part checked under its own name; keeps the parts' means for the metrics."""
 
     def __init__(self, terms: Sequence[RewardTerm], device: torch.device) -> None:
-        self.parts: list[tuple[str, float, Reward]] = []
-        for term in terms:
-            options = term.model_dump(exclude={"name", "weight"})
-            if getattr(REWARDS[term.name], "takes_device", False):
-                options["device"] = device
-            self.parts.append((term.name, term.weight, build_reward(term.name, **options)))
+        self.device = device
+        self.parts = [(term.name, term.weight, build_term(term, device)) for term in terms]
+        self.offloaded = [
+            reward
+            for term, (_, _, reward) in zip(terms, self.parts, strict=True)
+            if isinstance(term, Tower) and term.offload and isinstance(reward, TowerReward)
+        ]
+        self._move(torch.device("cpu"))
+
+    @contextmanager
+    def at_work(self) -> Iterator[None]:
+        """Brings offloaded networks to the device for the time of a phase."""
+        self._move(self.device)
+        try:
+            yield
+        finally:
+            self._move(torch.device("cpu"))
+
+    def _move(self, device: torch.device) -> None:
+        for reward in self.offloaded:
+            reward.to(device)
 
     def __call__(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
         return self.detailed(images, prompts)[0]
@@ -85,4 +119,4 @@ def checked(
     return values
 
 
-__all__ = ["REWARDS", "RewardSum", "build_reward", "checked"]
+__all__ = ["REWARDS", "RewardSum", "build_reward", "build_term", "checked"]

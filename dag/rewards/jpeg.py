@@ -7,14 +7,14 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from dag.rewards.pixels import to_bytes
 from dag.rewards.registry import REWARDS
 
 
 def jpeg_kilobytes(images: Tensor) -> Tensor:
     """(B,) float32 kB (1 kB = 1000 bytes) of (B, 3, H, W) float images in [0, 1], rounded to 8 bits."""
-    pixels = (images.float() * 255).round().clamp(0, 255).to(torch.uint8).permute(0, 2, 3, 1).contiguous().cpu().numpy()
     sizes = []
-    for picture in pixels:
+    for picture in to_bytes(images):
         buffer = io.BytesIO()
         Image.fromarray(picture).save(buffer, "JPEG", quality=95)
         sizes.append(buffer.tell() / 1000)

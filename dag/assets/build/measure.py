@@ -15,7 +15,7 @@ from dag.assets.build.judge import accuracy
 from dag.assets.build.truth import NAMES, targets
 from dag.assets.build.vae import psnr, reconstruct, to_tensor
 from dag.fidelity import COLOURS, COUNTS, NOUNS, SHAPES, Judge, expected, load_judge, noun_accuracy, plural
-from dag.prompts import with_article
+from dag.prompt_sets import with_article
 
 SAMPLE_PROMPTS = (
     *(
@@ -138,9 +138,9 @@ def report(work: Path, out: Path, dataset: Dataset, settings: MeasureSettings = 
 
 def _scorer_accuracy(out: Path, images: Tensor, dataset: Dataset) -> float:
     """Share of single-noun pictures whose best caption among "a NOUN" of all nouns is right."""
-    from dag.rewards.image_text import ClipTower
+    from dag.rewards.clip import feature_tower
 
-    tower = ClipTower(str(out / "scorer"))
+    tower = feature_tower("scorer", str(out / "scorer"))
     scenes = dataset.scenes[dataset.training :]
     rows = [
         row for row, scene in enumerate(scenes) if scene.count == 1 and len(scene.things) == 1 and scene.things[0].style

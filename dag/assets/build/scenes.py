@@ -16,7 +16,7 @@ import numpy as np
 from PIL import Image, ImageDraw
 
 from dag.fidelity import COLOURS, COUNTS, NOUNS, SHAPES, plural
-from dag.prompts import with_article
+from dag.prompt_sets import with_article
 
 SIDE = 64
 _SPRITE_SIDE = 96

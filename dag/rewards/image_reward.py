@@ -1,0 +1,112 @@
+"""ImageReward v1.0 (Xu et al. 2023): a BLIP text encoder that looks at the picture, and linear layers on its [CLS]."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dag.errors import UsageError
+from dag.rewards.clip import DTYPES, load_strictly
+from dag.rewards.conversion import image_reward_components
+from dag.rewards.pixels import Preprocessing
+from dag.rewards.registry import REWARDS
+from dag.rewards.tower import LinearHead, TowerReward
+from dag.rewards.weights import Published, converted, locate, read_json, read_state
+
+PUBLISHED = Published("zai-org/ImageReward", ("ImageReward.pt",))
+TOKENIZER = Published("google-bert/bert-base-uncased", ("tokenizer*", "vocab.txt"))
+# The model's mean and sd over its authors' validation pictures: scores are standardised with them.
+MEAN, SD = 0.16717362830052426, 1.0333394966054072
+MAX_TOKENS = 35
+
+
+@REWARDS.register("image_reward")
+class ImageReward(TowerReward):
+    """(head(h_[CLS]) - MEAN) / SD, about -2..2, (B,) float32.
+
+    Args:
+        path:      `ImageReward.pt` or a folder with it, or a hub id.
+        tokenizer: folder or hub id of bert-base-uncased's tokenizer.
+        config:    {"vision": {...}, "text": {...}} BLIP settings of an unusual architecture, or a JSON file of them.
+    """
+
+    def __init__(
+        self,
+        path: str | None = None,
+        tokenizer: str | None = None,
+        config: str | Mapping[str, Any] | None = None,
+        dtype: str = "fp32",
+        max_batch: int = 16,
+        device: torch.device | str = "cpu",
+    ) -> None:
+        from transformers import BlipTextModel, BlipVisionModel
+
+        super().__init__(max_batch)
+        key, self.dtype = "image_reward.path", DTYPES[dtype]
+        overrides = config if isinstance(config, Mapping) else {}
+        if isinstance(config, str):
+            overrides = read_json("image_reward.config", Path(config).expanduser())
+        location = locate(key, path, PUBLISHED)
+        if location.is_dir():
+            raise UsageError(f"{key}: the folder {location} holds no {PUBLISHED.files[0]}; give that file")
+        folder = converted(
+            key,
+            location,
+            lambda: image_reward_components(key, read_state(key, location), overrides),
+            {"config": overrides},
+        )
+        self.vision = load_strictly(key, BlipVisionModel, folder / "vision", self.dtype)
+        self.text = load_strictly(key, BlipTextModel, folder / "text", self.dtype, add_pooling_layer=False)
+        head = read_state(key, folder / "head" / "model.safetensors")
+        self.head = LinearHead(key, head, self.text.config.hidden_size)
+        self.tokenizer = _tokenizer(tokenizer, location.parent)
+        self.preprocessing = Preprocessing(size=self.vision.config.image_size)
+        for module in (self.vision, self.text):
+            module.eval().requires_grad_(False)
+        self.to(torch.device(device))
+
+    def to(self, device: torch.device) -> None:
+        self.device = device
+        for module in (self.vision, self.text, self.head):
+            module.to(device)
+
+    def score(self, images: Tensor, prompts: Sequence[str], *, grad: bool) -> Tensor:
+        images = images.to(self.device)
+        pixels = self.preprocessing.smooth(images) if grad else self.preprocessing.exact(images)
+        return self.score_pixels(pixels, prompts)
+
+    def score_pixels(self, pixels: Tensor, prompts: Sequence[str]) -> Tensor:
+        """(B,) of preprocessed (B, 3, S, S) pixels."""
+        # last_hidden_state, not the pooled output: that is normalised twice.
+        picture = self.vision(pixel_values=pixels.to(self.dtype)).last_hidden_state
+        tokens = self.tokenizer(
+            list(prompts), padding="max_length", max_length=MAX_TOKENS, truncation=True, return_tensors="pt"
+        )
+        hidden = self.text(
+            input_ids=tokens.input_ids.to(self.device),
+            attention_mask=tokens.attention_mask.to(self.device),
+            encoder_hidden_states=picture,
+            encoder_attention_mask=torch.ones(picture.shape[:2], dtype=torch.long, device=self.device),
+            is_decoder=False,  # a bidirectional mask
+        ).last_hidden_state
+        return (self.head(hidden[:, 0]) - MEAN) / SD
+
+
+def _tokenizer(path: str | None, beside: Path) -> Any:
+    """BERT's tokenizer with ImageReward's two added tokens, which take the vocabulary's next ids."""
+    from transformers import BertTokenizer
+
+    key = "image_reward.tokenizer"
+    if path is None and (beside / "vocab.txt").is_file():
+        path = str(beside)
+    place = locate(key, path, TOKENIZER)
+    try:
+        tokenizer = BertTokenizer.from_pretrained(place, local_files_only=True)
+    except Exception as error:
+        reason = str(error).partition("\n")[0]
+        raise UsageError(f"{key}: cannot load a BERT tokenizer from {place}: {reason}") from None
+    tokenizer.add_special_tokens({"bos_token": "[DEC]"})
+    tokenizer.add_special_tokens({"additional_special_tokens": ["[ENC]"]})
+    return tokenizer

@@ -1,0 +1,113 @@
+"""Serve a reward over HTTP, for a recipe's `reward: {name: http, url: ...}`.
+
+    python -m dag.rewards.serve --name aesthetic --port 8500 [--set path=... ...] [--host 127.0.0.1] [--device cuda]
+
+GET says what is served. The protocol is in `dag.rewards.wire`; a server of your own for a scorer that needs another
+environment is a page of code. Only this machine is answered unless --host says otherwise, and there is no
+authentication: do not put it on an open network.
+"""
+
+import argparse
+import json
+import sys
+import threading
+from collections.abc import Sequence
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from typing import Any
+
+import torch
+
+from dag.errors import RunError, UsageError
+from dag.protocols import Reward
+from dag.recipe_file import parse_reward
+from dag.rewards import build_term, checked
+from dag.rewards.wire import decode_request
+
+MAX_BODY = 256 << 20
+MAX_IMAGES = 256
+MAX_SIDE = 4096
+# Seconds a client may take to send its request.
+PATIENCE = 60
+
+
+class RewardServer(ThreadingHTTPServer):
+    """Answers in threads; the reward itself is asked by one at a time."""
+
+    daemon_threads = True
+
+    def __init__(self, address: tuple[str, int], name: str, reward: Reward) -> None:
+        super().__init__(address, _Handler)
+        self.name, self.reward, self.lock = name, reward, threading.Lock()
+
+    def answer(self, body: bytes) -> tuple[int, dict[str, Any]]:
+        """(HTTP status, JSON) of a request's body."""
+        try:
+            images, prompts = decode_request(body, MAX_IMAGES, MAX_SIDE)
+        except ValueError as error:
+            return 400, {"error": str(error)}
+        try:
+            with self.lock:
+                return 200, {"rewards": checked(self.name, self.reward, images, prompts).tolist()}
+        except (RunError, UsageError) as error:
+            return 500, {"error": str(error)}
+
+
+class _Handler(BaseHTTPRequestHandler):
+    server: RewardServer
+    timeout = PATIENCE
+    server_version = "dag"
+    sys_version = ""
+
+    def do_GET(self) -> None:
+        self._reply(200, {"name": self.server.name, "max_images": MAX_IMAGES, "max_side": MAX_SIDE})
+
+    def do_POST(self) -> None:
+        length = self.headers.get("Content-Length", "")
+        if not length.isdecimal():
+            self._reply(411, {"error": "the request has no Content-Length"})
+        elif int(length) > MAX_BODY:
+            self._reply(413, {"error": f"the body has {length} bytes; at most {MAX_BODY}"})
+        else:
+            self._reply(*self.server.answer(self.rfile.read(int(length))))
+
+    def _reply(self, status: int, content: dict[str, Any]) -> None:
+        body = json.dumps(content).encode()
+        # A refused body was not read: the connection cannot be used again.
+        self.close_connection = True
+        self.send_response(status)
+        self.send_header("Content-Type", "application/json")
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        self.wfile.write(body)
+
+    def log_message(self, format: str, *args: Any) -> None:
+        """Silent: a run asks hundreds of times."""
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m dag.rewards.serve", description="Serve a reward over HTTP.")
+    parser.add_argument("--name", required=True, help="as in a recipe, e.g. aesthetic")
+    parser.add_argument("--port", type=int, required=True, help="0 takes a free one")
+    parser.add_argument("--host", default="127.0.0.1", help="address to listen on; only this machine by default")
+    parser.add_argument("--set", action="append", default=[], metavar="key=value", help="option of the reward")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    given = parser.parse_args(arguments)
+    try:
+        term = parse_reward(given.name, given.set)
+        server = RewardServer((given.host, given.port), term.name, build_term(term, torch.device(given.device)))
+    except (RunError, UsageError) as error:
+        print(error, file=sys.stderr)
+        return 2 if isinstance(error, UsageError) else 1
+    except (OSError, OverflowError) as error:
+        print(f"--host {given.host} --port {given.port}: {error}", file=sys.stderr)
+        return 2
+    print(f"{term.name} at http://{given.host}:{server.server_port}", flush=True)
+    try:
+        server.serve_forever()
+    except KeyboardInterrupt:
+        server.server_close()
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,80 @@
+"""What every reward with a neural network shares: chunks, the two pixel paths, moving between devices."""
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from dag.errors import RunError
+from dag.rewards.weights import State
+
+
+class TowerReward(ABC):
+    """A reward that reads pictures with a frozen network.
+
+    Called plainly it scores 8-bit pictures as the original code does; with `grad=True` it scores the tensors
+    themselves, with gradients to the images and to nothing else.
+
+    Args:
+        max_batch: pictures per forward pass; memory grows with it, scores do not depend on it.
+    """
+
+    differentiable = True
+
+    def __init__(self, max_batch: int = 16) -> None:
+        self.max_batch = max_batch
+
+    def __call__(self, images: Tensor, prompts: Sequence[str], *, grad: bool = False) -> Tensor:
+        """(B,) float32 scores of (B, 3, H, W) images in [0, 1] for B prompts."""
+        if len(images) != len(prompts):
+            raise ValueError(f"{len(images)} images but {len(prompts)} prompts")
+        starts = range(0, len(images), self.max_batch)
+        with torch.set_grad_enabled(grad):
+            parts = [
+                self.score(images[i : i + self.max_batch], prompts[i : i + self.max_batch], grad=grad) for i in starts
+            ]
+        return torch.cat(parts) if parts else torch.zeros(0)
+
+    @abstractmethod
+    def score(self, images: Tensor, prompts: Sequence[str], *, grad: bool) -> Tensor:
+        """(B,) float32 of at most `max_batch` pictures."""
+
+    @abstractmethod
+    def to(self, device: torch.device) -> None:
+        """Move the network; scores are computed where it is."""
+
+
+class LinearHead(nn.Module):
+    """Linear layers with nothing between them, as LAION's aesthetic predictor and ImageReward end. Float32.
+
+    Args:
+        state: `layers.N.weight`, `layers.N.bias` of the published file; the numbers skip its dropouts.
+        key:   the recipe's name of the file, for errors.
+        width: of the embedding that comes in.
+    """
+
+    def __init__(self, key: str, state: State, width: int) -> None:
+        super().__init__()
+        numbers = sorted({int(name.split(".")[1]) for name in state if _is_layer(name)})
+        expected = {f"layers.{number}.{kind}" for number in numbers for kind in ("weight", "bias")}
+        if not numbers or set(state) != expected:
+            odd = sorted(set(state) ^ expected)[:3]
+            raise RunError(f"{key}: expected layers.N.weight and layers.N.bias alone; odd: {odd or 'no layer'}")
+        shapes = [tuple(state[f"layers.{number}.weight"].shape) for number in numbers]
+        if [width, *(rows for rows, _ in shapes)] != [*(columns for _, columns in shapes), 1]:
+            raise RunError(f"{key}: layers {shapes} do not lead from the embedding's {width} numbers to one")
+        self.layers = nn.Sequential(*(nn.Linear(columns, rows) for rows, columns in shapes))
+        for layer, number in zip(self.layers, numbers, strict=True):
+            kinds = ("weight", "bias")
+            layer.load_state_dict({kind: state[f"layers.{number}.{kind}"].float() for kind in kinds})
+        self.requires_grad_(False)
+
+    def forward(self, features: Tensor) -> Tensor:
+        """(B, D) in any dtype to (B,)."""
+        return self.layers(features.to(next(self.parameters()).dtype)).squeeze(-1)
+
+
+def _is_layer(name: str) -> bool:
+    parts = name.split(".")
+    return len(parts) == 3 and parts[0] == "layers" and parts[1].isdecimal()

@@ -1,0 +1,106 @@
+"""Score pictures with any reward of a recipe.
+
+    python -m dag.score --reward aesthetic a.png b.jpg
+    python -m dag.score --reward pickscore --prompts prompts.txt --set path=/models/PickScore_v1 *.png
+
+`--prompts` is a text file (or .jsonl) with one prompt for all pictures or one for each, in their order. A table comes
+first, one line of JSON last. A picture that cannot be read is reported and skipped; the exit code is 1 if none could
+be read, 2 for a mistake in the command.
+"""
+
+import argparse
+import json
+import sys
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+from tqdm import tqdm
+
+from dag.errors import RunError, UsageError
+from dag.prompts import read_prompt_file
+from dag.protocols import Reward
+from dag.recipe_file import parse_reward
+from dag.rewards import build_term, checked
+
+
+@dataclass(frozen=True)
+class Scored:
+    """A picture's file, its prompt, and either its score or what was wrong with it."""
+
+    image: str
+    prompt: str
+    score: float | None = None
+    error: str | None = None
+
+
+def read_image(path: str) -> Tensor:
+    """(1, 3, H, W) float32 in [0, 1]. Raises OSError or ValueError for anything that is no picture."""
+    with Image.open(path) as image:
+        return torch.from_numpy(np.array(image.convert("RGB"))).permute(2, 0, 1)[None].float() / 255
+
+
+def score_files(name: str, reward: Reward, images: Sequence[str], prompts: Sequence[str]) -> Iterator[Scored]:
+    """One result for each file, in order; pictures are scored one by one, since they may differ in size."""
+    for path, prompt in zip(images, prompts, strict=True):
+        try:
+            picture = read_image(path)
+        except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+            reason = getattr(error, "strerror", None) or str(error).partition("\n")[0]
+            yield Scored(path, prompt, error=reason)
+            continue
+        yield Scored(path, prompt, score=float(checked(name, reward, picture, [prompt])))
+
+
+def prompts_for(images: Sequence[str], file: str | None) -> list[str]:
+    """One prompt for each picture. Raises UsageError if their numbers do not fit."""
+    if file is None:
+        return [""] * len(images)
+    found = read_prompt_file(file, "--prompts")
+    if len(found) not in (1, len(images)):
+        raise UsageError(f"--prompts: {file} holds {len(found)} prompts for {len(images)} images; give one or as many")
+    return list(found) * (len(images) if len(found) == 1 else 1)
+
+
+def table(results: Sequence[Scored]) -> str:
+    """Scores, files and prompts, one a line."""
+    width = max(len(Path(result.image).name) for result in results)
+    lines = []
+    for result in results:
+        shown = "skipped" if result.score is None else f"{result.score:.4f}"
+        remark = result.error if result.score is None else result.prompt
+        lines.append(f"{shown:>10}  {Path(result.image).name:<{width}}  {remark}".rstrip())
+    return "\n".join(lines)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m dag.score", description="Score pictures with a reward.")
+    parser.add_argument("images", nargs="+", metavar="IMAGE")
+    parser.add_argument("--reward", required=True, metavar="NAME", help="as in a recipe, e.g. aesthetic")
+    parser.add_argument("--set", action="append", default=[], metavar="key=value", help="option of the reward")
+    parser.add_argument("--prompts", metavar="FILE", help="one prompt for all pictures, or one for each")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    given = parser.parse_args(arguments)
+    try:
+        prompts = prompts_for(given.images, given.prompts)
+        term = parse_reward(given.reward, given.set)
+        reward = build_term(term, torch.device(given.device))
+        progress = tqdm(score_files(term.name, reward, given.images, prompts), total=len(prompts), disable=None)
+        results = list(progress)
+    except (RunError, UsageError) as error:
+        print(error, file=sys.stderr)
+        return 2 if isinstance(error, UsageError) else 1
+    for result in results:
+        if result.error is not None:
+            print(f"{result.image}: skipped: {result.error}", file=sys.stderr)
+    print(table(results))
+    print(json.dumps({"reward": term.name, "images": [vars(result) for result in results]}))
+    return 0 if any(result.score is not None for result in results) else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
