@@ -1,6 +1,7 @@
 """Updates on a real (tiny, random) Stable Diffusion: ratios, micro-batches, switches, calibration."""
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -245,3 +246,41 @@ def test_a_gradient_that_stays_non_finite_stops_the_run(make_recipe: MakeRecipe,
 def _train(trainer: Trainer, trajectories: Trajectories, epochs: int) -> None:
     for epoch in range(epochs):
         trainer.update(trajectories, epoch)
+
+
+def test_residuals_of_micro_batches_are_those_of_whole_trajectories(make_recipe: MakeRecipe, run: RunFolder) -> None:
+    """Step by step with the network, or at once from the rollout's scalars: also where the reward enters, at the end."""
+    trainer, trajectories = rolled_out(make_recipe(train={"micro_batch": 4}), run)
+    disturb(trainer.parts)
+    trajectories = trainer.sample(0)
+    learner, rows = trainer.parts.learner, torch.tensor([5, 0, 2, 7])
+    assert learner.flow_fit is not None
+    rollout = learner.rollout(trajectories, 0)
+    assert rollout.scalars is not None
+    table = learner.flow_fit.residuals(trajectories, rollout.scalars, rows)
+    assert table.shape == (4, 4)
+    for k in range(4):
+        found = learner.rows_loss(rollout, rows, k)[0].residual
+        assert found is not None
+        # Sums of 10^2 nats in float32.
+        torch.testing.assert_close(found, table[:, k], rtol=1e-5, atol=2e-3)
+    without_reward = trajectories.reward + 1.0
+    changed = learner.rollout(replace(trajectories, reward=without_reward), 0)
+    assert changed.scalars is not None
+    moved = learner.flow_fit.residuals(trajectories, changed.scalars, rows) - table
+    assert moved[:, :3].abs().max() == 0
+    assert moved[:, 3].abs().min() > 1
+
+
+def test_advantages_belong_to_their_rows(make_recipe: MakeRecipe, run: RunFolder) -> None:
+    trainer, trajectories = rolled_out(make_recipe(objective=KL), run)
+    learner, rows = trainer.parts.learner, torch.tensor([3, 6, 4])
+    assert learner.flow_fit is not None
+    rollout = learner.rollout(trajectories, 0)
+    assert rollout.scalars is not None
+    found = learner._advantages(rollout, rows, None)
+    residuals = learner.flow_fit.residuals(trajectories, rollout.scalars, rows)
+    expected = learner.objective.advantages(residuals, learner.flow_fit.residual_scale)
+    assert found is not None and expected is not None
+    assert torch.equal(found[rows], expected)
+    assert float(expected.abs().min()) > 0
