@@ -44,6 +44,15 @@ class FlowFit:
         self.residual_scale = torch.ones(schedule.num_transitions, device=schedule.timesteps.device)
         self.is_calibrated = False
 
+    def step_weights(self) -> Tensor:
+        """(T,) weights of the steps' losses, s_k over their mean; ones where residuals are not scaled.
+
+        loss_k = (s_k / mean s) g(delta / s_k): its gradient is g'(delta / s_k) / mean s, so a wide step counts like a
+        narrow one. Without this weight it is divided by s_k twice, and the narrow steps, which hardly touch the
+        reward, drown the others.
+        """
+        return self.residual_scale / self.residual_scale.mean()
+
     def log_F_tilde(self, trajectories: Trajectories, rows: Tensor, k: int | Tensor) -> Tensor:
         """(B,) learnt part of the flow at state k of each row, with gradients; k an int or (B,)."""
         ks = torch.full((len(rows),), k, device=rows.device) if isinstance(k, int) else k
@@ -97,7 +106,7 @@ class FlowFit:
             rows, k = index // T, index % T
             delta = self._residual_of(trajectories, scalars, rows, k)
             self.stepper.zero_grad()
-            penalty(delta / self.residual_scale[k]).mean().backward()
+            (self.step_weights()[k] * penalty(delta / self.residual_scale[k])).mean().backward()
             self.stepper.step()
 
     def _residual_of(self, trajectories: Trajectories, scalars: Scalars, rows: Tensor, k: Tensor) -> Tensor:

@@ -201,9 +201,13 @@ class Learner:
             policy_weight=self.policy_weight[ks],
             advantage=None if advantages is None else advantages[rows, k],
         )
+        step_weight: Tensor | float = 1.0
         if self.flow_fit is not None and rollout.scalars is not None:
             transition = self._with_flows(transition, self.flow_fit, rollout.scalars, rollout, rows, k, prediction)
-        return self.objective(transition), self._regulariser(rollout, rows, k, prediction.guided)
+            step_weight = self.flow_fit.step_weights()[k]
+        output = self.objective(transition)
+        output = replace(output, loss=step_weight * output.loss)
+        return output, self._regulariser(rollout, rows, k, prediction.guided)
 
     def _predict(self, rollout: Rollout, rows: Tensor, k: int, pretrained: bool = False) -> Prediction:
         text = self.text[rollout.trajectories.prompt_id[rows.cpu()]]

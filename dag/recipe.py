@@ -234,7 +234,7 @@ class _Balance(Section):
     huber: float | None = Field(None, gt=0)
     """Residuals beyond this many (scaled) nats count linearly; null squares them all (published)."""
     residual_scale: Literal["none", "running"] = "none"
-    """`running` divides each step's residual by its running sd, so that no step drowns the others."""
+    """`running` counts each step's residual in its running sd, so that no step drowns the others."""
     step_weight: Literal["one", "balanced"] = "one"
     """Weight of a step's policy gradient; `balanced` tames the last, nearly deterministic steps."""
 

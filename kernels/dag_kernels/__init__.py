@@ -1,10 +1,30 @@
-"""Operations on the transitions of a Gaussian denoising chain. Imports torch, never `dag`."""
+"""Operations on the transitions of a Gaussian denoising chain. Imports torch, never `dag`.
 
+`choose` picks their form, fused Triton kernels or plain PyTorch; nothing here imports triton before that.
+"""
+
+from dag_kernels.dispatch import CHOICES, Kernels, choose
 from dag_kernels.reference import (
+    BalanceLoss,
+    SampledStep,
+    TransitionLogProbs,
     gaussian_log_prob,
     guided,
+    penalty,
     philox_4x32,
     standard_normal,
 )
 
-__all__ = ["gaussian_log_prob", "guided", "philox_4x32", "standard_normal"]
+__all__ = [
+    "CHOICES",
+    "BalanceLoss",
+    "Kernels",
+    "SampledStep",
+    "TransitionLogProbs",
+    "choose",
+    "gaussian_log_prob",
+    "guided",
+    "penalty",
+    "philox_4x32",
+    "standard_normal",
+]

@@ -6,9 +6,11 @@ Shapes: B samples, then any latent dims (C, H, W for images).
 """
 
 import math
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 HALF_LOG_2PI = 0.5 * math.log(2.0 * math.pi)
 
@@ -42,6 +44,155 @@ def gaussian_log_prob(x: Tensor, mean: Tensor, std: Tensor) -> Tensor:
     D = x[0].numel()
     squares = ((x - mean) / std).square().flatten(1).sum(1)
     return -0.5 * squares - D * (std.log().reshape(-1) + HALF_LOG_2PI)
+
+
+class TransitionLogProbs(NamedTuple):
+    """Of B transitions, float32 (float64 for float64 inputs), **summed** over latent dims."""
+
+    log_pf: Tensor
+    """(B,) log P_F(x_next | x_t), with the output's gradient."""
+    log_pb: Tensor
+    """(B,) log P_B(x_t | x_next)."""
+    kl: Tensor | None
+    """(B,) KL to the policy of output_ref, with the output's gradient; None without one."""
+    gap: Tensor | None
+    """(B,) sum of (o - output_old)^2, with the output's gradient; None without one."""
+
+
+def transition_log_probs(
+    x_t: Tensor,
+    x_next: Tensor,
+    output: Tensor,
+    table: Tensor,
+    k: Tensor,
+    guidance_scale: float = 1.0,
+    output_ref: Tensor | None = None,
+    output_old: Tensor | None = None,
+) -> TransitionLogProbs:
+    """Everything that training needs of B transitions; `dag_kernels.transition` has the formulas.
+
+    Args:
+        x_t, x_next: (B, ...), the stored states, data: no gradient reaches them.
+        output:      (2B, ...) unconditional rows, then conditional ones, combined with guidance_scale; or (B, ...).
+        table:       (T, 5) mean_x, mean_output, sigma, noising_x, noising_std of every step, float32.
+        k:           (B,) int64, the step of each row.
+        output_ref:  (B, ...) combined output of another policy, data.
+        output_old:  (B, ...) combined output at sampling time, data.
+    """
+    xt, xn = (at_least_float32(x.detach()) for x in (x_t, x_next))
+    o = combined(output, len(x_t), guidance_scale)
+    dims = (-1, *([1] * (xt.dim() - 1)))
+    mean_x, mean_output, sigma, noising_x, noising_std = (c.reshape(dims) for c in table.to(xt.dtype)[k].unbind(1))
+    kl = gap = None
+    if output_ref is not None:
+        kl = 0.5 * (mean_output / sigma * (o - at_least_float32(output_ref.detach()))).square().flatten(1).sum(1)
+    if output_old is not None:
+        gap = (o - at_least_float32(output_old.detach())).square().flatten(1).sum(1)
+    return TransitionLogProbs(
+        gaussian_log_prob(xn, mean_x * xt + mean_output * o, sigma),
+        gaussian_log_prob(xt, noising_x * xn, noising_std),
+        kl,
+        gap,
+    )
+
+
+class SampledStep(NamedTuple):
+    """B samples, one step cleaner."""
+
+    x_next: Tensor
+    """(B, ...) in the chain's dtype: rounded, hence the state."""
+    x0_hat: Tensor
+    """(B, ...) float32, the clean latent predicted from x_t."""
+    log_pf: Tensor
+    """(B,) float32, at the rounded x_next."""
+    log_pb: Tensor
+    """(B,) float32"""
+
+
+def sampling_step(
+    x_t: Tensor,
+    output: Tensor,
+    table: Tensor,
+    k: int,
+    seed: int,
+    sample_id: Tensor,
+    guidance_scale: float = 1.0,
+    chain_dtype: torch.dtype = torch.float32,
+) -> SampledStep:
+    """x_next = mu + sigma z with counter-based noise z, and its log-probs where it was rounded to.
+
+    Args:
+        x_t:       (B, ...) states.
+        output:    (2B, ...) or (B, ...) as in `transition_log_probs`.
+        table:     (T, 7) the five columns of `transition_log_probs`, then x0_x, x0_output, float32.
+        k:         the step of all rows.
+        seed:      64-bit integer.
+        sample_id: (B,) int64, global.
+    """
+    xt, o = at_least_float32(x_t), combined(output, len(x_t), guidance_scale)
+    mean_x, mean_output, sigma, noising_x, noising_std, x0_x, x0_output = table[k].unbind()
+    mean = mean_x * xt + mean_output * o
+    x_next = (mean + sigma * standard_normal(seed, sample_id, k, tuple(x_t.shape[1:]))).to(chain_dtype)
+    rounded = at_least_float32(x_next)
+    return SampledStep(
+        x_next,
+        x0_x * xt + x0_output * o,
+        gaussian_log_prob(rounded, mean, sigma),
+        gaussian_log_prob(xt, noising_x * rounded, noising_std),
+    )
+
+
+class BalanceLoss(NamedTuple):
+    """Of B transitions, float32."""
+
+    loss: Tensor
+    """(B,) with gradients to log_pf, log_F and (unless detached) log_F_next."""
+    residual: Tensor
+    """(B,) unscaled, detached."""
+
+
+def detailed_balance(
+    log_F: Tensor,
+    log_pf: Tensor,
+    log_pb: Tensor,
+    log_F_next: Tensor,
+    scale: Tensor | None = None,
+    policy_weight: Tensor | None = None,
+    huber: float | None = None,
+    detach_next: bool = True,
+) -> BalanceLoss:
+    """g(delta / s), delta = log F + log P_F - log P_B - log F', g the square or beyond `huber` its tangent.
+
+    Args:
+        log_F, log_pf, log_pb, log_F_next: (B,), forward-looking terms and the rewarded end already in.
+        scale:         (B,) s; None is 1.
+        policy_weight: (B,) factor of log_pf's gradient; None is 1.
+    """
+    if policy_weight is not None:
+        log_pf = policy_weight * log_pf + (1 - policy_weight) * log_pf.detach()
+    delta = log_F + log_pf - log_pb.detach() - (log_F_next.detach() if detach_next else log_F_next)
+    scaled = delta if scale is None else delta / scale
+    return BalanceLoss(penalty(scaled, huber), delta.detach())
+
+
+def penalty(residual: Tensor, huber: float | None) -> Tensor:
+    """g(delta) elementwise: delta^2, or beyond `huber` its tangent (twice Huber's loss)."""
+    if huber is None:
+        return residual.square()
+    return 2 * functional.huber_loss(residual, torch.zeros_like(residual), reduction="none", delta=huber)
+
+
+def combined(output: Tensor, num_samples: int, guidance_scale: float) -> Tensor:
+    """(B, ...) o, float32 or float64, of a network output of 2B rows (unconditional, conditional) or of B."""
+    output = at_least_float32(output)
+    if len(output) == num_samples:
+        return output
+    uncond, cond = output.split(num_samples)
+    return guided(cond, uncond, guidance_scale)
+
+
+def at_least_float32(x: Tensor) -> Tensor:
+    return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
 def _multiply_32(multiplier: int, words: Tensor) -> tuple[Tensor, Tensor]:

@@ -1,0 +1,72 @@
+"""Which form of the operations a run uses: fused Triton kernels or plain PyTorch."""
+
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+
+from dag_kernels import reference
+from dag_kernels.reference import BalanceLoss, SampledStep, TransitionLogProbs
+
+CHOICES = ("auto", "triton", "torch")
+
+
+@dataclass(frozen=True)
+class Kernels:
+    """The operations in one form; `dag_kernels.reference` documents their arguments."""
+
+    name: str
+    """"triton" or "torch"."""
+    reason: str
+    """Why, for the run's record."""
+    transition_log_probs: Callable[..., TransitionLogProbs]
+    sampling_step: Callable[..., SampledStep]
+    detailed_balance: Callable[..., BalanceLoss]
+
+
+def is_interpreted() -> bool:
+    """Whether Triton runs its kernels in Python, on the CPU, for tests."""
+    return os.environ.get("TRITON_INTERPRET") == "1"
+
+
+def choose(kernels: str, device: torch.device) -> Kernels:
+    """The operations for a device.
+
+    Args:
+        kernels: "auto" takes Triton on CUDA and PyTorch elsewhere; "triton" and "torch" insist.
+
+    Raises:
+        ValueError: Triton is asked for where it cannot run, or the choice is unknown.
+    """
+    if kernels not in CHOICES:
+        raise ValueError(f"kernels={kernels!r}: use {', '.join(CHOICES)}")
+    if kernels == "torch":
+        return _torch("asked for")
+    obstacle = _obstacle(device)
+    if obstacle is None:
+        return _triton("asked for" if kernels == "triton" else f"auto on {device.type}")
+    if kernels == "triton":
+        raise ValueError(f"kernels=triton: {obstacle}")
+    return _torch(f"auto: {obstacle}")
+
+
+def _obstacle(device: torch.device) -> str | None:
+    """Why Triton cannot run there, or None."""
+    if device.type != "cuda" and not is_interpreted():
+        return f"Triton needs a GPU, the run is on {device.type}"
+    try:
+        import triton  # noqa: F401
+    except ImportError:
+        return "triton is not installed"
+    return None
+
+
+def _torch(reason: str) -> Kernels:
+    return Kernels("torch", reason, reference.transition_log_probs, reference.sampling_step, reference.detailed_balance)
+
+
+def _triton(reason: str) -> Kernels:
+    from dag_kernels import balance, sampling, transition
+
+    return Kernels("triton", reason, transition.transition_log_probs, sampling.sampling_step, balance.detailed_balance)

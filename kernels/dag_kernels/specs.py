@@ -1,0 +1,120 @@
+"""One row for each fused operation: its inputs, outputs and bytes, for the tests and the benchmark alike."""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dag_kernels import reference
+
+Inputs = dict[str, Any]
+Shape = tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class OpSpec:
+    name: str
+    """Of the function, in `dag_kernels.reference` and in `Kernels`."""
+    make: Callable[[int, Shape, torch.dtype, torch.device, int], Inputs]
+    """(B, latent shape, dtype, device, seed) -> keyword arguments."""
+    gradients: tuple[str, ...]
+    """Inputs that get a gradient."""
+    bytes_moved: Callable[[int, Shape, torch.dtype], tuple[int, int]]
+    """(forward, backward) of one fused pass, each input read once and each output written once."""
+    module: str
+    """Where the Triton form is, for the tests that must pass before it is timed."""
+
+    def reference(self) -> Callable[..., Any]:
+        return getattr(reference, self.name)
+
+
+def step_table(num_steps: int, columns: int, device: torch.device, seed: int) -> Tensor:
+    """(num_steps, columns) coefficients of the order that a 50-step DDPM chain has."""
+    generator = torch.Generator().manual_seed(seed)
+    uniform = torch.rand(num_steps, columns, generator=generator)
+    # mean_x, mean_output, sigma, noising_x, noising_std, x0_x, x0_output
+    low = torch.tensor([0.95, -0.4, 0.05, 0.9, 0.1, 1.0, -2.0])[:columns]
+    high = torch.tensor([1.1, -0.1, 0.3, 0.999, 0.4, 3.0, -0.1])[:columns]
+    return (low + (high - low) * uniform).to(device)
+
+
+def _latents(B: int, shape: Shape, dtype: torch.dtype, device: torch.device, seed: int, count: int) -> list[Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    return [torch.randn(B, *shape, generator=generator).to(device, dtype) for _ in range(count)]
+
+
+def _transition_inputs(B: int, shape: Shape, dtype: torch.dtype, device: torch.device, seed: int) -> Inputs:
+    x_t, noise, uncond, cond, ref, old = _latents(B, shape, dtype, device, seed, 6)
+    table, k = step_table(50, 5, device, seed), torch.arange(B, device=device) % 50
+    # x_next within a few sigma of the mean, as a sampled one is.
+    output = torch.cat([uncond, uncond + 0.1 * cond])
+    o = reference.combined(output.double(), B, 5.0)
+    coefficients = [c.reshape(-1, *([1] * len(shape))) for c in table.double()[k].unbind(1)]
+    x_next = coefficients[0] * x_t.double() + coefficients[1] * o + coefficients[2] * noise.double()
+    return {
+        "x_t": x_t,
+        "x_next": x_next.to(dtype),
+        "output": output,
+        "table": table,
+        "k": k,
+        "guidance_scale": 5.0,
+        "output_ref": (o + 0.1 * ref.double()).to(dtype),
+        "output_old": (o + 0.1 * old.double()).to(dtype),
+    }
+
+
+def _transition_bytes(B: int, shape: Shape, dtype: torch.dtype) -> tuple[int, int]:
+    elements = B * math.prod(shape) * dtype.itemsize
+    return 6 * elements, 8 * elements
+
+
+def _sampling_inputs(B: int, shape: Shape, dtype: torch.dtype, device: torch.device, seed: int) -> Inputs:
+    x_t, uncond, cond = _latents(B, shape, dtype, device, seed, 3)
+    return {
+        "x_t": x_t,
+        "output": torch.cat([uncond, uncond + 0.1 * cond]),
+        "table": step_table(50, 7, device, seed),
+        "k": 17,
+        "seed": (1 << 63) + seed,
+        "sample_id": (1 << 40) + torch.arange(B, device=device),
+        "guidance_scale": 5.0,
+        "chain_dtype": dtype,
+    }
+
+
+def _sampling_bytes(B: int, shape: Shape, dtype: torch.dtype) -> tuple[int, int]:
+    return B * math.prod(shape) * (4 * dtype.itemsize + 4), 0
+
+
+def _balance_inputs(B: int, shape: Shape, dtype: torch.dtype, device: torch.device, seed: int) -> Inputs:
+    generator = torch.Generator().manual_seed(seed)
+    log_F, log_pf, log_pb, log_F_next, scale, weight = (
+        torch.randn(B, generator=generator).to(device) for _ in range(6)
+    )
+    return {
+        "log_F": 100 * log_F,
+        "log_pf": 100 * log_pf - 2e4,
+        "log_pb": 100 * log_pb - 2e4,
+        "log_F_next": 100 * log_F_next,
+        "scale": 50 + 10 * scale.abs(),
+        "policy_weight": weight.abs(),
+        "huber": 3.0,
+        "detach_next": False,
+    }
+
+
+def _balance_bytes(B: int, shape: Shape, dtype: torch.dtype) -> tuple[int, int]:
+    return 4 * B * 10, 4 * B * 5
+
+
+OPS = {
+    spec.name: spec
+    for spec in (
+        OpSpec("transition_log_probs", _transition_inputs, ("output",), _transition_bytes, "transition"),
+        OpSpec("sampling_step", _sampling_inputs, (), _sampling_bytes, "sampling"),
+        OpSpec("detailed_balance", _balance_inputs, ("log_F", "log_pf", "log_F_next"), _balance_bytes, "balance"),
+    )
+}

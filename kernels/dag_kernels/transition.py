@@ -1,0 +1,163 @@
+"""Log-probabilities and distances of Gaussian transitions, in one pass over the latents.
+
+    o   = o_u + g (o_c - o_u)                    classifier-free guidance; without it o is the network's output
+    r   = (x_next - a x_t - b o) / sigma         log P_F = -1/2 sum r^2 - D (log sigma + h),     h = log(2 pi) / 2
+    q   = (x_t - rho x_next) / s                 log P_B = -1/2 sum q^2 - D (log s + h)
+    kl  = 1/2 (b / sigma)^2 sum (o - o_ref)^2    KL to a policy of the same variance
+    gap = sum (o - o_old)^2                      squared distance to the output at sampling time
+
+Backward, from G_f = dL/dlog_pf, G_k = dL/dkl, G_g = dL/dgap of a sample:
+
+    do  = G_f (b / sigma) r + G_k (b / sigma)^2 (o - o_ref) + 2 G_g (o - o_old),     do_c = g do,  do_u = (1 - g) do
+
+Nothing is saved but the inputs: backward reads them again and writes its gradient straight into one tensor of the
+network's (2B, ...) layout. Bytes an element of a half-precision latent: forward 8 (x_t, x_next, o_u, o_c), 2 more for
+each of o_ref and o_old; backward the same and 4 written. One program walks a sample and adds in a fixed order, so the
+result does not depend on the batch. Arithmetic and sums are float32 whatever the dtypes.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from dag_kernels.layout import alike, empty_alike
+from dag_kernels.reference import TransitionLogProbs
+
+BLOCK = 2048
+NUM_WARPS = 8
+
+
+@triton.jit
+def combine(output, b, num_samples, stride, offsets, mask, guidance, GUIDED: tl.constexpr):
+    """o of sample b: the guided combination of rows b (unconditional) and num_samples + b, or row b alone."""
+    o = tl.load(output + b * stride + offsets, mask=mask, other=0.0).to(tl.float32)
+    if GUIDED:
+        conditional = tl.load(output + (num_samples + b) * stride + offsets, mask=mask, other=0.0).to(tl.float32)
+        o = o + guidance * (conditional - o)
+    return o
+
+
+@triton.jit
+def log_density(squares, std, D):
+    """-1/2 sum of squares - D (log std + log(2 pi) / 2)."""
+    return -0.5 * squares - D * (tl.log(std) + 0.9189385332046727)
+
+
+@triton.jit
+def _forward(
+    x_t, x_next, output, reference, old, table, k, result,
+    num_samples, D, stride_t, stride_next, stride_output, stride_reference, stride_old, guidance,
+    GUIDED: tl.constexpr, HAS_REFERENCE: tl.constexpr, HAS_OLD: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    b = tl.program_id(0).to(tl.int64)
+    row = table + 5 * tl.load(k + b)
+    mean_x, mean_output, sigma = tl.load(row), tl.load(row + 1), tl.load(row + 2)
+    noising_x, noising_std = tl.load(row + 3), tl.load(row + 4)
+    squares_f = tl.zeros((BLOCK,), tl.float32)
+    squares_b = tl.zeros((BLOCK,), tl.float32)
+    squares_reference = tl.zeros((BLOCK,), tl.float32)
+    squares_old = tl.zeros((BLOCK,), tl.float32)
+    for start in range(0, D, BLOCK):
+        offsets = start + tl.arange(0, BLOCK)
+        mask = offsets < D
+        xt = tl.load(x_t + b * stride_t + offsets, mask=mask, other=0.0).to(tl.float32)
+        xn = tl.load(x_next + b * stride_next + offsets, mask=mask, other=0.0).to(tl.float32)
+        o = combine(output, b, num_samples, stride_output, offsets, mask, guidance, GUIDED)
+        r = (xn - (mean_x * xt + mean_output * o)) / sigma
+        q = (xt - noising_x * xn) / noising_std
+        squares_f += r * r
+        squares_b += q * q
+        if HAS_REFERENCE:
+            difference = o - tl.load(reference + b * stride_reference + offsets, mask=mask, other=0.0).to(tl.float32)
+            squares_reference += difference * difference
+        if HAS_OLD:
+            difference = o - tl.load(old + b * stride_old + offsets, mask=mask, other=0.0).to(tl.float32)
+            squares_old += difference * difference
+    ratio = mean_output / sigma
+    tl.store(result + b, log_density(tl.sum(squares_f), sigma, D))
+    tl.store(result + num_samples + b, log_density(tl.sum(squares_b), noising_std, D))
+    tl.store(result + 2 * num_samples + b, 0.5 * ratio * ratio * tl.sum(squares_reference))
+    tl.store(result + 3 * num_samples + b, tl.sum(squares_old))
+
+
+@triton.jit
+def _backward(
+    x_t, x_next, output, reference, old, table, k, upstream, gradient,
+    num_samples, D, stride_t, stride_next, stride_output, stride_reference, stride_old, guidance,
+    GUIDED: tl.constexpr, HAS_REFERENCE: tl.constexpr, HAS_OLD: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    b = tl.program_id(0).to(tl.int64)
+    offsets = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    mask = offsets < D
+    row = table + 5 * tl.load(k + b)
+    mean_x, mean_output, sigma = tl.load(row), tl.load(row + 1), tl.load(row + 2)
+    ratio = mean_output / sigma
+    xt = tl.load(x_t + b * stride_t + offsets, mask=mask, other=0.0).to(tl.float32)
+    xn = tl.load(x_next + b * stride_next + offsets, mask=mask, other=0.0).to(tl.float32)
+    o = combine(output, b, num_samples, stride_output, offsets, mask, guidance, GUIDED)
+    r = (xn - (mean_x * xt + mean_output * o)) / sigma
+    do = tl.load(upstream + b) * ratio * r
+    if HAS_REFERENCE:
+        difference = o - tl.load(reference + b * stride_reference + offsets, mask=mask, other=0.0).to(tl.float32)
+        do += tl.load(upstream + 2 * num_samples + b) * ratio * ratio * difference
+    if HAS_OLD:
+        difference = o - tl.load(old + b * stride_old + offsets, mask=mask, other=0.0).to(tl.float32)
+        do += 2.0 * tl.load(upstream + 3 * num_samples + b) * difference
+    if GUIDED:
+        tl.store(gradient + b * D + offsets, (1.0 - guidance) * do, mask=mask)
+        tl.store(gradient + (num_samples + b) * D + offsets, guidance * do, mask=mask)
+    else:
+        tl.store(gradient + b * D + offsets, do, mask=mask)
+
+
+class _TransitionLogProbs(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x_t, x_next, output, table, k, guidance_scale, reference, old):  # type: ignore[no-untyped-def]
+        x_t, x_next, output, reference, old = alike(x_t, x_next, output, reference, old)
+        ctx.save_for_backward(x_t, x_next, output, table, k, reference, old)
+        ctx.guidance = guidance_scale
+        result = torch.empty((4, len(x_t)), dtype=torch.float32, device=x_t.device)
+        arguments, options = _arguments(ctx)
+        tensors = arguments[:7]
+        _forward[(len(x_t),)](*tensors, result, *arguments[7:], **options)
+        return result
+
+    @staticmethod
+    def backward(ctx, upstream):  # type: ignore[no-untyped-def]
+        x_t, _, output, *_ = ctx.saved_tensors
+        gradient = empty_alike(output)
+        arguments, options = _arguments(ctx)
+        grid = (len(x_t), triton.cdiv(x_t[0].numel(), BLOCK))
+        _backward[grid](*arguments[:7], upstream.contiguous(), gradient, *arguments[7:], **options)
+        return None, None, gradient, None, None, None, None, None
+
+
+def _arguments(ctx):  # type: ignore[no-untyped-def]
+    """What both kernels are launched with: (tensors and sizes, compile-time options)."""
+    x_t, x_next, output, table, k, reference, old = ctx.saved_tensors
+    # An absent tensor's pointer is never followed.
+    optional = [x_t if tensor is None else tensor for tensor in (reference, old)]
+    strides = [tensor.stride(0) for tensor in (x_t, x_next, output, *optional)]
+    guided = len(output) == 2 * len(x_t)
+    options = {"GUIDED": guided, "HAS_REFERENCE": reference is not None, "HAS_OLD": old is not None, "BLOCK": BLOCK}
+    arguments = [x_t, x_next, output, *optional, table, k, len(x_t), x_t[0].numel(), *strides, float(ctx.guidance)]
+    return arguments, options | {"num_warps": NUM_WARPS}
+
+
+def transition_log_probs(
+    x_t: Tensor,
+    x_next: Tensor,
+    output: Tensor,
+    table: Tensor,
+    k: Tensor,
+    guidance_scale: float = 1.0,
+    output_ref: Tensor | None = None,
+    output_old: Tensor | None = None,
+) -> TransitionLogProbs:
+    """The Triton form of `dag_kernels.reference.transition_log_probs`: same arguments, same results."""
+    result = _TransitionLogProbs.apply(x_t, x_next, output, table, k, guidance_scale, output_ref, output_old)
+    log_pf, log_pb, kl, gap = result.unbind()
+    return TransitionLogProbs(
+        log_pf, log_pb.detach(), kl if output_ref is not None else None, gap if output_old is not None else None
+    )

@@ -1,0 +1,275 @@
+"""Fused kernels against their PyTorch specification: on a GPU, or without one through Triton's interpreter."""
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import torch
+from close import assert_as_good_as
+from dag_kernels import choose, reference, standard_normal
+from dag_kernels.dispatch import is_interpreted
+from dag_kernels.layout import alike, empty_alike
+from dag_kernels.specs import OPS, Inputs, OpSpec
+from torch import Tensor
+
+pytest.importorskip("triton")
+
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+FUSED = choose("triton", DEVICE)
+# Below, at and above one block of elements; odd sizes; SDXL's and 16-channel latents only where it is fast.
+SHAPES = [(4, 16, 16), (4, 33, 17), (3, 5, 7), (1, 1, 1), (4, 32, 32)]
+SHAPES += [(4, 64, 64), (4, 128, 128), (16, 64, 64)] if DEVICE.type == "cuda" else []
+DTYPES = [torch.float32, torch.float16, torch.bfloat16]
+every_op = pytest.mark.parametrize("spec", OPS.values(), ids=OPS)
+every_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=lambda dtype: str(dtype).removeprefix("torch."))
+
+
+@pytest.fixture(autouse=True)
+def poison() -> Iterator[None]:
+    """Memory from torch.empty is NaN: a kernel that leaves an element out shows."""
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    torch.utils.deterministic.fill_uninitialized_memory = True
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+def in_double(inputs: Inputs) -> Inputs:
+    """The same values in float64; the chain stays rounded to its dtype."""
+    return {n: v.double() if isinstance(v, Tensor) and v.is_floating_point() else v for n, v in inputs.items()}
+
+
+def run(op: Callable[..., Any], spec: OpSpec, inputs: Inputs, seed: int) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """(outputs, gradients) by name; what flows back into each output is random and fixed."""
+    inputs = dict(inputs)
+    for name in spec.gradients:
+        inputs[name] = inputs[name].clone().requires_grad_()
+    outputs = {name: value for name, value in op(**inputs)._asdict().items() if value is not None}
+    generator = torch.Generator().manual_seed(seed)
+    loss = torch.zeros((), dtype=torch.float64)
+    for value in outputs.values():
+        weight = torch.randn(value.shape, generator=generator)
+        if value.requires_grad:
+            loss = loss + (value * weight.to(value.device, value.dtype)).sum().double().cpu()
+    if spec.gradients:
+        loss.backward()
+    return outputs, {name: inputs[name].grad for name in spec.gradients}
+
+
+def fused(spec: OpSpec) -> Callable[..., Any]:
+    return getattr(FUSED, spec.name)
+
+
+def compare(spec: OpSpec, inputs: Inputs) -> None:
+    found, found_gradients = run(fused(spec), spec, inputs, seed=1)
+    plain, plain_gradients = run(spec.reference(), spec, inputs, seed=1)
+    exact, exact_gradients = run(spec.reference(), spec, in_double(inputs), seed=1)
+    assert found.keys() == plain.keys()
+    for name in found:
+        if found[name].dtype == torch.bfloat16 and is_interpreted():
+            # The interpreter cuts float32 off to bfloat16 instead of rounding; a GPU rounds.
+            torch.testing.assert_close(found[name].float(), plain[name].float(), rtol=2**-7, atol=1e-6)
+        else:
+            assert_as_good_as(f"{spec.name}.{name}", found[name], plain[name], exact[name].double())
+    for name in spec.gradients:
+        label = f"d {spec.name} / d {name}"
+        assert_as_good_as(label, found_gradients[name], plain_gradients[name], exact_gradients[name])
+
+
+# -- numbers ------------------------------------------------------------------------------------------------------
+
+
+@every_op
+@every_dtype
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_as_good_as_plain_pytorch(spec: OpSpec, dtype: torch.dtype, shape: tuple[int, ...]) -> None:
+    compare(spec, spec.make(3, shape, dtype, DEVICE, 0))
+
+
+@every_op
+def test_one_row_and_many(spec: OpSpec) -> None:
+    for B in (1, 40):
+        compare(spec, spec.make(B, (2, 4, 4), torch.float32, DEVICE, B))
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"output_ref": None},
+        {"output_old": None},
+        {"output_ref": None, "output_old": None},
+        {"guidance_scale": 1.0},
+        {"guidance_scale": 0.0},
+    ],
+    ids=str,
+)
+def test_transitions_without_their_options(change: Inputs) -> None:
+    spec = OPS["transition_log_probs"]
+    compare(spec, spec.make(2, (4, 8, 8), torch.float32, DEVICE, 3) | change)
+
+
+def test_transitions_without_guidance() -> None:
+    spec = OPS["transition_log_probs"]
+    inputs = spec.make(2, (4, 8, 8), torch.float32, DEVICE, 3)
+    compare(spec, inputs | {"output": inputs["output"][2:]})
+
+
+@pytest.mark.parametrize(
+    "change",
+    [{"huber": None}, {"scale": None}, {"policy_weight": None}, {"detach_next": True}, {"huber": 0.01}],
+    ids=str,
+)
+def test_balance_without_its_options(change: Inputs) -> None:
+    spec = OPS["detailed_balance"]
+    inputs = spec.make(300, (), torch.float32, DEVICE, 3) | change
+    if change.get("detach_next"):
+        spec = OpSpec(spec.name, spec.make, ("log_F", "log_pf"), spec.bytes_moved, spec.module)
+        _, gradients = run(fused(spec), OPS["detailed_balance"], inputs, 1)
+        assert gradients["log_F_next"] is None
+    compare(spec, inputs)
+
+
+# -- memory -------------------------------------------------------------------------------------------------------
+
+
+def channels_last(x: Tensor) -> Tensor:
+    return x.contiguous(memory_format=torch.channels_last)
+
+
+def with_gaps(x: Tensor) -> Tensor:
+    """The same values, every other row of a larger tensor."""
+    wide = x.repeat_interleave(2, dim=0)
+    wide[1::2] = torch.nan
+    return wide[::2]
+
+
+def transposed(x: Tensor) -> Tensor:
+    return x.transpose(2, 3).contiguous().transpose(2, 3)
+
+
+@pytest.mark.parametrize("change", [channels_last, with_gaps, transposed], ids=lambda f: f.__name__)
+@pytest.mark.parametrize("which", ["all", "x_t", "output", "output_ref"])
+def test_transitions_in_any_layout(change: Callable[[Tensor], Tensor], which: str) -> None:
+    spec = OPS["transition_log_probs"]
+    inputs = spec.make(2, (4, 6, 10), torch.float32, DEVICE, 3)
+    latents = ("x_t", "x_next", "output", "output_ref", "output_old")
+    changed = inputs | {name: change(inputs[name]) for name in latents if which in ("all", name)}
+    straight, straight_gradients = run(fused(spec), spec, inputs, seed=1)
+    found, gradients = run(fused(spec), spec, changed, seed=1)
+    for name in found:
+        torch.testing.assert_close(found[name], straight[name], rtol=1e-5, atol=1e-3)
+    torch.testing.assert_close(gradients["output"], straight_gradients["output"], rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("change", [channels_last, with_gaps, transposed], ids=lambda f: f.__name__)
+def test_sampling_in_any_layout(change: Callable[[Tensor], Tensor]) -> None:
+    """The noise belongs to an element's place in (C, H, W), not to its place in memory."""
+    spec = OPS["sampling_step"]
+    inputs = spec.make(2, (4, 6, 10), torch.float32, DEVICE, 3)
+    changed = inputs | {name: change(inputs[name]) for name in ("x_t", "output")}
+    assert torch.equal(FUSED.sampling_step(**inputs).x_next, FUSED.sampling_step(**changed).x_next)
+
+
+def test_alike_copies_only_what_differs() -> None:
+    x = torch.randn(2, 3, 4, 5)
+    first, second, nothing, third = alike(channels_last(x), channels_last(x), None, x)
+    assert nothing is None and first is not None and second is not None and third is not None
+    assert first.stride() == second.stride() == third.stride()
+    assert torch.equal(third, x)
+    assert alike(x, x)[1] is x
+    gapped = with_gaps(x)
+    assert alike(gapped)[0] is gapped
+    assert empty_alike(gapped).stride() == x.stride()
+    assert alike(x.expand(2, 3, 4, 5)[..., ::2])[0].is_contiguous()  # type: ignore[union-attr]
+
+
+@every_op
+def test_a_row_does_not_depend_on_its_batch(spec: OpSpec) -> None:
+    """Bit for bit: sums are taken in a fixed order, noise belongs to the sample."""
+    inputs = spec.make(3, (4, 9, 9), torch.float32, DEVICE, 5)
+    whole = fused(spec)(**inputs)
+    row = {n: v[1:2] if isinstance(v, Tensor) and len(v) == 3 else v for n, v in inputs.items()}
+    if "output" in inputs:
+        row["output"] = inputs["output"][1::3]
+    alone = fused(spec)(**row)
+    for name, value in alone._asdict().items():
+        assert value is None or torch.equal(value[0], getattr(whole, name)[1]), name
+
+
+def test_the_sampled_steps_log_probs_are_the_transitions(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What sampling stores and what training recomputes must be one number, or the first ratio is not 1."""
+    spec = OPS["sampling_step"]
+    for dtype in DTYPES:
+        inputs = spec.make(3, (4, 16, 16), dtype, DEVICE, 5)
+        step = FUSED.sampling_step(**inputs)
+        k = torch.full((3,), inputs["k"], device=DEVICE)
+        again = FUSED.transition_log_probs(
+            inputs["x_t"], step.x_next, inputs["output"], inputs["table"][:, :5].contiguous(), k, 5.0
+        )
+        torch.testing.assert_close(step.log_pf, again.log_pf, rtol=1e-6, atol=0)
+        torch.testing.assert_close(step.log_pb, again.log_pb, rtol=1e-6, atol=0)
+
+
+# -- noise --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("seed", [0, 1, (1 << 63) - 1, 1 << 63, (1 << 64) - 1])
+@pytest.mark.parametrize("k", [0, 7, 999])
+def test_noise_is_the_references(seed: int, k: int) -> None:
+    sample_id = torch.tensor([0, 1, (1 << 32) - 1, 1 << 32, (1 << 62) + 3], device=DEVICE)
+    x = torch.zeros(5, 4, 8, 9, device=DEVICE)
+    table = torch.tensor([1.0, 0.0, 1.0, 1.0, 1.0, 1.0, 0.0], device=DEVICE).expand(1000, 7).contiguous()
+    found = FUSED.sampling_step(x, x, table, k, seed, sample_id).x_next
+    expected = standard_normal(seed, sample_id, k, (4, 8, 9))
+    torch.testing.assert_close(found, expected, rtol=0, atol=2e-6)
+
+
+# -- the specification --------------------------------------------------------------------------------------------
+
+
+@every_op
+def test_the_references_gradients_are_those_of_finite_differences(spec: OpSpec) -> None:
+    inputs = in_double(spec.make(2, (2, 3, 3), torch.float32, torch.device("cpu"), 7))
+    if not spec.gradients:
+        return
+    leaves = [inputs[name].clone().requires_grad_() for name in spec.gradients]
+    # The weight of the policy's gradient is no derivative of anything.
+    others = {n: v for n, v in inputs.items() if n not in spec.gradients and n != "policy_weight"}
+
+    def op(*values: Tensor) -> tuple[Tensor, ...]:
+        outputs = spec.reference()(**dict(zip(spec.gradients, values, strict=True)), **others)
+        return tuple(value for value in outputs if value is not None and value.requires_grad)
+
+    assert torch.autograd.gradcheck(op, leaves)
+
+
+def test_the_reference_is_the_distributions_own_density() -> None:
+    inputs = in_double(OPS["transition_log_probs"].make(3, (4, 5, 6), torch.float32, torch.device("cpu"), 2))
+    found = reference.transition_log_probs(**inputs)
+    o = reference.combined(inputs["output"], 3, 5.0)
+    mean_x, mean_output, sigma, noising_x, noising_std = (
+        column[:, None, None, None] for column in inputs["table"][inputs["k"]].unbind(1)
+    )
+    forward = torch.distributions.Normal(mean_x * inputs["x_t"] + mean_output * o, sigma.expand_as(o))
+    backward = torch.distributions.Normal(noising_x * inputs["x_next"], noising_std.expand_as(o))
+    other = torch.distributions.Normal(mean_x * inputs["x_t"] + mean_output * inputs["output_ref"], sigma.expand_as(o))
+    torch.testing.assert_close(found.log_pf, forward.log_prob(inputs["x_next"]).flatten(1).sum(1))
+    torch.testing.assert_close(found.log_pb, backward.log_prob(inputs["x_t"]).flatten(1).sum(1))
+    torch.testing.assert_close(found.kl, torch.distributions.kl_divergence(forward, other).flatten(1).sum(1))
+    torch.testing.assert_close(found.gap, (o - inputs["output_old"]).square().flatten(1).sum(1))
+
+
+# -- choosing -----------------------------------------------------------------------------------------------------
+
+
+def test_auto_takes_what_can_run_and_says_why(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    cpu = torch.device("cpu")
+    assert choose("auto", cpu).name == "torch"
+    assert choose("auto", cpu).reason == "auto: Triton needs a GPU, the run is on cpu"
+    assert choose("torch", cpu).reason == "asked for"
+    with pytest.raises(ValueError, match="kernels=triton: Triton needs a GPU"):
+        choose("triton", cpu)
+    with pytest.raises(ValueError, match="use auto, triton, torch"):
+        choose("cuda", cpu)
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    assert choose("triton", cpu).name == "triton"
