@@ -114,35 +114,41 @@ def _backward(
 class _TransitionLogProbs(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x_t, x_next, output, table, k, guidance_scale, reference, old):  # type: ignore[no-untyped-def]
-        x_t, x_next, output, reference, old = alike(x_t, x_next, output, reference, old)
-        ctx.save_for_backward(x_t, x_next, output, table, k, reference, old)
-        ctx.guidance = guidance_scale
+        tensors = (*alike(x_t, x_next, output, reference, old), table, k)
+        ctx.save_for_backward(*tensors)
+        ctx.guidance_scale = float(guidance_scale)
         result = torch.empty((4, len(x_t)), dtype=torch.float32, device=x_t.device)
-        arguments, options = _arguments(ctx)
-        tensors = arguments[:7]
-        _forward[(len(x_t),)](*tensors, result, *arguments[7:], **options)
+        pointers, sizes, options = _launch(tensors, ctx.guidance_scale)
+        _forward[(len(x_t),)](*pointers, result, *sizes, **options)
         return result
 
     @staticmethod
     def backward(ctx, upstream):  # type: ignore[no-untyped-def]
         x_t, _, output, *_ = ctx.saved_tensors
         gradient = empty_alike(output)
-        arguments, options = _arguments(ctx)
+        pointers, sizes, options = _launch(ctx.saved_tensors, ctx.guidance_scale)
         grid = (len(x_t), triton.cdiv(x_t[0].numel(), BLOCK))
-        _backward[grid](*arguments[:7], upstream.contiguous(), gradient, *arguments[7:], **options)
+        _backward[grid](*pointers, upstream.contiguous(), gradient, *sizes, **options)
         return None, None, gradient, None, None, None, None, None
 
 
-def _arguments(ctx):  # type: ignore[no-untyped-def]
-    """What both kernels are launched with: (tensors and sizes, compile-time options)."""
-    x_t, x_next, output, table, k, reference, old = ctx.saved_tensors
+def _launch(
+    tensors: tuple[Tensor | None, ...], guidance_scale: float
+) -> tuple[list[Tensor], list[int | float], dict[str, int | bool]]:
+    """(pointers, sizes, compile-time options) that both kernels share."""
+    x_t, x_next, output, reference, old, table, k = tensors
+    assert x_t is not None and x_next is not None and output is not None and table is not None and k is not None
     # An absent tensor's pointer is never followed.
-    optional = [x_t if tensor is None else tensor for tensor in (reference, old)]
-    strides = [tensor.stride(0) for tensor in (x_t, x_next, output, *optional)]
-    guided = len(output) == 2 * len(x_t)
-    options = {"GUIDED": guided, "HAS_REFERENCE": reference is not None, "HAS_OLD": old is not None, "BLOCK": BLOCK}
-    arguments = [x_t, x_next, output, *optional, table, k, len(x_t), x_t[0].numel(), *strides, float(ctx.guidance)]
-    return arguments, options | {"num_warps": NUM_WARPS}
+    latents = [x_t if tensor is None else tensor for tensor in (x_t, x_next, output, reference, old)]
+    sizes = [len(x_t), x_t[0].numel(), *(latent.stride(0) for latent in latents), guidance_scale]
+    options = {
+        "GUIDED": len(output) == 2 * len(x_t),
+        "HAS_REFERENCE": reference is not None,
+        "HAS_OLD": old is not None,
+        "BLOCK": BLOCK,
+        "num_warps": NUM_WARPS,
+    }
+    return [*latents, table, k], sizes, options
 
 
 def transition_log_probs(
