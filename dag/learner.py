@@ -13,11 +13,12 @@ from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 import torch
+from dag_kernels import TransitionLogProbs, penalty
 from torch import Tensor
 
 from dag.balance import Transition
 from dag.flow_fit import FlowFit
-from dag.objectives import Objective, ObjectiveOutput, penalty
+from dag.objectives import Objective, ObjectiveOutput
 from dag.optim import Stepper
 from dag.protocols import Policy, Prediction
 from dag.recipe import PolicyGradient, Recipe
@@ -189,8 +190,11 @@ class Learner:
         trajectories, factor = rollout.trajectories, self.units.reduction_factor
         x_t, x_next = trajectories.chain[k, rows], trajectories.chain[k + 1, rows]
         prediction = self._predict(rollout, rows, k)
-        log_pf = factor * self.schedule.log_pf(x_t, x_next, prediction.guided, k)
         ks = torch.full((len(rows),), k, device=self.device)
+        now = self.schedule.transition_log_probs(
+            x_t, x_next, prediction.rows, ks, prediction.guidance_scale, *self._references(rollout, rows, k)
+        )
+        log_pf = factor * now.log_pf
         transition = Transition(
             k=ks,
             is_terminal=ks == self.schedule.num_transitions - 1,
@@ -207,7 +211,7 @@ class Learner:
             step_weight = self.flow_fit.step_weights()[k]
         output = self.objective(transition)
         output = replace(output, loss=step_weight * output.loss)
-        return output, self._regulariser(rollout, rows, k, prediction.guided)
+        return output, self._regulariser(now)
 
     def _predict(self, rollout: Rollout, rows: Tensor, k: int, pretrained: bool = False) -> Prediction:
         text = self.text[rollout.trajectories.prompt_id[rows.cpu()]]
@@ -257,17 +261,23 @@ class Learner:
         reward = rollout.score(self.policy.decode(x0_hat), rows.cpu()).to(self.device)
         return self.units.looking(reward, rollout.epoch, k)
 
-    def _regulariser(self, rollout: Rollout, rows: Tensor, k: int, output: Tensor) -> Tensor:
-        """(B,) pull towards the sampling-time prediction and towards the pretrained policy."""
-        weights = self.recipe.regulariser
-        total = torch.zeros(len(rows), device=self.device)
+    @torch.no_grad()
+    def _references(self, rollout: Rollout, rows: Tensor, k: int) -> tuple[Tensor | None, Tensor | None]:
+        """(B, C, H, W) outputs of the pretrained and of the sampling-time policy, each None if nothing pulls to it."""
+        weights, pretrained, old = self.recipe.regulariser, None, None
+        if weights.pretrained_kl > 0:
+            pretrained = self._predict(rollout, rows, k, pretrained=True).guided
         if weights.sampling > 0:
             old = rollout.trajectories.output_old(self.schedule, rows, k)
-            total = total + weights.sampling * (output - old).square().flatten(1).mean(1)
-        if weights.pretrained_kl > 0:
-            with torch.no_grad():
-                reference = self._predict(rollout, rows, k, pretrained=True).guided
-            total = total + weights.pretrained_kl * self.schedule.policy_kl(output, reference, k)
+        return pretrained, old
+
+    def _regulariser(self, now: TransitionLogProbs) -> Tensor:
+        """(B,) pull towards the sampling-time prediction and towards the pretrained policy."""
+        weights, total = self.recipe.regulariser, torch.zeros_like(now.log_pb)
+        if now.gap is not None:
+            total = total + weights.sampling / math.prod(self.policy.latent_shape) * now.gap
+        if now.kl is not None:
+            total = total + weights.pretrained_kl * now.kl
         return total
 
     # -- what a checkpoint keeps ---------------------------------------------------------------------------------

@@ -4,15 +4,17 @@ import importlib.metadata
 import platform
 import subprocess
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
+from dag_kernels import Kernels, choose
 from PIL import features
 from torch import Tensor
 
 from dag import prompts
+from dag.errors import UsageError
 from dag.evaluate import Evaluator
 from dag.flow_fit import FlowFit
 from dag.learner import Learner
@@ -39,6 +41,10 @@ class Parts:
     """(P, S, D) prompt embeddings on the CPU."""
 
     @property
+    def kernels(self) -> Kernels:
+        return self.policy.schedule.kernels
+
+    @property
     def flow(self) -> StateFlow | None:
         return None if self.learner.flow_fit is None else self.learner.flow_fit.flow
 
@@ -48,10 +54,15 @@ def build(recipe: Recipe, device: torch.device, warn: Callable[[str], object] = 
     found = prompts.load_prompts(recipe.prompts)
     texts = (*found.training, *found.held_out)
     reward = RewardSum(recipe.reward, device)
-    objective = OBJECTIVES[recipe.objective.name](recipe.objective)
+    try:
+        kernels = choose(recipe.kernels, device)
+    except ValueError as error:
+        raise UsageError(str(error)) from None
+    objective = OBJECTIVES[recipe.objective.name](recipe.objective, kernels)
     policy = StableDiffusion(
         recipe.model, recipe.adapter, recipe.sampler, device, recipe.seed, recipe.train.gradient_checkpointing
     )
+    policy.schedule = replace(policy.schedule, kernels=kernels)
     for warning in policy.prompt_warnings(texts):
         warn(f"warning: {warning}")
     text, held_out = policy.encode(texts).split([len(found.training), len(found.held_out)])
@@ -90,6 +101,7 @@ def describe_run(recipe: Recipe, parts: Parts, device: torch.device) -> dict[str
         "flow_parameters": 0 if parts.flow is None else sum(p.numel() for p in parts.flow.parameters()),
         "plan": asdict(make_plan(recipe)),
         "beta_eff": make_plan(recipe).beta_eff,
+        "kernels": {"name": parts.kernels.name, "reason": parts.kernels.reason},
         "reduction_factor": parts.learner.units.reduction_factor,
         "device": torch.cuda.get_device_name(device)
         if device.type == "cuda"

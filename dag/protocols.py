@@ -2,9 +2,11 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Protocol
 
+from dag_kernels import combined
 from torch import Tensor, nn
 
 from dag.schedule import Schedule
@@ -12,12 +14,21 @@ from dag.schedule import Schedule
 
 @dataclass(frozen=True)
 class Prediction:
-    """Network outputs at B states, float32, of the schedule's prediction type."""
+    """Network outputs at B states, of the schedule's prediction type."""
 
-    guided: Tensor
-    """(B, C, H, W) after classifier-free guidance: the policy's own."""
+    rows: Tensor
+    """(2B, C, H, W) unconditional, then conditional outputs, or (B, C, H, W) where there is nothing to combine; in the
+    network's dtype."""
+    num_samples: int
+    """B"""
+    guidance_scale: float
     conditional: Tensor
     """(B, C, H, W) the conditional branch alone; equal to `guided` without guidance."""
+
+    @cached_property
+    def guided(self) -> Tensor:
+        """(B, C, H, W) float32 after classifier-free guidance: the policy's own output."""
+        return combined(self.rows, self.num_samples, self.guidance_scale)
 
 
 class Policy(Protocol):

@@ -348,6 +348,8 @@ class Checkpoint(Section):
 class Recipe(Section):
     seed: int = Field(0, ge=0, lt=2**63)
     """Of the noise, the prompts and every initialisation."""
+    kernels: Literal["auto", "triton", "torch"] = "auto"
+    """How transitions are computed: fused Triton kernels on a GPU (`auto`), or plain PyTorch."""
     model: Model
     adapter: Adapter = Adapter()
     sampler: Sampler = Sampler()

@@ -11,9 +11,10 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
+from dag_kernels import SampledStep
 from torch import Tensor
 
-from dag.protocols import Policy
+from dag.protocols import Policy, Prediction
 from dag.recipe import ForwardLooking, Sampler
 from dag.schedule import INITIAL_NOISE, Schedule, x0_coefficients
 from dag.trajectory import Trajectories, draw_noise
@@ -74,26 +75,49 @@ def sample_tile(
     schedule, shape = policy.schedule, policy.latent_shape
     device = schedule.timesteps.device
     sample_id = sample_id.to(device)
-    noise_dtype, chain_dtype = _noise_dtype(sampler), CHAIN_DTYPES[sampler.chain_dtype]
-    x_t = draw_noise(seed, sample_id, INITIAL_NOISE, shape, noise_dtype).to(chain_dtype)
+    x_t = draw_noise(seed, sample_id, INITIAL_NOISE, shape, _noise_dtype(sampler)).to(CHAIN_DTYPES[sampler.chain_dtype])
     chain, log_pf, log_pb, x0_hat = [x_t], [], [], []
     for k in range(schedule.num_transitions):
         prediction = policy.predict(x_t, schedule.timesteps[k].expand(len(x_t)), text)
-        exact = schedule.sample_next(x_t, prediction.guided, draw_noise(seed, sample_id, k, shape, noise_dtype), k)
-        x_next = exact.to(chain_dtype)
-        evaluated_at = x_next if sampler.log_pf_at == "stored" else exact
-        log_pf.append(schedule.log_pf(x_t, evaluated_at, prediction.guided, k))
-        log_pb.append(schedule.log_pb(x_t, x_next, k))
+        step = _step(schedule, x_t, prediction, k, seed, sample_id, sampler)
+        log_pf.append(step.log_pf)
+        log_pb.append(step.log_pb)
         if looking is not None:
-            x0_hat.append(look_ahead(schedule, x_t, prediction.guided, prediction.conditional, k, looking))
-        chain.append(x_next)
-        x_t = x_next
+            x0_hat.append(_clean(schedule, step, x_t, prediction, k, looking))
+        chain.append(step.x_next)
+        x_t = step.x_next
         on_step()
     x_0 = x_t.float()
     if schedule.final is not None:
         last = torch.full((len(x_t),), schedule.final.timestep, device=device)
         x_0 = schedule.final(x_t, policy.predict(x_t, last, text).guided)
     return SampledTile(torch.stack(chain), torch.stack(log_pf, 1), torch.stack(log_pb, 1), x0_hat, x_0)
+
+
+def _step(
+    schedule: Schedule, x_t: Tensor, prediction: Prediction, k: int, seed: int, sample_id: Tensor, sampler: Sampler
+) -> SampledStep:
+    """One transition; in one pass, unless the recipe asks for a published deviation that the pass does not know."""
+    chain_dtype, noise_dtype = CHAIN_DTYPES[sampler.chain_dtype], _noise_dtype(sampler)
+    if noise_dtype == torch.float32 and sampler.log_pf_at == "stored":
+        rows, scale = prediction.rows, prediction.guidance_scale
+        return schedule.sampling_step(x_t, rows, k, seed, sample_id, scale, chain_dtype)
+    noise = draw_noise(seed, sample_id, k, tuple(x_t.shape[1:]), noise_dtype)
+    exact = schedule.sample_next(x_t, prediction.guided, noise, k)
+    x_next = exact.to(chain_dtype)
+    evaluated_at = x_next if sampler.log_pf_at == "stored" else exact
+    log_pf = schedule.log_pf(x_t, evaluated_at, prediction.guided, k)
+    x0_hat = schedule.x0_hat(x_t.float(), prediction.guided, k)
+    return SampledStep(x_next, x0_hat, log_pf, schedule.log_pb(x_t, x_next, k))
+
+
+def _clean(
+    schedule: Schedule, step: SampledStep, x_t: Tensor, prediction: Prediction, k: int, looking: ForwardLooking
+) -> Tensor:
+    """The x0_hat that the recipe scores: the step's own, or a published form of it."""
+    if looking.prediction == "guided" and looking.coefficients == "fp32":
+        return step.x0_hat
+    return look_ahead(schedule, x_t, prediction.guided, prediction.conditional, k, looking)
 
 
 def look_ahead(

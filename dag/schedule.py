@@ -18,10 +18,11 @@ Legend: B samples, T transitions, k index of a transition (0 = noisiest), D late
 
 import copy
 from dataclasses import dataclass, fields, replace
+from functools import cached_property
 from typing import Any, Literal, Self
 
 import torch
-from dag_kernels import gaussian_log_prob
+from dag_kernels import PLAIN, Kernels, SampledStep, TransitionLogProbs, gaussian_log_prob
 from torch import Tensor
 
 Reduction = Literal["sum", "mean"]
@@ -66,6 +67,8 @@ class Schedule:
     noising_std: Tensor
     prediction_type: str
     final: FinalStep | None = None
+    kernels: Kernels = PLAIN
+    """How `sampling_step` and `transition_log_probs` are computed."""
 
     @classmethod
     def from_diffusers(cls, scheduler: Any, num_steps: int, eta: float = 1.0) -> Self:
@@ -125,7 +128,7 @@ class Schedule:
         direction = (1 - ab_next - sigma**2).clamp(min=0).sqrt()
         x0_x, x0_output = x0_coefficients(prediction_type, ab_t)
         eps_x, eps_output = eps_coefficients(prediction_type, ab_t)
-        table = {
+        table: dict[str, Any] = {
             "timesteps": timesteps,
             "alpha_bar_t": ab_t,
             "alpha_bar_next": ab_next,
@@ -204,6 +207,40 @@ class Schedule:
         x, mean = _at_least_float32(x_t), _at_least_float32(x_next)
         mean = _at(self.noising_x, k, mean) * mean
         return _reduced(gaussian_log_prob(x, mean, _at(self.noising_std, k, mean)), x_t, reduction)
+
+    def sampling_step(
+        self,
+        x_t: Tensor,
+        output: Tensor,
+        k: int,
+        seed: int,
+        sample_id: Tensor,
+        guidance_scale: float = 1.0,
+        chain_dtype: torch.dtype = torch.float32,
+    ) -> SampledStep:
+        """x_next ~ P_F with counter-based noise, x0_hat and both log-probs; `dag_kernels.reference` has the shapes."""
+        return self.kernels.sampling_step(x_t, output, self.table, k, seed, sample_id, guidance_scale, chain_dtype)
+
+    def transition_log_probs(
+        self,
+        x_t: Tensor,
+        x_next: Tensor,
+        output: Tensor,
+        k: Tensor,
+        guidance_scale: float = 1.0,
+        output_ref: Tensor | None = None,
+        output_old: Tensor | None = None,
+    ) -> TransitionLogProbs:
+        """All that training needs of B transitions, k (B,); `dag_kernels.reference` has the shapes."""
+        return self.kernels.transition_log_probs(
+            x_t, x_next, output, self.table, k, guidance_scale, output_ref, output_old
+        )
+
+    @cached_property
+    def table(self) -> Tensor:
+        """(T, 7) the coefficients in the kernels' order."""
+        columns = (self.mean_x, self.mean_output, self.sigma, self.noising_x, self.noising_std, self.x0_x)
+        return torch.stack([*columns, self.x0_output], dim=1)
 
     def output_of(self, x_t: Tensor, x_next: Tensor, noise: Tensor, k: int | Tensor) -> Tensor:
         """The network output that led from x_t to x_next with this noise: `sample_next` solved for o, float32."""

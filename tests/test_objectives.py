@@ -5,10 +5,11 @@ from typing import Any
 
 import pytest
 import torch
+from dag_kernels import penalty
 
 from dag.balance import Transition
 from dag.objectives import OBJECTIVES
-from dag.objectives.registry import clipped_surrogate, penalty
+from dag.objectives.registry import clipped_surrogate
 from dag.recipe import DetailedBalance, KLDivergence, PolicyGradient
 
 B = 6

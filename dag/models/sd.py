@@ -128,13 +128,12 @@ class StableDiffusion:
         x_t = x_t.contiguous(memory_format=torch.channels_last)
         with self._adapter_switched(off=pretrained), self._autocast():
             output = self.unet(x_t, t, encoder_hidden_states=text, return_dict=False)[0]
-        if not use_guidance:
-            return Prediction(output.float(), output.float())
-        # Half precision here would amplify the rounding of both branches by the guidance scale.
-        if self.sampler.guidance_dtype == "fp32":
-            output = output.float()
-        uncond_output, cond_output = output.chunk(2)
-        return Prediction(guided(cond_output, uncond_output, self.sampler.guidance_scale).float(), cond_output.float())
+        B, guidance_scale = len(output) // (2 if use_guidance else 1), self.sampler.guidance_scale
+        conditional = output[-B:]
+        if use_guidance and self.sampler.guidance_dtype == "model":
+            # Published: half precision here amplifies the rounding of both branches by the guidance scale.
+            output = guided(conditional, output[:B], guidance_scale)
+        return Prediction(output, B, guidance_scale, conditional)
 
     @torch.no_grad()
     def decode(self, x_0: Tensor) -> Tensor:

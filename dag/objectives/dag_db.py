@@ -1,14 +1,9 @@
 """DAG-DB: the squared detailed-balance residual (Zhang et al. 2025, Sec. 3.2)."""
 
-from dag.balance import Transition, residual
-from dag.objectives.registry import (
-    OBJECTIVES,
-    BatchFree,
-    ObjectiveOutput,
-    log_ratio,
-    penalty,
-    with_gradient_weight,
-)
+from dag_kernels import PLAIN, Kernels
+
+from dag.balance import Transition
+from dag.objectives.registry import OBJECTIVES, BatchFree, ObjectiveOutput, log_ratio
 from dag.recipe import DetailedBalance as Config
 
 
@@ -22,18 +17,20 @@ class DetailedBalance(BatchFree):
 
     uses_flow = True
 
-    def __init__(self, config: Config) -> None:
-        self.config = config
+    def __init__(self, config: Config, kernels: Kernels = PLAIN) -> None:
+        self.config, self.kernels = config, kernels
 
     def __call__(self, transition: Transition) -> ObjectiveOutput:
         log_F, log_F_next = transition.flows()
-        if self.config.detach_next:
-            log_F_next = log_F_next.detach()
-        log_pf = with_gradient_weight(transition.log_pf, transition.policy_weight)
-        delta = residual(log_F, log_pf, transition.log_pb, log_F_next)
-        scale = 1.0 if transition.residual_scale is None else transition.residual_scale
-        return ObjectiveOutput(
-            loss=penalty(delta / scale, self.config.huber),
-            residual=delta.detach(),
-            ratio=log_ratio(transition).detach().exp(),
+        balance = self.kernels.detailed_balance(
+            log_F,
+            transition.log_pf,
+            transition.log_pb,
+            log_F_next,
+            scale=transition.residual_scale,
+            policy_weight=transition.policy_weight,
+            huber=self.config.huber,
+            detach_next=self.config.detach_next,
         )
+        ratio = log_ratio(transition).detach().exp()
+        return ObjectiveOutput(loss=balance.loss, residual=balance.residual, ratio=ratio)

@@ -6,17 +6,16 @@
 mean residual of the other trajectories at the same step, so the advantage is -(delta - baseline).
 """
 
-import torch
+from dag_kernels import PLAIN, Kernels
 from torch import Tensor
 
-from dag.balance import Transition, leave_one_out_mean, leave_one_out_std, residual
+from dag.balance import Transition, leave_one_out_mean, leave_one_out_std
 from dag.objectives.registry import (
     OBJECTIVES,
     BatchFree,
     ObjectiveOutput,
     clipped_surrogate,
     log_ratio,
-    penalty,
 )
 from dag.recipe import KLDivergence as Config
 
@@ -29,8 +28,8 @@ class KLDivergence(BatchFree):
 
     uses_flow = True
 
-    def __init__(self, config: Config) -> None:
-        self.config = config
+    def __init__(self, config: Config, kernels: Kernels = PLAIN) -> None:
+        self.config, self.kernels = config, kernels
 
     def advantages(self, residuals: Tensor, residual_scale: Tensor) -> Tensor:
         """(N, T) advantages of an update's trajectories.
@@ -50,17 +49,24 @@ class KLDivergence(BatchFree):
     def __call__(self, transition: Transition) -> ObjectiveOutput:
         assert transition.advantage is not None
         log_F, log_F_next = transition.flows()
-        if self.config.detach_next:
-            log_F_next = log_F_next.detach()
-        delta = residual(log_F, transition.log_pf.detach(), transition.log_pb, log_F_next)
-        scale = torch.ones_like(delta) if transition.residual_scale is None else transition.residual_scale
+        balance = self.kernels.detailed_balance(
+            log_F,
+            transition.log_pf.detach(),
+            transition.log_pb,
+            log_F_next,
+            scale=transition.residual_scale,
+            huber=self.config.huber,
+            detach_next=self.config.detach_next,
+        )
         policy_loss, clipped = clipped_surrogate(transition.advantage, log_ratio(transition), self.config.clip_range)
         if transition.policy_weight is not None:
             policy_loss = transition.policy_weight * policy_loss
-        # Divided by the scale once more, as the chain rule does for DAG-DB: both then weigh the steps alike.
+        if transition.residual_scale is not None:
+            # Divided by the scale once more, as the chain rule does for DAG-DB: both then weigh the steps alike.
+            policy_loss = policy_loss / transition.residual_scale
         return ObjectiveOutput(
-            loss=penalty(delta / scale, self.config.huber) + self.config.weight * policy_loss / scale,
-            residual=delta.detach(),
+            loss=balance.loss + self.config.weight * policy_loss,
+            residual=balance.residual,
             ratio=log_ratio(transition).detach().exp(),
             clipped=clipped,
         )

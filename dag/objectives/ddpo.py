@@ -4,6 +4,7 @@ from collections import defaultdict, deque
 from typing import Any
 
 import torch
+from dag_kernels import PLAIN, Kernels
 from torch import Tensor
 
 from dag.balance import Transition
@@ -19,8 +20,8 @@ class PolicyGradient(BatchFree):
 
     uses_flow = False
 
-    def __init__(self, config: Config) -> None:
-        self.config = config
+    def __init__(self, config: Config, kernels: Kernels = PLAIN) -> None:
+        self.config = config  # no flow, hence no balance to compute
         self.history: dict[int, deque[float]] = defaultdict(lambda: deque(maxlen=config.per_prompt))
 
     def observe(self, reward: Tensor, prompt_id: Tensor) -> Tensor:

@@ -5,7 +5,6 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor
-from torch.nn import functional
 
 from dag.balance import Transition
 from dag.registry import Registry
@@ -63,13 +62,6 @@ class BatchFree:
         return None
 
 
-def penalty(residual: Tensor, huber: float | None) -> Tensor:
-    """g(delta) elementwise: delta^2, or beyond `huber` its tangent (twice Huber's loss)."""
-    if huber is None:
-        return residual.square()
-    return 2 * functional.huber_loss(residual, torch.zeros_like(residual), reduction="none", delta=huber)
-
-
 def log_ratio(transition: Transition) -> Tensor:
     """log P_F now - log P_F at sampling time, (B,), with the policy's gradient."""
     return transition.log_pf - transition.log_pf_old
@@ -80,8 +72,3 @@ def clipped_surrogate(advantage: Tensor, log_ratio: Tensor, clip_range: float) -
     ratio = log_ratio.exp()
     clipped = ratio.clamp(1 - clip_range, 1 + clip_range)
     return torch.maximum(-advantage * ratio, -advantage * clipped), (ratio - 1).abs() > clip_range
-
-
-def with_gradient_weight(x: Tensor, weight: Tensor | None) -> Tensor:
-    """x itself, its gradient multiplied by `weight` (None is 1)."""
-    return x if weight is None else weight * x + (1 - weight) * x.detach()

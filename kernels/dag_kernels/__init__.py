@@ -3,11 +3,12 @@
 `choose` picks their form, fused Triton kernels or plain PyTorch; nothing here imports triton before that.
 """
 
-from dag_kernels.dispatch import CHOICES, Kernels, choose
+from dag_kernels.dispatch import CHOICES, PLAIN, Kernels, choose
 from dag_kernels.reference import (
     BalanceLoss,
     SampledStep,
     TransitionLogProbs,
+    combined,
     gaussian_log_prob,
     guided,
     penalty,
@@ -17,11 +18,13 @@ from dag_kernels.reference import (
 
 __all__ = [
     "CHOICES",
+    "PLAIN",
     "BalanceLoss",
     "Kernels",
     "SampledStep",
     "TransitionLogProbs",
     "choose",
+    "combined",
     "gaussian_log_prob",
     "guided",
     "penalty",

@@ -51,7 +51,7 @@ def _loss(
 
 class _DetailedBalance(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, log_F, log_pf, log_pb, log_F_next, scale, weight, huber, detach_next):  # type: ignore[no-untyped-def]
+    def forward(ctx, log_F, log_pf, log_pb, log_F_next, scale, weight, huber, detach_next):
         rows = len(log_F)
         columns = [column.float().contiguous() for column in (log_F, log_pf, log_pb, log_F_next)]
         optional = [columns[0] if c is None else c.float().contiguous() for c in (scale, weight)]
@@ -67,7 +67,7 @@ class _DetailedBalance(torch.autograd.Function):
         return loss, delta
 
     @staticmethod
-    def backward(ctx, upstream, _):  # type: ignore[no-untyped-def]
+    def backward(ctx, upstream, _):
         derivative, weighted = ctx.saved_tensors
         d_log_F = upstream * derivative
         d_next = None if ctx.detach_next else -d_log_F

@@ -43,7 +43,7 @@ def choose(kernels: str, device: torch.device) -> Kernels:
         raise ValueError(f"kernels={kernels!r}: use {', '.join(CHOICES)}")
     if kernels == "torch":
         return _torch("asked for")
-    obstacle = _obstacle(device)
+    obstacle = _obstacle(device, may_interpret=kernels == "triton")
     if obstacle is None:
         return _triton("asked for" if kernels == "triton" else f"auto on {device.type}")
     if kernels == "triton":
@@ -51,9 +51,9 @@ def choose(kernels: str, device: torch.device) -> Kernels:
     return _torch(f"auto: {obstacle}")
 
 
-def _obstacle(device: torch.device) -> str | None:
+def _obstacle(device: torch.device, may_interpret: bool) -> str | None:
     """Why Triton cannot run there, or None."""
-    if device.type != "cuda" and not is_interpreted():
+    if device.type != "cuda" and not (may_interpret and is_interpreted()):
         return f"Triton needs a GPU, the run is on {device.type}"
     try:
         import triton  # noqa: F401
@@ -64,6 +64,9 @@ def _obstacle(device: torch.device) -> str | None:
 
 def _torch(reason: str) -> Kernels:
     return Kernels("torch", reason, reference.transition_log_probs, reference.sampling_step, reference.detailed_balance)
+
+
+PLAIN = _torch("the default")
 
 
 def _triton(reason: str) -> Kernels:

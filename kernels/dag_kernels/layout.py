@@ -1,10 +1,12 @@
 """Memory layouts that the kernels walk: dense samples, all in one order, at any distance from each other."""
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
 
-def alike(*tensors: Tensor | None) -> tuple[Tensor | None, ...]:
+def alike(*tensors: Tensor | None) -> tuple[Any, ...]:
     """The tensors with each sample dense and all samples in the first one's order of elements.
 
     Sums over a sample do not care whether it lies as NCHW or channels-last, as long as all do alike. A tensor that

@@ -74,7 +74,7 @@ def transition_log_probs(
     Args:
         x_t, x_next: (B, ...), the stored states, data: no gradient reaches them.
         output:      (2B, ...) unconditional rows, then conditional ones, combined with guidance_scale; or (B, ...).
-        table:       (T, 5) mean_x, mean_output, sigma, noising_x, noising_std of every step, float32.
+        table:       (T, 7) mean_x, mean_output, sigma, noising_x, noising_std, x0_x, x0_output of every step, float32.
         k:           (B,) int64, the step of each row.
         output_ref:  (B, ...) combined output of another policy, data.
         output_old:  (B, ...) combined output at sampling time, data.
@@ -82,7 +82,8 @@ def transition_log_probs(
     xt, xn = (at_least_float32(x.detach()) for x in (x_t, x_next))
     o = combined(output, len(x_t), guidance_scale)
     dims = (-1, *([1] * (xt.dim() - 1)))
-    mean_x, mean_output, sigma, noising_x, noising_std = (c.reshape(dims) for c in table.to(xt.dtype)[k].unbind(1))
+    coefficients = table[k, :5].to(xt.dtype)
+    mean_x, mean_output, sigma, noising_x, noising_std = (column.reshape(dims) for column in coefficients.unbind(1))
     kl = gap = None
     if output_ref is not None:
         kl = 0.5 * (mean_output / sigma * (o - at_least_float32(output_ref.detach()))).square().flatten(1).sum(1)
@@ -124,7 +125,7 @@ def sampling_step(
     Args:
         x_t:       (B, ...) states.
         output:    (2B, ...) or (B, ...) as in `transition_log_probs`.
-        table:     (T, 7) the five columns of `transition_log_probs`, then x0_x, x0_output, float32.
+        table:     (T, 7) as there.
         k:         the step of all rows.
         seed:      64-bit integer.
         sample_id: (B,) int64, global.

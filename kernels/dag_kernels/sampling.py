@@ -15,10 +15,7 @@ from torch import Tensor
 
 from dag_kernels.layout import alike
 from dag_kernels.reference import SampledStep
-from dag_kernels.transition import NUM_WARPS, combine, log_density
-
-# Elements a program handles at a time; a quarter of them is a block of Philox counters.
-BLOCK = 1024
+from dag_kernels.transition import BLOCK, COLUMNS, NUM_WARPS, combine, log_density
 
 
 @triton.jit
@@ -60,7 +57,7 @@ def _step(
     GUIDED: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     b = tl.program_id(0).to(tl.int64)
-    row = table + 7 * k
+    row = table + COLUMNS * k
     mean_x, mean_output, sigma = tl.load(row), tl.load(row + 1), tl.load(row + 2)
     noising_x, noising_std = tl.load(row + 3), tl.load(row + 4)
     x0_x, x0_output = tl.load(row + 5), tl.load(row + 6)

@@ -25,6 +25,8 @@ from dag_kernels.layout import alike, empty_alike
 from dag_kernels.reference import TransitionLogProbs
 
 BLOCK = 2048
+# Of the coefficient table: mean_x, mean_output, sigma, noising_x, noising_std, x0_x, x0_output.
+COLUMNS = tl.constexpr(7)
 NUM_WARPS = 8
 
 
@@ -51,7 +53,7 @@ def _forward(
     GUIDED: tl.constexpr, HAS_REFERENCE: tl.constexpr, HAS_OLD: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     b = tl.program_id(0).to(tl.int64)
-    row = table + 5 * tl.load(k + b)
+    row = table + COLUMNS * tl.load(k + b)
     mean_x, mean_output, sigma = tl.load(row), tl.load(row + 1), tl.load(row + 2)
     noising_x, noising_std = tl.load(row + 3), tl.load(row + 4)
     squares_f = tl.zeros((BLOCK,), tl.float32)
@@ -90,7 +92,7 @@ def _backward(
     b = tl.program_id(0).to(tl.int64)
     offsets = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     mask = offsets < D
-    row = table + 5 * tl.load(k + b)
+    row = table + COLUMNS * tl.load(k + b)
     mean_x, mean_output, sigma = tl.load(row), tl.load(row + 1), tl.load(row + 2)
     ratio = mean_output / sigma
     xt = tl.load(x_t + b * stride_t + offsets, mask=mask, other=0.0).to(tl.float32)
@@ -113,7 +115,7 @@ def _backward(
 
 class _TransitionLogProbs(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x_t, x_next, output, table, k, guidance_scale, reference, old):  # type: ignore[no-untyped-def]
+    def forward(ctx, x_t, x_next, output, table, k, guidance_scale, reference, old):
         tensors = (*alike(x_t, x_next, output, reference, old), table, k)
         ctx.save_for_backward(*tensors)
         ctx.guidance_scale = float(guidance_scale)
@@ -123,7 +125,7 @@ class _TransitionLogProbs(torch.autograd.Function):
         return result
 
     @staticmethod
-    def backward(ctx, upstream):  # type: ignore[no-untyped-def]
+    def backward(ctx, upstream):
         x_t, _, output, *_ = ctx.saved_tensors
         gradient = empty_alike(output)
         pointers, sizes, options = _launch(ctx.saved_tensors, ctx.guidance_scale)
