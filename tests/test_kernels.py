@@ -5,11 +5,10 @@ from typing import Any
 
 import pytest
 import torch
-from close import assert_as_good_as
 from dag_kernels import choose, reference, standard_normal
-from dag_kernels.dispatch import is_interpreted
 from dag_kernels.layout import alike, empty_alike
 from dag_kernels.specs import OPS, Inputs, OpSpec
+from dag_kernels.verify import check, in_double, run
 from torch import Tensor
 
 pytest.importorskip("triton")
@@ -33,73 +32,12 @@ def poison() -> Iterator[None]:
     torch.use_deterministic_algorithms(False)
 
 
-def in_double(inputs: Inputs) -> Inputs:
-    """The same values in float64; the chain stays rounded to its dtype."""
-    return {n: v.double() if isinstance(v, Tensor) and v.is_floating_point() else v for n, v in inputs.items()}
-
-
-def run(op: Callable[..., Any], spec: OpSpec, inputs: Inputs, seed: int) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """(outputs, gradients) by name; what flows back into each output is random and fixed."""
-    inputs = dict(inputs)
-    for name in spec.gradients:
-        inputs[name] = inputs[name].clone().requires_grad_()
-    outputs = {name: value for name, value in op(**inputs)._asdict().items() if value is not None}
-    generator = torch.Generator().manual_seed(seed)
-    loss = torch.zeros((), dtype=torch.float64)
-    for value in outputs.values():
-        weight = torch.randn(value.shape, generator=generator)
-        if value.requires_grad:
-            loss = loss + (value * weight.to(value.device, value.dtype)).sum().double().cpu()
-    if spec.gradients:
-        loss.backward()
-    return outputs, {name: inputs[name].grad for name in spec.gradients}
-
-
 def fused(spec: OpSpec) -> Callable[..., Any]:
     return getattr(FUSED, spec.name)
 
 
-def terms_of(inputs: Inputs) -> float:
-    """The largest of the two terms of a log-probability, which nearly cancel: D (log std + h)."""
-    std = inputs["table"][:, [2, 4]].double()
-    return inputs["x_t"][0].numel() * float((std.log() + reference.HALF_LOG_2PI).abs().max())
-
-
 def compare(spec: OpSpec, inputs: Inputs) -> None:
-    """Outputs and gradients of an operation by the rule of `close`."""
-    found, found_gradients = run(fused(spec), spec, inputs, seed=1)
-    plain, plain_gradients = run(spec.reference(), spec, inputs, seed=1)
-    exact, exact_gradients = run(spec.reference(), spec, in_double(inputs), seed=1)
-    assert found.keys() == plain.keys()
-    for name in found:
-        terms = terms_of(inputs) if name in ("log_pf", "log_pb") else 0.0
-        assert_as_good_as(f"{spec.name}.{name}", found[name], plain[name], exact[name], terms=terms)
-    for name in spec.gradients:
-        label = f"d {spec.name} / d {name}"
-        assert_as_good_as(label, found_gradients[name], plain_gradients[name], exact_gradients[name])
-
-
-def compare_sampling(inputs: Inputs) -> None:
-    """The state up to the noise's tolerance and one rounding of the chain; the rest at the state that was found."""
-    found, plain = FUSED.sampling_step(**inputs), reference.sampling_step(**inputs)
-    eps = torch.finfo(found.x_next.dtype).eps
-    # The interpreter cuts float32 off to bfloat16, where a GPU rounds: a whole unit in the last place.
-    units = 2 if is_interpreted() and found.x_next.dtype == torch.bfloat16 else 1
-    torch.testing.assert_close(found.x_next.double(), plain.x_next.double(), rtol=units * eps, atol=2e-6)
-    exact = in_double(inputs) | {"chain_dtype": torch.float64}
-    assert_as_good_as("x0_hat", found.x0_hat, plain.x0_hat, reference.sampling_step(**exact).x0_hat)
-    at = {
-        "x_t": inputs["x_t"],
-        "x_next": found.x_next,
-        "output": inputs["output"],
-        "table": inputs["table"],
-        "k": torch.full((len(found.x_next),), inputs["k"], device=DEVICE),
-        "guidance_scale": inputs["guidance_scale"],
-    }
-    in_float, in_float64 = (reference.transition_log_probs(**values) for values in (at, in_double(at)))
-    for name in ("log_pf", "log_pb"):
-        values = [getattr(result, name) for result in (found, in_float, in_float64)]
-        assert_as_good_as(f"sampling_step.{name}", *values, terms=terms_of(inputs))
+    check(spec, inputs, FUSED)
 
 
 # -- numbers ------------------------------------------------------------------------------------------------------
@@ -109,18 +47,13 @@ def compare_sampling(inputs: Inputs) -> None:
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 @pytest.mark.parametrize("name", OPS)
 def test_as_good_as_plain_pytorch(name: str, dtype: torch.dtype, shape: tuple[int, ...]) -> None:
-    inputs = OPS[name].make(8, shape, dtype, DEVICE, 0)
-    if name == "sampling_step":
-        compare_sampling(inputs)
-    else:
-        compare(OPS[name], inputs)
+    compare(OPS[name], OPS[name].make(8, shape, dtype, DEVICE, 0))
 
 
 @pytest.mark.parametrize("B", [1, 40, 300])
 def test_one_row_and_many(B: int) -> None:
-    for name in ("transition_log_probs", "detailed_balance"):
-        compare(OPS[name], OPS[name].make(B, (2, 4, 4), torch.float32, DEVICE, B))
-    compare_sampling(OPS["sampling_step"].make(B, (2, 4, 4), torch.float32, DEVICE, B))
+    for spec in OPS.values():
+        compare(spec, spec.make(B, (2, 4, 4), torch.float32, DEVICE, B))
 
 
 @pytest.mark.parametrize(

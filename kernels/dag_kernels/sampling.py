@@ -43,14 +43,15 @@ def normals(seed, sample, k, first, BLOCK: tl.constexpr):
     zero = tl.zeros((BLOCK // 4,), tl.uint32)
     sample_low = zero + (sample & 0xFFFFFFFF).to(tl.uint32)
     sample_high = zero + ((sample >> 32) & 0xFFFFFFFF).to(tl.uint32)
-    step = zero + k.to(tl.uint32)
+    step = (zero + k).to(tl.uint32)
     w0, w1, w2, w3 = tl.philox(seed, counter, step, sample_low, sample_high)
     z0, z1 = box_muller(w0, w1)
     z2, z3 = box_muller(w2, w3)
     return tl.interleave(tl.interleave(z0, z2), tl.interleave(z1, z3))
 
 
-@triton.jit
+# Seed and step are run-time values: compiling anew for a seed of 1 or a step divisible by 16 would help nobody.
+@triton.jit(do_not_specialize=["seed", "k"])
 def _step(
     x_t, output, table, sample_id, x_next, x0_hat, result,
     seed, k, num_samples, D, stride_t, stride_output, guidance,

@@ -1,0 +1,116 @@
+"""What the kernels need of a GPU, without one: registers, spills and shared memory, by Triton's own compiler.
+
+    python -m dag_kernels.resources [--json FILE]
+
+Must run without TRITON_INTERPRET=1, under which kernels are Python functions.
+"""
+
+import argparse
+import json
+import re
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+ARCHITECTURES = (80, 86, 89, 90, 100, 120)
+LATENT_DTYPES = ("fp16", "fp32")
+RECORDED = Path(__file__).parent / "results" / "resources.json"
+
+Row = dict[str, str | int]
+
+
+def kernels() -> Iterator[tuple[str, Any, dict[str, str], dict[str, Any], int]]:
+    """(name, kernel, signature with LATENT for the latents' dtype, compile-time values, warps) of each kernel."""
+    from dag_kernels import balance, sampling, transition
+
+    latents = dict.fromkeys(("x_t", "x_next", "output", "reference", "old"), "*LATENT")
+    strides = [f"stride_{name}" for name in ("t", "next", "output", "reference", "old")]
+    sizes = dict.fromkeys(("num_samples", "D", *strides), "i32") | {"guidance": "fp32"}
+    options = {"GUIDED": True, "HAS_REFERENCE": True, "HAS_OLD": True, "BLOCK": transition.BLOCK}
+    common = latents | {"table": "*fp32", "k": "*i64"}
+    forward, backward = {"result": "*fp32"}, {"upstream": "*fp32", "gradient": "*LATENT"}
+    yield "transition forward", transition._forward, common | forward | sizes, options, transition.NUM_WARPS
+    yield "transition backward", transition._backward, common | backward | sizes, options, transition.NUM_WARPS
+
+    step = dict.fromkeys(("x_t", "output"), "*LATENT") | {"table": "*fp32", "sample_id": "*i64"}
+    step |= {"x_next": "*LATENT", "x0_hat": "*fp32", "result": "*fp32", "seed": "i64"}
+    step |= dict.fromkeys(("k", "num_samples", "D", "stride_t", "stride_output"), "i32") | {"guidance": "fp32"}
+    yield "sampling step", sampling._step, step, {"GUIDED": True, "BLOCK": sampling.BLOCK}, transition.NUM_WARPS
+
+    columns = ("log_F", "log_pf", "log_pb", "log_F_next", "scale", "weight", "result")
+    loss = dict.fromkeys(columns, "*fp32") | {"num_rows": "i32", "huber": "fp32"}
+    options = {"HAS_SCALE": True, "HAS_WEIGHT": True, "HAS_HUBER": True, "BLOCK": balance.BLOCK}
+    yield "balance", balance._loss, loss, options, 4
+
+
+def measure(architectures: tuple[int, ...] = ARCHITECTURES, dtypes: tuple[str, ...] = LATENT_DTYPES) -> list[Row]:
+    """One row for each kernel, dtype and architecture."""
+    rows: list[Row] = []
+    for name, kernel, signature, constants, warps in kernels():
+        uses_latents = any("LATENT" in kind for kind in signature.values())
+        for dtype in dtypes if uses_latents else ("fp32",):
+            typed = {parameter: kind.replace("LATENT", dtype) for parameter, kind in signature.items()}
+            for architecture in architectures:
+                used = _compile(kernel, typed, constants, warps, architecture)
+                rows.append({"kernel": name, "dtype": dtype, "sm": architecture, **used})
+    return rows
+
+
+def _compile(
+    kernel: Any, signature: dict[str, str], constants: dict[str, Any], warps: int, architecture: int
+) -> dict[str, int]:
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    typed = signature | dict.fromkeys(constants, "constexpr")
+    # As at the recipes' shapes: aligned pointers and sizes.
+    aligned = {
+        (i,): [["tt.divisibility", 16]] for i, kind in enumerate(typed.values()) if kind[0] == "*" or kind == "i32"
+    }
+    source = ASTSource(fn=kernel, signature=typed, constexprs=constants, attrs=aligned)
+    compiled = triton.compile(source, target=GPUTarget("cuda", architecture, 32), options={"num_warps": warps})
+    return _ptxas(compiled.asm["ptx"], architecture) | {"shared_bytes": int(compiled.metadata.shared)}
+
+
+def _ptxas(ptx: str, architecture: int) -> dict[str, int]:
+    """Registers a thread and spilled bytes, as ptxas reports them."""
+    import triton
+
+    binaries = Path(triton.__file__).parent / "backends/nvidia/bin"
+    name = "ptxas-blackwell" if architecture >= 100 and (binaries / "ptxas-blackwell").exists() else "ptxas"
+    suffix = "a" if architecture >= 90 else ""
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "kernel.ptx"
+        path.write_text(ptx, encoding="utf-8")
+        command = [str(binaries / name), "-v", f"-arch=sm_{architecture}{suffix}", str(path), "-o", "/dev/null"]
+        report = subprocess.run(command, capture_output=True, text=True, check=True).stderr
+    registers, spills = re.search(r"Used (\d+) registers", report), re.findall(r"(\d+) bytes spill", report)
+    assert registers is not None, report
+    return {"registers": int(registers[1]), "spilled_bytes": sum(map(int, spills))}
+
+
+def table(rows: list[Row]) -> str:
+    """Markdown."""
+    names = ("kernel", "dtype", "sm", "registers", "spilled_bytes", "shared_bytes")
+    lines = [" | ".join(names), " | ".join("---" for _ in names)]
+    lines += [" | ".join(str(row[name]) for name in names) for row in rows]
+    return "\n".join(f"| {line} |" for line in lines)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(prog="python -m dag_kernels.resources")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the rows there")
+    arguments = parser.parse_args()
+    rows = measure()
+    print(table(rows))
+    if arguments.json is not None:
+        arguments.json.write_text(json.dumps(rows, indent=0) + "\n", encoding="utf-8")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

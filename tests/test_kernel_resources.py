@@ -1,0 +1,31 @@
+"""Kernels compiled for GPUs that are not here: nothing spills, and no kernel needs more than was recorded."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from dag_kernels.resources import ARCHITECTURES, RECORDED
+
+pytest.importorskip("triton")
+
+
+def test_no_kernel_spills_or_has_grown(tmp_path: Path) -> None:
+    """Compiled in a process without the interpreter. After a deliberate change: `python -m dag_kernels.resources --json`
+    kernels/dag_kernels/results/resources.json."""
+    out = tmp_path / "rows.json"
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    command = [sys.executable, "-m", "dag_kernels.resources", "--json", str(out)]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+    rows = json.loads(out.read_text())
+    assert {row["sm"] for row in rows} == set(ARCHITECTURES)
+    assert [row for row in rows if row["spilled_bytes"]] == []
+    recorded = {(row["kernel"], row["dtype"], row["sm"]): row for row in json.loads(RECORDED.read_text())}
+    assert recorded.keys() == {(row["kernel"], row["dtype"], row["sm"]) for row in rows}
+    for row in rows:
+        before = recorded[row["kernel"], row["dtype"], row["sm"]]
+        grown = [name for name in ("registers", "shared_bytes") if row[name] > before[name]]
+        assert not grown, f"{row} needs more than {before}"
