@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from building import disturb, rolled_out
+from dag_kernels import penalty
 
 from dag.recipe import Recipe
 from dag.run_folder import RunFolder
@@ -312,3 +313,19 @@ def test_fused_kernels_give_the_same_gradient(
     # Noise that differs by 2e-6 moves log-probs of 10^2 nats by a few 1e-4.
     assert worst < 1e-3 * scale
     assert ratios == [0.0, 0.0]
+
+
+def test_scaled_residuals_weigh_the_steps_once(make_recipe: MakeRecipe, run: RunFolder) -> None:
+    """The loss of step k is (s_k / mean s) g(delta / s_k); without scaling it is g(delta)."""
+    for objective, scales in ((DB, torch.tensor([1.0, 2.0, 5.0, 8.0])), ({"name": "dag_db", "huber": 3.0}, None)):
+        trainer, trajectories = rolled_out(make_recipe(objective=objective), run)
+        learner, rows = trainer.parts.learner, torch.arange(4)
+        assert learner.flow_fit is not None
+        if scales is not None:
+            learner.flow_fit.residual_scale = scales
+        rollout = learner.rollout(trajectories, 0)
+        for k in range(4):
+            output = learner.rows_loss(rollout, rows, k)[0]
+            assert output.residual is not None
+            s, weight = (1.0, 1.0) if scales is None else (float(scales[k]), float(scales[k]) / 4.0)
+            torch.testing.assert_close(output.loss.detach(), weight * penalty(output.residual / s, 3.0))
