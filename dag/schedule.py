@@ -22,7 +22,7 @@ from functools import cached_property
 from typing import Any, Literal, Self
 
 import torch
-from dag_kernels import PLAIN, Kernels, SampledStep, TransitionLogProbs, gaussian_log_prob
+from dag_kernels import PLAIN, Kernels, SampledStep, TransitionLogProbs, at_least_float32, gaussian_log_prob
 from torch import Tensor
 
 Reduction = Literal["sum", "mean"]
@@ -174,7 +174,7 @@ class Schedule:
 
     def x0_hat(self, x_t: Tensor, model_output: Tensor, k: int | Tensor) -> Tensor:
         """The clean latent predicted from x_t. Shape and dtype like x_t; arguments as for `step_mean`."""
-        x, o = _at_least_float32(x_t), _at_least_float32(model_output)
+        x, o = at_least_float32(x_t), at_least_float32(model_output)
         return (_at(self.x0_x, k, x) * x + _at(self.x0_output, k, x) * o).to(x_t.dtype)
 
     def sample_next(self, x_t: Tensor, model_output: Tensor, noise: Tensor, k: int | Tensor) -> Tensor:
@@ -197,14 +197,14 @@ class Schedule:
         """
         mean = self._mean(x_t.detach(), model_output, k)
         return _reduced(
-            gaussian_log_prob(_at_least_float32(x_next.detach()), mean, _at(self.sigma, k, mean)),
+            gaussian_log_prob(at_least_float32(x_next.detach()), mean, _at(self.sigma, k, mean)),
             x_t,
             reduction,
         )
 
     def log_pb(self, x_t: Tensor, x_next: Tensor, k: int | Tensor, reduction: Reduction = "sum") -> Tensor:
         """log P_B(x_t | x_next), the fixed noising kernel; arguments and result as for `log_pf`."""
-        x, mean = _at_least_float32(x_t), _at_least_float32(x_next)
+        x, mean = at_least_float32(x_t), at_least_float32(x_next)
         mean = _at(self.noising_x, k, mean) * mean
         return _reduced(gaussian_log_prob(x, mean, _at(self.noising_std, k, mean)), x_t, reduction)
 
@@ -244,23 +244,15 @@ class Schedule:
 
     def output_of(self, x_t: Tensor, x_next: Tensor, noise: Tensor, k: int | Tensor) -> Tensor:
         """The network output that led from x_t to x_next with this noise: `sample_next` solved for o, float32."""
-        x, xp = _at_least_float32(x_t), _at_least_float32(x_next)
+        x, xp = at_least_float32(x_t), at_least_float32(x_next)
         return (xp - _at(self.mean_x, k, x) * x - _at(self.sigma, k, x) * noise) / _at(self.mean_output, k, x)
-
-    def policy_kl(
-        self, model_output: Tensor, reference_output: Tensor, k: int | Tensor, reduction: Reduction = "sum"
-    ) -> Tensor:
-        """KL(N(mu, sigma^2 I) || N(mu_ref, sigma^2 I)) = 1/2 (b / sigma)^2 |o - o_ref|^2, (B,) float32."""
-        o, reference = _at_least_float32(model_output), _at_least_float32(reference_output)
-        scale = _at(self.mean_output, k, o) / _at(self.sigma, k, o)
-        return _reduced(0.5 * (scale * (o - reference)).square().flatten(1).sum(1), model_output, reduction)
 
     def balanced_weights(self) -> Tensor:
         """(T,) min(1, sigma / (2 |b|)): tames the last steps, whose policy gradient is (b / sigma) times the noise."""
         return (0.5 * self.sigma / self.mean_output.abs()).clamp(max=1.0)
 
     def _mean(self, x_t: Tensor, model_output: Tensor, k: int | Tensor) -> Tensor:
-        x, o = _at_least_float32(x_t), _at_least_float32(model_output)
+        x, o = at_least_float32(x_t), at_least_float32(model_output)
         return _at(self.mean_x, k, x) * x + _at(self.mean_output, k, x) * o
 
 
@@ -306,10 +298,6 @@ def _final_alpha_cumprod(scheduler: Any, alpha_bars: Tensor) -> Tensor:
     """Noise level after the last step: alphas_cumprod[0] when the scheduler has set_alpha_to_one=False, else 1."""
     keeps_noise = scheduler.config.get("set_alpha_to_one") is False
     return alpha_bars[0] if keeps_noise else torch.ones((), dtype=torch.float64)
-
-
-def _at_least_float32(x: Tensor) -> Tensor:
-    return x if x.dtype in (torch.float32, torch.float64) else x.float()
 
 
 def _at(table: Tensor, k: int | Tensor, like: Tensor) -> Tensor:

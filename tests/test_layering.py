@@ -41,7 +41,7 @@ HOMES = {
     "accelerate": ("train_dag",),
     "bitsandbytes": ("dag.optim",),
     "huggingface_hub": ("dag.hub",),
-    "matplotlib": ("dag.report",),
+    "matplotlib": ("dag.report", "dag_kernels"),
     "pydantic": ("dag.recipe", "dag.recipe_file"),
     "pickle": (),
     "dill": (),
