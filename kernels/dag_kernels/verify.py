@@ -27,6 +27,7 @@ def assert_as_good_as(
     """
     assert found.dtype == plain.dtype and found.shape == plain.shape, name
     assert bool(found.isfinite().all()), f"{name}: not finite"
+    found, plain, exact = found.detach(), plain.detach(), exact.detach()
     error = (found.double() - exact).abs()
     plain_error = float((plain.double() - exact).abs().max())
     rounding = torch.finfo(found.dtype).eps * max(terms, float(exact.abs().max()))
