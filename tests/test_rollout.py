@@ -56,6 +56,20 @@ def test_guidance_one_is_the_conditional_branch(make_recipe: MakeRecipe) -> None
     torch.testing.assert_close(one.guided, two.guided, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize("guidance_dtype", ["fp32", "model"])
+def test_the_conditional_branch_is_the_one_with_the_prompt(make_recipe: MakeRecipe, guidance_dtype: str) -> None:
+    both = parts_of(make_recipe(sampler={"guidance_scale": 5.0, "guidance_dtype": guidance_dtype}))
+    alone = parts_of(make_recipe(sampler={"guidance_scale": 1.0}))
+    x_t, t = torch.randn(2, 4, 8, 8), torch.tensor([500, 500])
+    empty = both.policy.encode(["", ""])
+    with torch.no_grad():
+        found = both.policy.predict(x_t, t, both.text)
+        cond, uncond = (alone.policy.predict(x_t, t, text).guided for text in (alone.text, empty))
+    assert float((cond - uncond).abs().max()) > 1e-2, "the prompt must matter"
+    torch.testing.assert_close(found.conditional, cond, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(found.guided, uncond + 5.0 * (cond - uncond), rtol=1e-3, atol=1e-3)
+
+
 def test_guidance_in_fp32_beats_guidance_in_half_precision(make_recipe: MakeRecipe) -> None:
     """Against guidance combined in float64 from the same branches: fp32 adds no error, the model's dtype does."""
     errors = {}
