@@ -14,6 +14,7 @@ plots and a summary in DIR. Without a GPU it does what can be done without one a
 import argparse
 import csv
 import importlib.metadata
+import itertools
 import json
 import os
 import platform
@@ -48,14 +49,13 @@ def bandwidth(device: torch.device) -> float:
 def rows_of(spec: OpSpec, device: torch.device, copy_gb_s: float) -> Iterator[Row]:
     """Every case of an operation. Raises AssertionError before the timing of a case that is wrong."""
     fused = choose("triton", device)
-    for dtype in DTYPES:
-        for B, shape in CASES:
-            inputs = spec.make(B, shape, dtype, device, 0)
-            check(spec, _at_most(inputs, 64), fused)
-            for provider in PROVIDERS:
-                op = _provider(spec, provider, getattr(fused, spec.name))
-                for mode in ("forward", "both") if spec.gradients else ("forward",):
-                    yield _row(spec, op, provider, mode, B, shape, dtype, inputs, copy_gb_s)
+    modes = ("forward", "both") if spec.gradients else ("forward",)
+    for dtype, (B, shape) in itertools.product(DTYPES, CASES):
+        inputs = spec.make(B, shape, dtype, device, 0)
+        check(spec, _at_most(inputs, 64), fused)
+        for provider, mode in itertools.product(PROVIDERS, modes):
+            op = _provider(spec, provider, getattr(fused, spec.name))
+            yield _row(spec, op, provider, mode, B, shape, dtype, inputs, copy_gb_s)
 
 
 def _at_most(inputs: Inputs, rows: int) -> Inputs:
@@ -193,17 +193,12 @@ def plot(rows: Sequence[Row], folder: Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     for name in sorted({row["op"] for row in rows}):
         figure, axes = pyplot.subplots(figsize=(6, 4), layout="constrained")
-        for provider in PROVIDERS:
-            for mode, style in (("forward", "-"), ("both", "--")):
-                chosen = [
-                    row
-                    for row in rows
-                    if (row["op"], row["provider"], row["mode"], row["dtype"], row["shape"])
-                    == (name, provider, mode, "bfloat16", "4x64x64")
-                ]
-                if chosen:
-                    x, y = [row["B"] for row in chosen], [row["us_p50"] for row in chosen]
-                    axes.plot(x, y, style, marker="o", label=f"{provider}, {mode}")
+        for provider, (mode, style) in itertools.product(PROVIDERS, (("forward", "-"), ("both", "--"))):
+            wanted = (name, provider, mode, "bfloat16", "4x64x64")
+            chosen = [r for r in rows if (r["op"], r["provider"], r["mode"], r["dtype"], r["shape"]) == wanted]
+            if chosen:
+                x, y = [row["B"] for row in chosen], [row["us_p50"] for row in chosen]
+                axes.plot(x, y, style, marker="o", label=f"{provider}, {mode}")
         axes.set(xscale="log", yscale="log", xlabel="samples of 4x64x64, bfloat16", ylabel="microseconds", title=name)
         axes.legend()
         figure.savefig(folder / f"{name}.png", dpi=120)
