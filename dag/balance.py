@@ -11,17 +11,8 @@ Legend: N trajectories, T transitions; (N, T) tables hold one number per transit
 from dataclasses import dataclass
 
 import torch
+from dag_kernels import residual
 from torch import Tensor
-
-
-def residual(log_F: Tensor, log_pf: Tensor, log_pb: Tensor, log_F_next: Tensor) -> Tensor:
-    """delta = log F + log P_F - log P_B - log F', elementwise; 0 where detailed balance holds."""
-    return log_F + log_pf - log_pb - log_F_next
-
-
-def with_rewarded_end(log_F_next: Tensor, log_reward: Tensor, is_terminal: Tensor) -> Tensor:
-    """log F(x_next), (B,): the log reward where the transition is the last, whose end has no learnt flow."""
-    return torch.where(is_terminal, log_reward, log_F_next)
 
 
 @dataclass(frozen=True)
@@ -54,14 +45,6 @@ class Transition:
     """(B,) for objectives that formed one from the whole update."""
     policy_weight: Tensor | None = None
     """(B,) weight of the policy's gradient; None is 1."""
-
-    def flows(self) -> tuple[Tensor, Tensor]:
-        """(log F(x_t), log F(x_next)), each (B,)."""
-        assert self.log_F_tilde is not None and self.log_F_tilde_next is not None
-        assert self.looking is not None and self.looking_next is not None
-        log_F = self.log_F_tilde + self.looking
-        log_F_next = with_rewarded_end(self.log_F_tilde_next + self.looking_next, self.log_reward, self.is_terminal)
-        return log_F, log_F_next
 
 
 def residual_table(log_F_tilde: Tensor, looking: Tensor, log_pf: Tensor, log_pb: Tensor, log_reward: Tensor) -> Tensor:

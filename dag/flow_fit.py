@@ -8,6 +8,7 @@ Legend: N trajectories, B rows, T transitions.
 from collections.abc import Callable
 
 import torch
+from dag_kernels import residual, with_rewarded_end
 from torch import Tensor
 
 from dag import balance
@@ -115,6 +116,6 @@ class FlowFit:
         following = (k + 1).clamp(max=T - 1)
         with torch.no_grad():
             log_F_next = self.log_F_tilde(trajectories, rows, following) + scalars.looking[rows, following]
-            log_F_next = balance.with_rewarded_end(log_F_next, scalars.log_reward[rows], k == T - 1)
+            log_F_next = with_rewarded_end(log_F_next, scalars.log_reward[rows], k == T - 1)
         log_F = self.log_F_tilde(trajectories, rows, k) + scalars.looking[rows, k]
-        return balance.residual(log_F, scalars.log_pf[rows, k], scalars.log_pb[rows, k], log_F_next)
+        return residual(log_F, scalars.log_pf[rows, k], scalars.log_pb[rows, k], log_F_next)

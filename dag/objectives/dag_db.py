@@ -3,7 +3,7 @@
 from dag_kernels import PLAIN, Kernels
 
 from dag.balance import Transition
-from dag.objectives.registry import OBJECTIVES, BatchFree, ObjectiveOutput, log_ratio
+from dag.objectives.registry import OBJECTIVES, BatchFree, ObjectiveOutput, balance_loss, log_ratio
 from dag.recipe import DetailedBalance as Config
 
 
@@ -21,16 +21,6 @@ class DetailedBalance(BatchFree):
         self.config, self.kernels = config, kernels
 
     def __call__(self, transition: Transition) -> ObjectiveOutput:
-        log_F, log_F_next = transition.flows()
-        balance = self.kernels.detailed_balance(
-            log_F,
-            transition.log_pf,
-            transition.log_pb,
-            log_F_next,
-            scale=transition.residual_scale,
-            policy_weight=transition.policy_weight,
-            huber=self.config.huber,
-            detach_next=self.config.detach_next,
-        )
+        balance = balance_loss(transition, transition.log_pf, self.config, self.kernels, transition.policy_weight)
         ratio = log_ratio(transition).detach().exp()
         return ObjectiveOutput(loss=balance.loss, residual=balance.residual, ratio=ratio)

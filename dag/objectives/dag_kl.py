@@ -14,6 +14,7 @@ from dag.objectives.registry import (
     OBJECTIVES,
     BatchFree,
     ObjectiveOutput,
+    balance_loss,
     clipped_surrogate,
     log_ratio,
 )
@@ -48,16 +49,7 @@ class KLDivergence(BatchFree):
 
     def __call__(self, transition: Transition) -> ObjectiveOutput:
         assert transition.advantage is not None
-        log_F, log_F_next = transition.flows()
-        balance = self.kernels.detailed_balance(
-            log_F,
-            transition.log_pf.detach(),
-            transition.log_pb,
-            log_F_next,
-            scale=transition.residual_scale,
-            huber=self.config.huber,
-            detach_next=self.config.detach_next,
-        )
+        balance = balance_loss(transition, transition.log_pf.detach(), self.config, self.kernels)
         policy_loss, clipped = clipped_surrogate(transition.advantage, log_ratio(transition), self.config.clip_range)
         if transition.policy_weight is not None:
             policy_loss = transition.policy_weight * policy_loss

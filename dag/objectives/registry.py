@@ -4,9 +4,11 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
+from dag_kernels import BalanceLoss, Kernels
 from torch import Tensor
 
 from dag.balance import Transition
+from dag.recipe import DetailedBalance, KLDivergence
 from dag.registry import Registry
 
 OBJECTIVES = Registry("objective")
@@ -60,6 +62,31 @@ class BatchFree:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         return None
+
+
+def balance_loss(
+    transition: Transition,
+    log_pf: Tensor,
+    config: DetailedBalance | KLDivergence,
+    kernels: Kernels,
+    policy_weight: Tensor | None = None,
+) -> BalanceLoss:
+    """The detailed-balance loss of a micro-batch with these log P_F, (B,)."""
+    assert transition.log_F_tilde is not None and transition.log_F_tilde_next is not None
+    return kernels.detailed_balance(
+        transition.log_F_tilde,
+        log_pf,
+        transition.log_pb,
+        transition.log_F_tilde_next,
+        looking=transition.looking,
+        looking_next=transition.looking_next,
+        log_reward=transition.log_reward,
+        is_terminal=transition.is_terminal,
+        scale=transition.residual_scale,
+        policy_weight=policy_weight,
+        huber=config.huber,
+        detach_next=config.detach_next,
+    )
 
 
 def log_ratio(transition: Transition) -> Tensor:

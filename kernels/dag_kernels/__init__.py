@@ -14,7 +14,9 @@ from dag_kernels.reference import (
     guided,
     penalty,
     philox_4x32,
+    residual,
     standard_normal,
+    with_rewarded_end,
 )
 
 __all__ = [
@@ -31,5 +33,7 @@ __all__ = [
     "guided",
     "penalty",
     "philox_4x32",
+    "residual",
     "standard_normal",
+    "with_rewarded_end",
 ]

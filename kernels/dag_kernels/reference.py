@@ -157,6 +157,10 @@ def detailed_balance(
     log_pf: Tensor,
     log_pb: Tensor,
     log_F_next: Tensor,
+    looking: Tensor | None = None,
+    looking_next: Tensor | None = None,
+    log_reward: Tensor | None = None,
+    is_terminal: Tensor | None = None,
     scale: Tensor | None = None,
     policy_weight: Tensor | None = None,
     huber: float | None = None,
@@ -165,15 +169,33 @@ def detailed_balance(
     """g(delta / s), delta = log F + log P_F - log P_B - log F', g the square or beyond `huber` its tangent.
 
     Args:
-        log_F, log_pf, log_pb, log_F_next: (B,), forward-looking terms and the rewarded end already in.
-        scale:         (B,) s; None is 1.
-        policy_weight: (B,) factor of log_pf's gradient; None is 1.
+        log_F, log_F_next:     (B,) the learnt flows at x_t and x_next.
+        log_pf, log_pb:        (B,)
+        looking, looking_next: (B,) forward-looking terms, added to the flows; both or neither.
+        log_reward:            (B,) log F' where `is_terminal`, whose end has no learnt flow; both or neither.
+        is_terminal:           (B,) bool.
+        scale:                 (B,) s; None is 1.
+        policy_weight:         (B,) factor of log_pf's gradient; None is 1.
+        detach_next:           no gradient to log_F_next.
     """
     if policy_weight is not None:
         log_pf = policy_weight * log_pf + (1 - policy_weight) * log_pf.detach()
-    delta = log_F + log_pf - log_pb.detach() - (log_F_next.detach() if detach_next else log_F_next)
-    scaled = delta if scale is None else delta / scale
-    return BalanceLoss(penalty(scaled, huber), delta.detach())
+    if looking is not None and looking_next is not None:
+        log_F, log_F_next = log_F + looking, log_F_next + looking_next
+    if is_terminal is not None and log_reward is not None:
+        log_F_next = with_rewarded_end(log_F_next, log_reward, is_terminal)
+    delta = residual(log_F, log_pf, log_pb.detach(), log_F_next.detach() if detach_next else log_F_next)
+    return BalanceLoss(penalty(delta if scale is None else delta / scale, huber), delta.detach())
+
+
+def residual(log_F: Tensor, log_pf: Tensor, log_pb: Tensor, log_F_next: Tensor) -> Tensor:
+    """delta = log F + log P_F - log P_B - log F', elementwise; 0 where detailed balance holds."""
+    return log_F + log_pf - log_pb - log_F_next
+
+
+def with_rewarded_end(log_F_next: Tensor, log_reward: Tensor, is_terminal: Tensor) -> Tensor:
+    """log F(x_next), (B,): the log reward where the transition is the last, whose end has no learnt flow."""
+    return torch.where(is_terminal, log_reward, log_F_next)
 
 
 def penalty(residual: Tensor, huber: float | None) -> Tensor:

@@ -40,9 +40,11 @@ def kernels() -> Iterator[tuple[str, Any, dict[str, str], dict[str, Any], int]]:
     step |= dict.fromkeys(("k", "num_samples", "D", "stride_t", "stride_output"), "i32") | {"guidance": "fp32"}
     yield "sampling step", sampling._step, step, {"GUIDED": True, "BLOCK": sampling.BLOCK}, transition.NUM_WARPS
 
-    columns = ("log_F", "log_pf", "log_pb", "log_F_next", "scale", "weight", "result")
-    loss = dict.fromkeys(columns, "*fp32") | {"num_rows": "i32", "huber": "fp32"}
-    options = {"HAS_SCALE": True, "HAS_WEIGHT": True, "HAS_HUBER": True, "BLOCK": balance.BLOCK}
+    columns = ("log_F", "log_pf", "log_pb", "log_F_next", "looking", "looking_next", "log_reward")
+    loss = dict.fromkeys(columns, "*fp32") | {"is_terminal": "*i1"}
+    loss |= dict.fromkeys(("scale", "weight", "result"), "*fp32") | {"num_rows": "i32", "huber": "fp32"}
+    switches = ("HAS_LOOKING", "HAS_END", "HAS_SCALE", "HAS_WEIGHT", "HAS_HUBER")
+    options = dict.fromkeys(switches, True) | {"DETACH_NEXT": False, "BLOCK": balance.BLOCK}
     yield "balance", balance._loss, loss, options, 4
 
 

@@ -91,14 +91,18 @@ def _sampling_bytes(B: int, shape: Shape, dtype: torch.dtype) -> tuple[int, int]
 
 def _balance_inputs(B: int, shape: Shape, dtype: torch.dtype, device: torch.device, seed: int) -> Inputs:
     generator = torch.Generator().manual_seed(seed)
-    log_F, log_pf, log_pb, log_F_next, scale, weight = (
-        torch.randn(B, generator=generator).to(device) for _ in range(6)
-    )
+    columns = [torch.randn(B, generator=generator).to(device) for _ in range(9)]
+    log_F, log_pf, log_pb, log_F_next, looking, looking_next, log_reward, scale, weight = columns
     return {
         "log_F": 100 * log_F,
         "log_pf": 100 * log_pf - 2e4,
         "log_pb": 100 * log_pb - 2e4,
         "log_F_next": 100 * log_F_next,
+        "looking": 20 * looking,
+        "looking_next": 20 * looking_next,
+        "log_reward": 20 * log_reward,
+        # The end's learnt flow has no meaning; here every third row is an end.
+        "is_terminal": torch.arange(B, device=device) % 3 == 2,
         "scale": 50 + 10 * scale.abs(),
         "policy_weight": weight.abs(),
         "huber": 3.0,
@@ -107,7 +111,7 @@ def _balance_inputs(B: int, shape: Shape, dtype: torch.dtype, device: torch.devi
 
 
 def _balance_bytes(B: int, shape: Shape, dtype: torch.dtype) -> tuple[int, int]:
-    return 4 * B * 10, 4 * B * 5
+    return B * (9 * 4 + 1 + 5 * 4), B * (4 + 3 * 4 + 3 * 4)
 
 
 OPS = {
