@@ -1,4 +1,4 @@
-"""Fitting the state flow to a rollout: per-step constants, per-step residual scales, flow-only updates.
+"""Fitting the state flow to a rollout: per-step constants, running residual means and scales, flow-only updates.
 
 The UNet is not called here: log P_F stays what it was at sampling time.
 
@@ -18,8 +18,8 @@ from dag.state_flow import StateFlow
 from dag.trajectory import Trajectories
 from dag.units import Scalars
 
-# Share of a new rollout in the running per-step residual scale.
-_SCALE_RATE = 0.3
+# Share of a new rollout in the running means per step.
+_RUNNING_RATE = 0.3
 
 
 class FlowFit:
@@ -43,6 +43,7 @@ class FlowFit:
         self.flow, self.stepper, self.schedule, self.text = flow, stepper, schedule, text
         self.calibration, self.is_scaled = calibration, is_scaled
         self.residual_scale = torch.ones(schedule.num_transitions, device=schedule.timesteps.device)
+        self.baseline = torch.zeros_like(self.residual_scale)
         self.is_calibrated = False
 
     def step_weights(self) -> Tensor:
@@ -57,8 +58,11 @@ class FlowFit:
     def log_F_tilde(self, trajectories: Trajectories, rows: Tensor, k: int | Tensor) -> Tensor:
         """(B,) learnt part of the flow at state k of each row, with gradients; k an int or (B,)."""
         ks = torch.full((len(rows),), k, device=rows.device) if isinstance(k, int) else k
-        text = self.text[trajectories.prompt_id[rows.cpu()]].to(rows.device)
-        return self.flow(trajectories.chain[ks, rows], self.schedule.timesteps[ks], ks, text)
+        return self.log_F_tilde_at(trajectories.states(ks, rows), trajectories.prompt_id[rows.cpu()], ks)
+
+    def log_F_tilde_at(self, x_t: Tensor, prompt_id: Tensor, ks: Tensor) -> Tensor:
+        """(B,) the same at states (B, C, H, W) of steps (B,)."""
+        return self.flow(x_t, self.schedule.timesteps[ks], ks, self.text[prompt_id].to(x_t.device))
 
     @torch.no_grad()
     def residuals(self, trajectories: Trajectories, scalars: Scalars, rows: Tensor) -> Tensor:
@@ -69,25 +73,26 @@ class FlowFit:
             table, scalars.looking[rows], scalars.log_pf[rows], scalars.log_pb[rows], scalars.log_reward[rows]
         )
 
-    def calibrate(self, trajectories: Trajectories, scalars: Scalars) -> dict[str, float | list[float]]:
-        """Measure a fresh rollout's residuals, then centre the flow's constants on them and track their scale."""
-        everything = torch.arange(trajectories.num_trajectories, device=trajectories.chain.device)
-        residuals = self.residuals(trajectories, scalars, everything)
+    def calibrate(self, residuals: Tensor) -> dict[str, float | list[float]]:
+        """Centre the flow's constants on a rollout's residuals (N, T), and track their mean and scale per step."""
+        mean, rms = residuals.mean(0), residuals.square().mean(0).sqrt()
         measured: dict[str, float | list[float]] = {
             "residual_mean": float(residuals.mean()),
             "residual_rms": float(residuals.square().mean().sqrt()),
-            "residual_mean_per_step": residuals.mean(0).tolist(),
-            "residual_rms_per_step": residuals.square().mean(0).sqrt().tolist(),
+            "residual_mean_per_step": mean.tolist(),
+            "residual_rms_per_step": rms.tolist(),
         }
+        # The constants move a step's residuals alike: their spread stays.
+        spread = residuals.std(0, correction=0).clamp(min=1e-6)
         if self.calibration > 0:
             rate = self.calibration if self.is_calibrated else 1.0
             self.flow.constants += rate * balance.constant_shift(residuals)
-            residuals = self.residuals(trajectories, scalars, everything)
-        spread = residuals.std(0, correction=0).clamp(min=1e-6)
+            mean = (1 - rate) * mean
         if self.calibration > 0 and not self.is_calibrated:
             self.flow.scale.copy_(spread.mean())
+        rate = _RUNNING_RATE if self.is_calibrated else 1.0
+        self.baseline = (1 - rate) * self.baseline + rate * mean
         if self.is_scaled:
-            rate = _SCALE_RATE if self.is_calibrated else 1.0
             self.residual_scale = (1 - rate) * self.residual_scale + rate * spread
         self.is_calibrated = True
         return measured

@@ -10,13 +10,14 @@ Legend: N trajectories, B rows of a micro-batch, T transitions.
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field, replace
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from dag_kernels import TransitionLogProbs, penalty
 from torch import Tensor
 
 from dag.balance import Transition
+from dag.errors import RunError
 from dag.flow_fit import FlowFit
 from dag.objectives import Objective, ObjectiveOutput
 from dag.optim import Stepper
@@ -28,6 +29,7 @@ from dag.units import RewardScale, Scalars, Units
 
 # Flow-only minibatches are this many micro-batches large: the flow net is far cheaper than the UNet.
 _FLOW_BATCHES = 8
+Result = TypeVar("Result")
 # Rewards of (images, trajectory rows).
 Score = Callable[[Tensor, Tensor], Tensor]
 
@@ -50,6 +52,7 @@ class Learner:
     Args:
         flow_fit: None for objectives without a flow.
         text:     (P, S, D) embeddings of the recipe's prompts.
+        warn:     hears of a micro-batch that had to be halved.
     """
 
     def __init__(
@@ -60,6 +63,7 @@ class Learner:
         stepper: Stepper,
         flow_fit: FlowFit | None,
         text: Tensor,
+        warn: Callable[[str], object] = print,
     ) -> None:
         self.recipe, self.policy, self.objective = recipe, policy, objective
         self.stepper, self.flow_fit, self.text = stepper, flow_fit, text
@@ -67,6 +71,8 @@ class Learner:
         self.device = self.schedule.timesteps.device
         self.units = Units(recipe, self.schedule, policy.latent_shape)
         self.optimizer_step = 0
+        self.micro_batch = recipe.train.micro_batch
+        self.warn = warn
         balanced = recipe.objective.step_weight == "balanced"
         T = self.schedule.num_transitions
         self.policy_weight = self.schedule.balanced_weights() if balanced else torch.ones(T, device=self.device)
@@ -90,13 +96,13 @@ class Learner:
         metrics: dict[str, float | list[float]] = {}
         rollout = self.rollout(trajectories, epoch, score)
         if self.flow_fit is not None and rollout.scalars is not None:
-            metrics |= self.flow_fit.calibrate(trajectories, rollout.scalars)
-            self._train_flow(self.flow_fit, rollout.scalars, trajectories, epoch)
+            everything = torch.arange(trajectories.num_trajectories, device=self.device)
+            metrics |= self.flow_fit.calibrate(self.flow_fit.residuals(trajectories, rollout.scalars, everything))
+            self.train_flow(rollout)
         per_trajectory = self.objective.observe(trajectories.reward.cpu(), trajectories.prompt_id)
         if self.flow_fit is not None and epoch < self.recipe.flow.warmup_epochs:
             return metrics
-        outcome = _Outcome()
-        train = self.recipe.train
+        outcome, train = Outcome(), self.recipe.train
         groups = torch.arange(trajectories.num_trajectories, device=self.device).chunk(train.updates)
         for _ in range(train.inner_epochs):
             for rows in groups:
@@ -108,37 +114,79 @@ class Learner:
         scalars = None if self.flow_fit is None else self.units.scalars(trajectories, epoch)
         return Rollout(trajectories, scalars, epoch, score)
 
-    def _train_flow(self, flow_fit: FlowFit, scalars: Scalars, trajectories: Trajectories, epoch: int) -> None:
+    def train_flow(self, rollout: Rollout) -> None:
         """`flow.passes` flow-only passes, each shuffled by its own seed."""
         assert not isinstance(self.recipe.objective, PolicyGradient)
+        assert self.flow_fit is not None and rollout.scalars is not None
         huber, batch = self.recipe.objective.huber, _FLOW_BATCHES * self.recipe.train.micro_batch
         for number in range(self.recipe.flow.passes):
-            shuffle = torch.Generator().manual_seed((self.recipe.seed * 1_000_003 + epoch) * 101 + number)
-            flow_fit.train(trajectories, scalars, lambda delta: penalty(delta, huber), batch, shuffle)
+            shuffle = torch.Generator().manual_seed((self.recipe.seed * 1_000_003 + rollout.epoch) * 101 + number)
+            self.flow_fit.train(
+                rollout.trajectories, rollout.scalars, lambda delta: penalty(delta, huber), batch, shuffle
+            )
 
     def _update(
         self,
         rollout: Rollout,
         rows: Tensor,
         advantages: Tensor | None,
-        outcome: "_Outcome",
+        outcome: "Outcome",
         on_rows: Callable[[int], object],
     ) -> None:
         """One optimizer step over the transitions of `rows`."""
-        for stepper in self.steppers():
-            stepper.zero_grad()
-        transitions = len(rows) * self.schedule.num_transitions
-        steps = self._choose_steps()
-        for tile in rows.split(self.recipe.train.micro_batch):
-            for k, weight in steps:
-                output, regulariser = self.rows_loss(rollout, tile, k, advantages)
-                loss = weight * (output.loss + regulariser).sum() / transitions
-                self.stepper.scaler.scale(loss).backward()
-                outcome.add(output, loss.detach())
-                on_rows(len(tile))
+
+        def accumulate(share: Outcome) -> None:
+            for tile in rows.split(self.micro_batch):
+                for k, weight in self.choose_steps():
+                    output, regulariser = self.rows_loss(rollout, tile, k, advantages)
+                    self.backward(output, regulariser, weight, len(rows), share)
+                    on_rows(len(tile))
+
+        self.update(accumulate, outcome)
+
+    # -- one update --------------------------------------------------------------------------------------------------
+
+    def update(self, accumulate: Callable[["Outcome"], Result], outcome: "Outcome") -> Result:
+        """One optimizer step on the gradients that `accumulate` leaves; returns what it returned.
+
+        Where a GPU runs out of memory it starts over with half the micro-batch: the gradient is the same.
+        """
+        while True:
+            share, is_out = Outcome(updates=outcome.updates), False
+            for stepper in self.steppers():
+                stepper.zero_grad()
+            try:
+                result = accumulate(share)
+            except torch.OutOfMemoryError:
+                is_out = True
+            if not is_out:
+                break
+            # Not in the handler, where the traceback still holds the graph.
+            self._halve_micro_batch()
+        outcome.extend(share)
         self._unscale_flow()
         outcome.end_update({stepper.name: stepper.step() for stepper in self.steppers()})
         self.optimizer_step += 1
+        return result
+
+    def _halve_micro_batch(self) -> None:
+        if self.micro_batch == 1:
+            raise RunError(
+                "out of GPU memory at micro-batch 1; memory.checkpointing=full, memory.base=nf4, "
+                "train.optimizer=paged_adamw8bit or a smaller model.resolution need less"
+            )
+        self.micro_batch //= 2
+        torch.cuda.empty_cache()
+        self.warn(f"out of GPU memory: micro-batch {self.micro_batch} from here on, over the same effective batch")
+
+    def backward(
+        self, output: ObjectiveOutput, regulariser: Tensor, weight: float, num_trajectories: int, outcome: "Outcome"
+    ) -> None:
+        """Accumulate the gradient of a micro-batch's share in the mean over the update's transitions."""
+        transitions = num_trajectories * self.schedule.num_transitions
+        loss = weight * (output.loss + regulariser).sum() / transitions
+        self.stepper.scaler.scale(loss).backward()
+        outcome.add(output, loss.detach())
 
     def _unscale_flow(self) -> None:
         """The flow, always fp32, saw the policy's scaled loss."""
@@ -149,7 +197,7 @@ class Learner:
             if parameter.grad is not None:
                 parameter.grad /= scale
 
-    def _choose_steps(self) -> list[tuple[int, float]]:
+    def choose_steps(self) -> list[tuple[int, float]]:
         """[(k, importance weight)] of an update; all with weight 1 unless step_fraction < 1.
 
         The terminal transition, the only place where the final reward enters, is kept with weight 1; the others
@@ -174,7 +222,7 @@ class Learner:
         if self.flow_fit is None or rollout.scalars is None:
             return None
         residuals = self.flow_fit.residuals(rollout.trajectories, rollout.scalars, rows)
-        advantages = self.objective.advantages(residuals, self.flow_fit.residual_scale)
+        advantages = self.objective.advantages(residuals, self.flow_fit.residual_scale, self.flow_fit.baseline)
         if advantages is None:
             return None
         table = torch.zeros_like(rollout.scalars.log_pf)
@@ -187,36 +235,42 @@ class Learner:
         self, rollout: Rollout, rows: Tensor, k: int, advantages: Tensor | None = None
     ) -> tuple[ObjectiveOutput, Tensor]:
         """(objective output, regulariser (B,)) of step k of some trajectories, with gradients."""
-        trajectories, factor = rollout.trajectories, self.units.reduction_factor
-        x_t, x_next = trajectories.chain[k, rows], trajectories.chain[k + 1, rows]
+        trajectories = rollout.trajectories
+        x_t, x_next = trajectories.states(k, rows), trajectories.states(k + 1, rows)
         prediction = self._predict(rollout, rows, k)
         ks = torch.full((len(rows),), k, device=self.device)
         now = self.schedule.transition_log_probs(
             x_t, x_next, prediction.rows, ks, prediction.guidance_scale, *self._references(rollout, rows, k)
         )
-        log_pf = factor * now.log_pf
-        transition = Transition(
-            k=ks,
-            is_terminal=ks == self.schedule.num_transitions - 1,
-            log_pf=log_pf,
-            log_pf_old=factor * trajectories.log_pf[rows, k],
-            log_pb=factor * trajectories.log_pb[rows, k],
-            log_reward=torch.zeros_like(log_pf.detach()),
-            policy_weight=self.policy_weight[ks],
-            advantage=None if advantages is None else advantages[rows, k],
-        )
-        step_weight: Tensor | float = 1.0
+        transition = self.transition(ks, now, trajectories.log_pf[rows, k], trajectories.log_pb[rows, k])
+        if advantages is not None:
+            transition = replace(transition, advantage=advantages[rows, k])
         if self.flow_fit is not None and rollout.scalars is not None:
             transition = self._with_flows(transition, self.flow_fit, rollout.scalars, rollout, rows, k, prediction)
-            step_weight = self.flow_fit.step_weights()[k]
-        output = self.objective(transition)
-        output = replace(output, loss=step_weight * output.loss)
-        return output, self._regulariser(now)
+        return self.output(transition, k), self.regulariser(now)
 
-    def _predict(self, rollout: Rollout, rows: Tensor, k: int, pretrained: bool = False) -> Prediction:
+    def transition(self, ks: Tensor, now: TransitionLogProbs, log_pf_old: Tensor, log_pb: Tensor) -> Transition:
+        """Transitions of steps (B,) without their flows; log-probs are sums over latent dims, (B,)."""
+        factor = self.units.reduction_factor
+        return Transition(
+            k=ks,
+            is_terminal=ks == self.schedule.num_transitions - 1,
+            log_pf=factor * now.log_pf,
+            log_pf_old=factor * log_pf_old,
+            log_pb=factor * log_pb,
+            log_reward=torch.zeros_like(log_pb),
+            policy_weight=self.policy_weight[ks],
+        )
+
+    def output(self, transition: Transition, k: int) -> ObjectiveOutput:
+        """The objective's, weighted as step k."""
+        output = self.objective(transition)
+        return output if self.flow_fit is None else replace(output, loss=self.flow_fit.step_weights()[k] * output.loss)
+
+    def _predict(self, rollout: Rollout, rows: Tensor, k: int, **switches: bool) -> Prediction:
         text = self.text[rollout.trajectories.prompt_id[rows.cpu()]]
         t = self.schedule.timesteps[k].expand(len(rows))
-        return self.policy.predict(rollout.trajectories.chain[k, rows], t, text, pretrained=pretrained)
+        return self.policy.predict(rollout.trajectories.states(k, rows), t, text, **switches)
 
     def _with_flows(
         self,
@@ -255,10 +309,10 @@ class Learner:
         if section.source != "current":
             return scalars.looking[rows, k]
         assert rollout.score is not None
-        prediction = prediction or self._predict(rollout, rows, k)
-        x_t = rollout.trajectories.chain[k, rows]
+        prediction = prediction or self._predict(rollout, rows, k, unguided=section.prediction == "conditional")
+        x_t = rollout.trajectories.states(k, rows)
         x0_hat = look_ahead(self.schedule, x_t, prediction.guided, prediction.conditional, k, section)
-        reward = rollout.score(self.policy.decode(x0_hat), rows.cpu()).to(self.device)
+        reward = rollout.score(self.policy.preview(x0_hat), rows.cpu()).to(self.device)
         return self.units.looking(reward, rollout.epoch, k)
 
     @torch.no_grad()
@@ -271,7 +325,7 @@ class Learner:
             old = rollout.trajectories.output_old(self.schedule, rows, k)
         return pretrained, old
 
-    def _regulariser(self, now: TransitionLogProbs) -> Tensor:
+    def regulariser(self, now: TransitionLogProbs) -> Tensor:
         """(B,) pull towards the sampling-time prediction and towards the pretrained policy."""
         weights, total = self.recipe.regulariser, torch.zeros_like(now.log_pb)
         if now.gap is not None:
@@ -283,7 +337,9 @@ class Learner:
     # -- what a checkpoint keeps ---------------------------------------------------------------------------------
 
     def tensors(self) -> dict[str, Tensor]:
-        return {} if self.flow_fit is None else {"residual_scale": self.flow_fit.residual_scale}
+        if self.flow_fit is None:
+            return {}
+        return {"residual_scale": self.flow_fit.residual_scale, "baseline": self.flow_fit.baseline}
 
     def state_dict(self) -> dict[str, Any]:
         """Plain numbers, for JSON; weights, optimizers and `tensors` are kept apart."""
@@ -303,22 +359,29 @@ class Learner:
         if self.flow_fit is not None:
             self.flow_fit.is_calibrated = state["is_calibrated"]
             self.flow_fit.residual_scale = tensors["residual_scale"].to(self.device)
+            self.flow_fit.baseline = tensors["baseline"].to(self.device)
 
 
 @dataclass
-class _Outcome:
+class Outcome:
     """Sums over the micro-batches of one rollout."""
 
     loss: list[Tensor] = field(default_factory=list)
     clipped: list[Tensor] = field(default_factory=list)
-    ratio_max_dev: float = 0.0
+    ratio_dev: list[Tensor] = field(default_factory=list)
     updates: int = 0
     norms: dict[str, list[float]] = field(default_factory=dict)
+
+    def extend(self, other: "Outcome") -> None:
+        """Add an update's micro-batches."""
+        self.loss += other.loss
+        self.clipped += other.clipped
+        self.ratio_dev += other.ratio_dev
 
     def add(self, output: ObjectiveOutput, loss: Tensor) -> None:
         self.loss.append(loss)
         if self.updates == 0:  # later ones have moved the policy
-            self.ratio_max_dev = max(self.ratio_max_dev, float((output.ratio - 1).abs().max()))
+            self.ratio_dev.append((output.ratio - 1).abs().max())
         if output.clipped is not None:
             self.clipped.append(output.clipped.float().mean())
 
@@ -330,7 +393,7 @@ class _Outcome:
     def metrics(self) -> dict[str, float | list[float]]:
         measured: dict[str, float | list[float]] = {
             "loss": float(torch.stack(self.loss).sum()) / self.updates,
-            "ratio_max_dev": self.ratio_max_dev,
+            "ratio_max_dev": float(torch.stack(self.ratio_dev).max()),
         }
         if self.clipped:
             measured["clip_frac"] = float(torch.stack(self.clipped).mean())

@@ -16,7 +16,7 @@ _MAX_SKIPPED_UPDATES = 5
 def build_optimizer(
     parameters: list[nn.Parameter], learning_rate: float, train: Train, kind: str
 ) -> torch.optim.Optimizer:
-    """AdamW, or bitsandbytes' AdamW8bit for `kind` "adamw8bit". Raises UsageError if that is not installed."""
+    """AdamW, or bitsandbytes' 8-bit ones. Raises UsageError if that is not installed."""
     options: dict[str, Any] = {
         "lr": learning_rate,
         "betas": train.adam_betas,
@@ -28,10 +28,9 @@ def build_optimizer(
     try:
         import bitsandbytes
     except ImportError:
-        raise UsageError(
-            "train.optimizer=adamw8bit needs bitsandbytes: pip install bitsandbytes, or use adamw"
-        ) from None
-    return bitsandbytes.optim.AdamW8bit(parameters, **options)
+        raise UsageError(f"optimizer={kind} needs bitsandbytes: pip install bitsandbytes, or use adamw") from None
+    kinds = {"adamw8bit": bitsandbytes.optim.AdamW8bit, "paged_adamw8bit": bitsandbytes.optim.PagedAdamW8bit}
+    return kinds[kind](parameters, **options)
 
 
 class Stepper:

@@ -3,7 +3,8 @@
 import importlib.metadata
 import platform
 import subprocess
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -40,6 +41,12 @@ class Parts:
     text: Tensor
     """(P, S, D) prompt embeddings on the CPU."""
 
+    @contextmanager
+    def scoring(self) -> Iterator[None]:
+        """A phase that decodes and scores: what is offloaded comes to the device."""
+        with self.reward.at_work(), self.policy.decoder.at_work():
+            yield
+
     @property
     def kernels(self) -> Kernels:
         return self.policy.schedule.kernels
@@ -59,9 +66,8 @@ def build(recipe: Recipe, device: torch.device, warn: Callable[[str], object] = 
     except ValueError as error:
         raise UsageError(str(error)) from None
     objective = OBJECTIVES[recipe.objective.name](recipe.objective, kernels)
-    policy = StableDiffusion(
-        recipe.model, recipe.adapter, recipe.sampler, device, recipe.seed, recipe.train.gradient_checkpointing
-    )
+    looking = None if isinstance(recipe.objective, PolicyGradient) else recipe.objective.forward_looking
+    policy = StableDiffusion(recipe.model, recipe.adapter, recipe.sampler, device, recipe.seed, recipe.memory, looking)
     policy.schedule = replace(policy.schedule, kernels=kernels)
     for warning in policy.prompt_warnings(texts):
         warn(f"warning: {warning}")
@@ -71,7 +77,7 @@ def build(recipe: Recipe, device: torch.device, warn: Callable[[str], object] = 
     optimizer = build_optimizer(policy.trainable(), train.learning_rate, train, train.optimizer)
     stepper = Stepper("policy", optimizer, train.clip_norm, use_scaler=recipe.model.dtype == "fp16")
     flow_fit = _flow_fit(recipe, policy, text) if objective.uses_flow else None
-    learner = Learner(recipe, policy, objective, stepper, flow_fit, text)
+    learner = Learner(recipe, policy, objective, stepper, flow_fit, text, warn)
     evaluated = (found.held_out, held_out) if recipe.evaluation.held_out else (found.training, text)
     return Parts(policy, reward, learner, Evaluator(recipe, *evaluated, device), found.training, text)
 
@@ -85,7 +91,7 @@ def _flow_fit(recipe: Recipe, policy: Policy, text: Tensor) -> FlowFit:
         flow = StateFlow(policy.latent_shape[0], policy.text_width, schedule.num_transitions, recipe.flow.channels).to(
             schedule.timesteps.device
         )
-    optimizer = build_optimizer(list(flow.parameters()), recipe.flow.learning_rate, recipe.train, "adamw")
+    optimizer = build_optimizer(list(flow.parameters()), recipe.flow.learning_rate, recipe.train, recipe.flow.optimizer)
     stepper = Stepper("flow", optimizer, recipe.train.clip_norm)
     is_scaled = recipe.objective.residual_scale == "running"
     return FlowFit(flow, stepper, schedule, text, recipe.flow.calibration, is_scaled)

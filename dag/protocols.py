@@ -44,12 +44,21 @@ class Policy(Protocol):
         """(P, S, D) embeddings of prompts, on the CPU; the empty prompt's is kept for guidance."""
         ...
 
-    def predict(self, x_t: Tensor, t: Tensor, text: Tensor, *, pretrained: bool = False) -> Prediction:
-        """Outputs at x_t (B, C, H, W), t (B,), text (B, S, D); `pretrained` switches the adapter off."""
+    def predict(
+        self, x_t: Tensor, t: Tensor, text: Tensor, *, pretrained: bool = False, unguided: bool = False
+    ) -> Prediction:
+        """Outputs at x_t (B, C, H, W), t (B,), text (B, S, D).
+
+        `pretrained` switches the adapter off; `unguided` leaves the unconditional branch out.
+        """
         ...
 
     def decode(self, x_0: Tensor) -> Tensor:
         """(B, 3, H, W) float32 images in [0, 1]."""
+        ...
+
+    def preview(self, x0_hat: Tensor) -> Tensor:
+        """(B, 3, H, W) float32 images in [0, 1] of predicted latents, for forward-looking rewards; perhaps cheaper."""
         ...
 
     def trainable(self) -> list[nn.Parameter]: ...

@@ -5,28 +5,16 @@ A recipe is data; `dag.recipe_file` reads one. Sections are frozen and refuse un
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import Field, field_validator, model_validator
 
-
-class Section(BaseModel):
-    """A group of keys; unknown ones are refused."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False, use_attribute_docstrings=True)
-
-    @model_validator(mode="before")
-    @classmethod
-    def _no_boolean_as_number(cls, data: Any) -> Any:
-        """Python counts true as 1; a recipe does not."""
-        for key, value in data.items() if isinstance(data, dict) else ():
-            field = cls.model_fields.get(key)
-            if isinstance(value, bool) and field is not None and field.annotation is not bool:
-                raise ValueError(f"{key} is not a switch: true and false do not belong there")
-        return data
+from dag.reward_terms import RewardTerm
+from dag.section import Section
 
 
 class Model(Section):
     path: str = Field(min_length=1)
-    """`embedded`, a local diffusers folder, or a hub id (SD 1.x / 2.x architecture)."""
+    """`embedded`, a local diffusers folder, or a hub id (SD 1.x / 2.x architecture); `random-sd15` is that architecture with
+    random weights, for benchmarks."""
     revision: str | None = None
     """Branch, tag or commit of a hub id."""
     variant: str | None = None
@@ -59,6 +47,9 @@ class Sampler(Section):
     """Samples per UNet call while sampling; memory grows with it."""
     chain_dtype: Literal["fp32", "fp16", "bf16"] = "fp32"
     """How visited states are stored. The rounded value is the state."""
+    uncond: Literal["trained", "frozen"] = "trained"
+    """`frozen` takes the unconditional branch from the pretrained model, without gradient: a quarter less work. The result
+    is then the policy that adapts the conditional branch alone, which plain diffusers cannot sample."""
     guidance_dtype: Literal["fp32", "model"] = "fp32"
     """Precision of the guidance combination. `model` is the published behaviour: it amplifies rounding."""
     noise_dtype: Literal["fp32", "bf16"] = "fp32"
@@ -93,116 +84,6 @@ class Prompts(Section):
         return self
 
 
-class _Reward(Section):
-    weight: float = 1.0
-    """Factor in the sum of rewards."""
-
-
-class Compressibility(_Reward):
-    name: Literal["compressibility"]
-
-
-class Incompressibility(_Reward):
-    name: Literal["incompressibility"]
-
-
-class Colourfulness(_Reward):
-    name: Literal["colourfulness"]
-
-
-class Tower(_Reward):
-    """A reward with a neural network."""
-
-    path: str | None = None
-    """Local file or folder, or hub id, of its weights; null takes the published ones from the hub."""
-    tokenizer: str | None = None
-    """Folder or hub id of its tokenizer; null looks beside the weights, then at the hub."""
-    config: str | None = None
-    """JSON file of an architecture that an original-layout file does not tell; only unusual ones need it."""
-    dtype: Literal["fp32", "bf16", "fp16"] = "fp32"
-    """Precision of the network; heads and normalisation stay fp32. Half the memory, scores move by a few per cent."""
-    max_batch: int = Field(16, ge=1)
-    """Pictures per forward pass; memory grows with it, scores do not depend on it."""
-    device: Literal["auto", "cpu"] = "auto"
-    """`auto` is the policy's device; `cpu` costs no GPU memory, and time."""
-    offload: bool = False
-    """Keep the network on the CPU while the policy trains; costs its transfer twice an epoch."""
-
-
-class Aesthetic(Tower):
-    name: Literal["aesthetic"]
-    head: str | None = None
-    """LAION's predictor, `sac+logos+ava1-l14-linearMSE.pth`; null takes TRL's copy from the hub."""
-
-
-class ClipScore(Tower):
-    name: Literal["clip_score"]
-    scale: float = 1.0
-    """Factor of the cosine: 2.5 is Hessel et al., 100 is torchmetrics."""
-    clamp: bool = False
-    """Negative cosines count as 0, in both of these; they then have no gradient."""
-    prefix: str = ""
-    """Before every prompt; Hessel et al.: `A photo depicts `."""
-
-
-class ImageText(ClipScore):
-    name: Literal["image_text"]  # type: ignore[assignment]
-    path: str | None = "embedded"
-    """`embedded`, the scorer that ships with this package, or any CLIP model."""
-    scale: float = 100.0
-    """Factor of the cosine."""
-
-
-class PickScore(Tower):
-    name: Literal["pickscore"]
-
-
-class HPSv2(Tower):
-    name: Literal["hpsv2"]
-    version: Literal["v2.1", "v2.0"] = "v2.1"
-    """Which published weights; a `path` of your own says itself."""
-
-
-class ImageReward(Tower):
-    name: Literal["image_reward"]
-
-
-class Http(_Reward):
-    """A reward in another process or on another machine: `python -m dag.rewards.serve`, or your own server."""
-
-    name: Literal["http"]
-    url: str = Field(pattern=r"^https?://[^/\s]+(/\S*)?$")
-    """Gets POST {"images": [base64 PNG, ...], "prompts": [...]}, answers {"rewards": [...]}."""
-    timeout: float = Field(60.0, gt=0)
-    """Seconds to wait for one answer."""
-    retries: int = Field(6, ge=0)
-    """Attempts after a failed one, with pauses of 1, 2, 4, ... at most 30 seconds: six bridge about a minute."""
-    max_batch: int = Field(16, ge=1)
-    """Pictures per request."""
-
-
-class Custom(_Reward):
-    name: Literal["custom"]
-    path: str = Field(pattern=r"^[^:]+:[A-Za-z_]\w*$")
-    """`module:function` or `file.py:function`: (images (B,3,H,W) in [0,1], prompts) -> (B,) float32."""
-
-
-RewardTerm = Annotated[
-    Compressibility
-    | Incompressibility
-    | Colourfulness
-    | ImageText
-    | ClipScore
-    | Aesthetic
-    | ImageReward
-    | HPSv2
-    | PickScore
-    | Http
-    | Custom,
-    Field(discriminator="name"),
-]
-
-
 class Beta(Section):
     value: float = Field(gt=0)
     """Inverse temperature: log R = beta * reward, in nats per `unit`."""
@@ -222,6 +103,13 @@ class ForwardLooking(Section):
     """`conditional` is published: x0_hat without guidance although the policy is guided."""
     coefficients: Literal["fp32", "bf16"] = "fp32"
     """`bf16` is published: alpha_bar rounds to 1 at the last step, so x0_hat(t=1) is not denoised."""
+    stride: int = Field(1, ge=1)
+    """Score every n-th state and the last three; in between the newest score stands in. Costs 1/n of the decodes."""
+    decoder: Literal["full", "half", "tiny"] = "full"
+    """What shows x0_hat to the reward: the VAE; the VAE at half the side, enlarged again (a quarter of the work); or an
+    AutoencoderTiny. The final picture is always decoded in full."""
+    decoder_path: str | None = None
+    """Folder or hub id of the AutoencoderTiny; null takes the embedded model's, or TAESD for any other model."""
 
 
 class _Balance(Section):
@@ -247,8 +135,9 @@ class KLDivergence(_Balance):
     name: Literal["dag_kl"]
     weight: float = Field(1.0, gt=0)
     """Weight of the policy term against the flow's regression (published: `klpf`)."""
-    baseline: Literal["per_step", "mixed"] = "per_step"
-    """Leave-one-out mean over rows of the same step, or (published) over all rows whatever their step."""
+    baseline: Literal["per_step", "mixed", "running"] = "per_step"
+    """Leave-one-out mean over rows of the same step, (published) over all rows whatever their step, or the running mean
+    per step over earlier rollouts, which is all that `train.rollout: one_pass` can know."""
     normalise_advantage: bool = False
     """Divide by the leave-one-out sd (published); the step then never anneals as the residual vanishes."""
     advantage_clip: float | None = Field(None, gt=0)
@@ -274,17 +163,25 @@ class PolicyGradient(Section):
 ObjectiveTerm = Annotated[DetailedBalance | KLDivergence | PolicyGradient, Field(discriminator="name")]
 
 
+OptimizerKind = Literal["adamw", "adamw8bit", "paged_adamw8bit"]
+"""bitsandbytes' `adamw8bit` keeps its states in 8 bits, 2 bytes a weight instead of 8; `paged_adamw8bit` also lets them
+move to CPU memory when a GPU is full. Layers under 4096 weights keep 32 bits."""
+
+
 class Flow(Section):
     channels: tuple[Annotated[int, Field(ge=1)], ...] = (64, 128, 256, 256)
     """Widths of the state-flow network, one stage (each halves the side) per entry."""
     learning_rate: float = Field(3e-3, gt=0)
     """By default ten times the policy's: detailed balance needs a flow that keeps up."""
+    optimizer: OptimizerKind = "adamw"
+    """The flow's."""
     warmup_epochs: int = Field(1, ge=0)
     """First epochs that train the flow alone."""
     calibration: float = Field(0.5, ge=0, le=1)
     """Share by which each rollout moves the flow's per-step constants to a zero mean residual; 0 never (published)."""
     passes: int = Field(0, ge=0)
-    """Extra flow-only updates on each rollout before the policy's; cheap beside the UNet."""
+    """Extra flow-only updates on each rollout before the policy's (after them in one pass, whose chains are then kept);
+    cheap beside the UNet."""
 
 
 class Regulariser(Section):
@@ -295,6 +192,9 @@ class Regulariser(Section):
 
 
 class Train(Section):
+    rollout: Literal["stored", "one_pass"] = "stored"
+    """`stored` samples an epoch, then trains on its chains; `one_pass` back-propagates while it samples: one UNet pass per
+    transition for both, no stored chain, every update strictly on-policy. Not for DDPO, which waits for the reward."""
     epochs: int = Field(100, ge=1)
     """Rollouts; one epoch = one rollout and its updates."""
     trajectories: int = Field(64, ge=2)
@@ -304,7 +204,7 @@ class Train(Section):
     inner_epochs: int = Field(1, ge=1)
     """Times each rollout is used."""
     micro_batch: int = Field(8, ge=1)
-    """Rows per UNet backward; memory grows with it, the gradient does not depend on it."""
+    """Rows per UNet backward; memory grows with it, the gradient does not depend on it. Halved when a GPU runs out."""
     step_fraction: float = Field(1.0, gt=0, le=1)
     """Share of the steps trained per update; the rest of the chain is skipped, unbiasedly."""
     keep_terminal: bool = True
@@ -317,10 +217,32 @@ class Train(Section):
     """AdamW's decay, for policy and flow."""
     clip_norm: float = Field(1.0, gt=0)
     """Gradient norm clip, separately for policy and flow."""
-    optimizer: Literal["adamw", "adamw8bit"] = "adamw"
-    """`adamw8bit` (bitsandbytes) keeps the policy's states in 8 bits: 2 bytes a weight instead of 8."""
-    gradient_checkpointing: bool = False
-    """Recompute UNet activations in backward: about 1.4x the time, a fraction of the memory."""
+    optimizer: OptimizerKind = "adamw"
+    """The policy's."""
+
+
+class Memory(Section):
+    """Levers on memory; none of them changes what is computed beyond the stated rounding."""
+
+    budget_gib: float | None = Field(None, gt=0)
+    """Refuse a run that is predicted to need more, before anything is loaded; on a GPU also the allocator's limit."""
+    checkpointing: Literal["none", "selective", "full"] = "none"
+    """Recompute UNet activations in backward: of every block (about 1.4x the time), or of the finest resolution alone,
+    which holds most of them."""
+    base: Literal["compute", "int8", "nf4"] = "compute"
+    """Frozen linear layers under LoRA in `model.dtype`, or quantised by bitsandbytes to 8 or 4 bits: another base model."""
+    attention: Literal["auto", "sdpa", "xformers"] = "auto"
+    """`auto` is PyTorch's own (flash or memory-efficient kernels); xformers needs a GPU."""
+    compile: bool = False
+    """torch.compile of the UNet's transformer blocks: slower start, faster steps."""
+    channels_last: bool = True
+    """Memory layout of convolutions."""
+    chains: Literal["device", "cpu"] = "device"
+    """Where stored chains wait; `cpu` copies them to pinned memory while the next tile is sampled."""
+    offload_vae: bool = False
+    """Keep the VAE on the CPU while the UNet trains; costs its transfer twice an epoch."""
+    decode_batch: int | None = Field(None, ge=1)
+    """Pictures per VAE call; default: the sampler's tile."""
 
 
 class Evaluation(Section):
@@ -360,6 +282,7 @@ class Recipe(Section):
     flow: Flow = Flow()
     regulariser: Regulariser = Regulariser()
     train: Train = Train()
+    memory: Memory = Memory()
     evaluation: Evaluation = Evaluation()
     checkpoint: Checkpoint = Checkpoint()
     trackers: tuple[Literal["tensorboard", "wandb"], ...] = ()
@@ -379,9 +302,20 @@ def validate(recipe: Recipe) -> list[str]:
         problems.append("reward: give at least one")
     if train.trajectories % train.updates:
         problems.append(f"train.updates={train.updates} must divide train.trajectories={train.trajectories}")
-    group = train.trajectories // train.updates
-    if isinstance(recipe.objective, KLDivergence) and group < 2:
-        problems.append("train.updates: DAG-KL's leave-one-out baseline needs at least 2 trajectories per update")
+    if not isinstance(recipe.objective, PolicyGradient):
+        looking = recipe.objective.forward_looking
+        if looking.stride > 1 and looking.source != "rollout":
+            problems.append(f"objective.forward_looking.stride={looking.stride} needs source=rollout")
+        if looking.decoder_path is not None and looking.decoder != "tiny":
+            problems.append("objective.forward_looking.decoder_path belongs to decoder=tiny")
+    if train.rollout == "one_pass":
+        problems += _one_pass_problems(recipe)
+    if isinstance(recipe.objective, KLDivergence):
+        problems += _baseline_problems(recipe.objective, train.trajectories // train.updates)
+    if recipe.sampler.uncond == "frozen" and adapter.kind == "full":
+        problems.append("sampler.uncond=frozen needs adapter.kind=lora: a full fine-tune keeps no pretrained copy")
+    if recipe.memory.base != "compute" and adapter.kind == "full":
+        problems.append(f"memory.base={recipe.memory.base} needs adapter.kind=lora: quantised weights are frozen")
     if adapter.kind == "lora" and not adapter.targets:
         problems.append("adapter.targets: name at least one layer")
     if adapter.kind == "full" and recipe.regulariser.pretrained_kl > 0:
@@ -390,4 +324,48 @@ def validate(recipe: Recipe) -> list[str]:
         problems.append("flow.channels: name at least one width")
     if recipe.evaluation.held_out and recipe.prompts.set not in ("drawbench", "hpdv2"):
         problems.append("evaluation.held_out: only prompts.set=drawbench and hpdv2 keep prompts back")
+    return problems
+
+
+def _baseline_problems(objective: KLDivergence, group: int) -> list[str]:
+    if objective.baseline == "running":
+        name = "objective.normalise_advantage"
+        return (
+            [f"{name} divides by a leave-one-out sd: not with baseline=running"]
+            if objective.normalise_advantage
+            else []
+        )
+    if group < 2:
+        return ["train.updates: DAG-KL's leave-one-out baseline needs at least 2 trajectories per update"]
+    return []
+
+
+def _one_pass_problems(recipe: Recipe) -> list[str]:
+    """Keys that one-pass training could only ignore."""
+    train, objective = recipe.train, recipe.objective
+    if isinstance(objective, PolicyGradient):
+        return ["train.rollout=one_pass: ddpo needs the final reward before its first gradient; use stored"]
+    problems = []
+    if isinstance(objective, KLDivergence) and objective.baseline != "running":
+        problems.append(
+            f"train.rollout=one_pass: objective.baseline={objective.baseline} needs the whole update; use running"
+        )
+    if objective.forward_looking.source == "current":
+        problems.append(
+            "train.rollout=one_pass: the rollout's policy is the current one; use forward_looking.source=rollout"
+        )
+    if train.inner_epochs > 1:
+        problems.append(f"train.rollout=one_pass: train.inner_epochs={train.inner_epochs} needs stored chains; use 1")
+    if recipe.regulariser.sampling > 0:
+        problems.append("train.rollout=one_pass: regulariser.sampling is zero on-policy; use 0")
+    if recipe.sampler.log_pf_at == "unrounded":
+        problems.append("train.rollout=one_pass: sampler.log_pf_at=unrounded has no meaning without a stored chain")
+    if recipe.memory.offload_vae:
+        problems.append("train.rollout=one_pass: memory.offload_vae gains nothing, every step decodes; use false")
+    if recipe.memory.chains == "cpu":
+        problems.append("train.rollout=one_pass: memory.chains=cpu has no chains to move; use device")
+    if objective.beta.unit == "reward_sd" and recipe.flow.warmup_epochs == 0:
+        problems.append(
+            "train.rollout=one_pass: objective.beta.unit=reward_sd is measured in a warm-up; set flow.warmup_epochs to 1 or more"
+        )
     return problems

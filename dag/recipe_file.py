@@ -13,7 +13,9 @@ import yaml
 from pydantic import ValidationError
 
 from dag.errors import UsageError
-from dag.recipe import ObjectiveTerm, Recipe, RewardTerm, Section, validate
+from dag.recipe import ObjectiveTerm, Recipe, validate
+from dag.reward_terms import RewardTerm
+from dag.section import Section
 
 
 def load(path: str | Path, overrides: typing.Sequence[str] = ()) -> Recipe:

@@ -48,8 +48,8 @@ class SampledTile:
     """(B, T) sums"""
     log_pb: Tensor
     """(B, T) sums"""
-    x0_hat: list[Tensor]
-    """T tensors (B, C, H, W) float32, or empty without forward-looking."""
+    x0_hat: dict[int, Tensor]
+    """(B, C, H, W) float32 at each scored step; empty without forward-looking."""
     x_0: Tensor
     """(B, C, H, W) float32, what is decoded."""
 
@@ -72,37 +72,54 @@ def sample_tile(
         looking:   keep each state's x0_hat as this section says; None keeps none.
         on_step:   called after each transition, for progress.
     """
-    schedule, shape = policy.schedule, policy.latent_shape
-    device = schedule.timesteps.device
-    sample_id = sample_id.to(device)
-    x_t = draw_noise(seed, sample_id, INITIAL_NOISE, shape, _noise_dtype(sampler)).to(CHAIN_DTYPES[sampler.chain_dtype])
-    chain, log_pf, log_pb, x0_hat = [x_t], [], [], []
+    schedule = policy.schedule
+    sample_id = sample_id.to(schedule.timesteps.device)
+    x_t = first_state(policy, sample_id, seed, sampler)
+    chain, log_pf, log_pb, x0_hat = [x_t], [], [], {}
     for k in range(schedule.num_transitions):
         prediction = policy.predict(x_t, schedule.timesteps[k].expand(len(x_t)), text)
-        step = _step(schedule, x_t, prediction, k, seed, sample_id, sampler)
+        step = take_step(schedule, x_t, prediction, k, seed, sample_id, sampler)
         log_pf.append(step.log_pf)
         log_pb.append(step.log_pb)
-        if looking is not None:
-            x0_hat.append(_clean(schedule, step, x_t, prediction, k, looking))
+        if looking is not None and is_scored(k, schedule.num_transitions, looking.stride):
+            x0_hat[k] = clean_latents(schedule, step, x_t, prediction, k, looking)
         chain.append(step.x_next)
         x_t = step.x_next
         on_step()
-    x_0 = x_t.float()
-    if schedule.final is not None:
-        last = torch.full((len(x_t),), schedule.final.timestep, device=device)
-        x_0 = schedule.final(x_t, policy.predict(x_t, last, text).guided)
+    x_0 = last_latents(policy, x_t, text)
     return SampledTile(torch.stack(chain), torch.stack(log_pf, 1), torch.stack(log_pb, 1), x0_hat, x_0)
 
 
-def _step(
+def is_scored(k: int, num_transitions: int, stride: int) -> bool:
+    """Whether state k's own x0_hat is scored: every `stride`-th and the last three."""
+    return k % stride == 0 or k >= num_transitions - 3
+
+
+def first_state(policy: Policy, sample_id: Tensor, seed: int, sampler: Sampler) -> Tensor:
+    """x_T (B, C, H, W) in the chain's dtype; sample_id on the policy's device."""
+    noise = draw_noise(seed, sample_id, INITIAL_NOISE, policy.latent_shape, noise_dtype(sampler))
+    return noise.to(CHAIN_DTYPES[sampler.chain_dtype])
+
+
+def last_latents(policy: Policy, x_t: Tensor, text: Tensor) -> Tensor:
+    """What is decoded, (B, C, H, W) float32: the chain's end, or one deterministic step beyond it."""
+    final = policy.schedule.final
+    if final is None:
+        return x_t.float()
+    last = torch.full((len(x_t),), final.timestep, device=x_t.device)
+    return final(x_t, policy.predict(x_t, last, text).guided)
+
+
+@torch.no_grad()
+def take_step(
     schedule: Schedule, x_t: Tensor, prediction: Prediction, k: int, seed: int, sample_id: Tensor, sampler: Sampler
 ) -> SampledStep:
     """One transition; in one pass, unless the recipe asks for a published deviation that the pass does not know."""
-    chain_dtype, noise_dtype = CHAIN_DTYPES[sampler.chain_dtype], _noise_dtype(sampler)
-    if noise_dtype == torch.float32 and sampler.log_pf_at == "stored":
+    chain_dtype, drawn_in = CHAIN_DTYPES[sampler.chain_dtype], noise_dtype(sampler)
+    if drawn_in == torch.float32 and sampler.log_pf_at == "stored":
         rows, scale = prediction.rows, prediction.guidance_scale
         return schedule.sampling_step(x_t, rows, k, seed, sample_id, scale, chain_dtype)
-    noise = draw_noise(seed, sample_id, k, tuple(x_t.shape[1:]), noise_dtype)
+    noise = draw_noise(seed, sample_id, k, tuple(x_t.shape[1:]), drawn_in)
     exact = schedule.sample_next(x_t, prediction.guided, noise, k)
     x_next = exact.to(chain_dtype)
     evaluated_at = x_next if sampler.log_pf_at == "stored" else exact
@@ -111,7 +128,8 @@ def _step(
     return SampledStep(x_next, x0_hat, log_pf, schedule.log_pb(x_t, x_next, k))
 
 
-def _clean(
+@torch.no_grad()
+def clean_latents(
     schedule: Schedule, step: SampledStep, x_t: Tensor, prediction: Prediction, k: int, looking: ForwardLooking
 ) -> Tensor:
     """The x0_hat that the recipe scores: the step's own, or a published form of it."""
@@ -142,12 +160,18 @@ def look_ahead(
 def score_tile(
     policy: Policy, tile: SampledTile, score: Score, on_image: Callable[[], object] = lambda: None
 ) -> tuple[Tensor | None, Tensor, Tensor]:
-    """((B, T) rewards of every x0_hat or None, (B,) rewards of x_0, images (B, 3, H, W)), rewards on the CPU."""
+    """((B, T) rewards of x0_hat or None, (B,) rewards of x_0, images (B, 3, H, W)), rewards on the CPU.
+
+    A step that was not scored itself carries the newest reward before it.
+    """
     rows = torch.arange(len(tile.x_0))
-    looking = []
-    for x0_hat in tile.x0_hat:
-        looking.append(score(policy.decode(x0_hat), rows))
-        on_image()
+    looking: list[Tensor] = []
+    for k in range(tile.log_pf.shape[1] if tile.x0_hat else 0):
+        if k in tile.x0_hat:
+            looking.append(score(policy.preview(tile.x0_hat[k]), rows))
+            on_image()
+        else:
+            looking.append(looking[-1])
     images = policy.decode(tile.x_0)
     reward = score(images, rows)
     on_image()
@@ -157,10 +181,10 @@ def score_tile(
 def assemble(
     tile: SampledTile, looking: Tensor | None, reward: Tensor, batch: Batch, seed: int, sampler: Sampler
 ) -> Trajectories:
-    """A scored tile as trajectories; scalars move to the chain's device."""
+    """A scored tile's scalars, on its device; its chain goes to the `ChainStore`."""
     device = tile.chain.device
     return Trajectories(
-        chain=tile.chain,
+        chain=tile.chain[:0],
         log_pf=tile.log_pf,
         log_pb=tile.log_pb,
         looking=None if looking is None else looking.to(device),
@@ -168,7 +192,7 @@ def assemble(
         prompt_id=batch.prompt_id,
         sample_id=batch.sample_id.to(device),
         seed=seed,
-        noise_dtype=_noise_dtype(sampler),
+        noise_dtype=noise_dtype(sampler),
     )
 
 
@@ -181,5 +205,6 @@ def generate(policy: Policy, text: Tensor, sample_id: Sequence[int] | Tensor, se
     )
 
 
-def _noise_dtype(sampler: Sampler) -> torch.dtype:
+def noise_dtype(sampler: Sampler) -> torch.dtype:
+    """Of the injected noise."""
     return torch.bfloat16 if sampler.noise_dtype == "bf16" else torch.float32

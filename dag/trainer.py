@@ -13,11 +13,12 @@ from tqdm import tqdm
 from dag import checkpoint, prompts, report
 from dag.errors import RunError, UsageError
 from dag.evaluate import EvaluationResult
+from dag.one_pass import OnePass
 from dag.parts import Parts
 from dag.recipe import ForwardLooking, PolicyGradient, Recipe
-from dag.rollout import Batch, assemble, sample_tile, score_tile
+from dag.rollout import Batch, Score, assemble, is_scored, sample_tile, score_tile
 from dag.run_folder import RunFolder
-from dag.trajectory import Trajectories, concatenate
+from dag.trajectory import ChainStore, Trajectories, concatenate
 
 
 class Trainer:
@@ -36,6 +37,7 @@ class Trainer:
     ) -> None:
         self.recipe, self.run, self.parts, self.tracker = recipe, run, parts, tracker
         self.seconds: dict[str, float] = {}
+        self.tile = recipe.sampler.tile
 
     def fit(self, resume_from: Path | None = None) -> None:
         """Train to the recipe's last epoch, from the start or from a checkpoint folder."""
@@ -53,8 +55,11 @@ class Trainer:
         result = before
         for epoch in range(start, self.recipe.train.epochs):
             self.seconds = {"sample": 0.0, "reward": 0.0, "update": 0.0}
-            trajectories = self.sample(epoch)
-            metrics = self.update(trajectories, epoch)
+            if self.is_one_pass(epoch):
+                trajectories, metrics = self.one_pass(epoch)
+            else:
+                trajectories = self.sample(epoch)
+                metrics = self.update(trajectories, epoch)
             done, is_last = epoch + 1, epoch + 1 == self.recipe.train.epochs
             measured = None
             if is_last or done % self.recipe.evaluation.every == 0:
@@ -70,29 +75,63 @@ class Trainer:
     # -- the three phases ----------------------------------------------------------------------------------------
 
     def sample(self, epoch: int) -> Trajectories:
-        """Roll out and score the epoch's trajectories. If a reward fails, the state so far is saved first."""
-        train = self.recipe.train
-        batch = Batch(
-            prompt_id=torch.from_numpy(
-                prompts.draw(len(self.parts.prompts), train.trajectories, self.recipe.seed, epoch)
-            ),
-            sample_id=epoch * train.trajectories + torch.arange(train.trajectories),
-        )
-        T, looking = self.parts.policy.schedule.num_transitions, self._looking()
-        scored = train.trajectories * (1 + (T if looking is not None else 0))
-        tiles = []
+        """Roll out and score the epoch's trajectories. If a reward fails, the state so far is saved first.
+
+        Where a GPU runs out of memory it starts over with half the tile; counter-based noise gives the same chains.
+        """
+        while True:
+            try:
+                return self._sample(epoch)
+            except torch.OutOfMemoryError:
+                if self.tile == 1:
+                    raise RunError("out of GPU memory while sampling one picture; lower model.resolution") from None
+            except RunError:
+                self.save_checkpoint(epoch)
+                raise
+            self.tile //= 2
+            torch.cuda.empty_cache()
+            tqdm.write(f"out of GPU memory while sampling: {self.tile} at a time from here on")
+
+    def _sample(self, epoch: int) -> Trajectories:
+        batch, looking = self.batch(epoch), self._looking()
+        count, T = self.recipe.train.trajectories, self.parts.policy.schedule.num_transitions
+        scored = count * (1 + (0 if looking is None else sum(is_scored(k, T, looking.stride) for k in range(T))))
+        place = torch.device("cpu") if self.recipe.memory.chains == "cpu" else self.parts.learner.device
+        tiles, store = [], ChainStore(T + 1, count, place)
+        with (
+            self.parts.scoring(),
+            self._bar(epoch, "sample", count * T) as sampled,
+            self._bar(epoch, "score", scored) as scores,
+        ):
+            for tile in batch.tiles(self.tile):
+                tiles.append(self._sample_tile(tile, looking, store, sampled.update, scores.update))
+        return concatenate(tiles, store.finish())
+
+    def batch(self, epoch: int) -> Batch:
+        """Prompts and global sample ids of an epoch."""
+        count = self.recipe.train.trajectories
+        drawn = prompts.draw(len(self.parts.prompts), count, self.recipe.seed, epoch)
+        return Batch(torch.from_numpy(drawn), epoch * count + torch.arange(count))
+
+    def is_one_pass(self, epoch: int) -> bool:
+        """Warm-up epochs roll out beforehand: they give one-pass training its units."""
+        return self.recipe.train.rollout == "one_pass" and epoch >= self.recipe.flow.warmup_epochs
+
+    def one_pass(self, epoch: int) -> tuple[Trajectories, dict[str, Any]]:
+        """Sample, score and update at once. If a reward fails before the first update, the state is saved."""
+        learner, recipe = self.parts.learner, self.recipe
+        one_pass, before = OnePass(learner, recipe.seed, recipe.sampler), learner.optimizer_step
+        total = recipe.train.trajectories * learner.schedule.num_transitions
         try:
-            with (
-                self.parts.reward.at_work(),
-                self._bar(epoch, "sample", train.trajectories * T) as sampled,
-                self._bar(epoch, "score", scored) as scores,
-            ):
-                for tile in batch.tiles(self.recipe.sampler.tile):
-                    tiles.append(self._sample_tile(tile, looking, sampled.update, scores.update))
+            with self.parts.scoring(), self._bar(epoch, "one pass", total) as bar:
+                return one_pass.learn(self.batch(epoch), epoch, self._tile_scorer, self._timed, bar.update)
         except RunError:
-            self.save_checkpoint(epoch)
+            if learner.optimizer_step == before:
+                self.save_checkpoint(epoch)
             raise
-        return concatenate(tiles)
+
+    def _tile_scorer(self, tile: Batch) -> Score:
+        return self._scorer(tile.prompt_id, tile.sample_id)
 
     def _looking(self) -> ForwardLooking | None:
         """The forward-looking section, or None if no intermediate state is scored."""
@@ -105,6 +144,7 @@ class Trainer:
         self,
         tile: Batch,
         looking: ForwardLooking | None,
+        store: ChainStore,
         sampled: Callable[[int], object],
         scored: Callable[[int], object],
     ) -> Trajectories:
@@ -114,6 +154,7 @@ class Trainer:
             drawn = sample_tile(
                 self.parts.policy, text, tile.sample_id, seed, sampler, looking, on_step=lambda: sampled(size)
             )
+        store.put(drawn.chain)
         with self._timed("reward"):
             score = self._scorer(tile.prompt_id, tile.sample_id)
             seen, reward, _ = score_tile(self.parts.policy, drawn, score, on_image=lambda: scored(size))
@@ -126,15 +167,15 @@ class Trainer:
         score = self._scorer(trajectories.prompt_id, trajectories.sample_id.cpu())
         looking = self._looking()
         needs_reward = looking is not None and looking.source == "current"
-        at_work = self.parts.reward.at_work() if needs_reward else nullcontext()
+        at_work = self.parts.scoring() if needs_reward else nullcontext()
         with at_work, self._bar(epoch, "update", total) as bar, self._timed("update"):
             return dict(self.parts.learner.learn(trajectories, epoch, score, bar.update))
 
     def evaluate(self) -> EvaluationResult:
-        with self.parts.reward.at_work():
+        with self.parts.scoring():
             return self.parts.evaluator(self.parts.policy, self.parts.reward)
 
-    def _scorer(self, prompt_id: Tensor, sample_id: Tensor) -> Callable[[Tensor, Tensor], Tensor]:
+    def _scorer(self, prompt_id: Tensor, sample_id: Tensor) -> Score:
         """A reward of (images, rows), rows indexing these trajectories."""
 
         def score(images: Tensor, rows: Tensor) -> Tensor:
@@ -147,7 +188,11 @@ class Trainer:
 
     def summary(self, trajectories: Trajectories) -> dict[str, Any]:
         reward = trajectories.reward
-        return {"reward_mean": float(reward.mean()), "reward_std": float(reward.std(correction=0))}
+        return {
+            "reward_mean": float(reward.mean()),
+            "reward_std": float(reward.std(correction=0)),
+            "bytes_per_trajectory": round(trajectories.bytes_per_trajectory),
+        }
 
     def record(self, epoch: int, metrics: dict[str, Any], measured: EvaluationResult | None) -> None:
         """One row of metrics, and after an evaluation its picture."""
@@ -156,6 +201,7 @@ class Trainer:
             "epoch": epoch,
             "optimizer_step": self.parts.learner.optimizer_step,
             "trajectories": trajectories,
+            "micro_batch": self.parts.learner.micro_batch,
             **metrics,
             **{f"seconds_{phase}": round(seconds, 3) for phase, seconds in self.seconds.items()},
             "peak_memory_gib": _peak_memory_gib(),

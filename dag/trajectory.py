@@ -22,7 +22,7 @@ class Trajectories:
     """N chains of one rollout. Log-probs are sums over latent dims, float32."""
 
     chain: Tensor
-    """(T + 1, N, C, H, W) in the stored dtype, noisiest first."""
+    """(T + 1, N, C, H, W) in the stored dtype, noisiest first; perhaps in CPU memory, and empty if nothing was kept."""
     log_pf: Tensor
     """(N, T) at sampling time."""
     log_pb: Tensor
@@ -42,13 +42,65 @@ class Trajectories:
     def num_trajectories(self) -> int:
         return len(self.sample_id)
 
+    @property
+    def bytes_per_trajectory(self) -> float:
+        """Of everything stored."""
+        stored = [getattr(self, field.name) for field in fields(self)]
+        return sum(value.nbytes for value in stored if isinstance(value, Tensor)) / self.num_trajectories
+
+    def states(self, k: int | Tensor, rows: Tensor) -> Tensor:
+        """(B, C, H, W) of step k, an int or (B,), on the device of the scalars."""
+        place = self.chain.device
+        k = k.to(place) if isinstance(k, Tensor) else k
+        return self.chain[k, rows.to(place)].to(self.log_pf.device)
+
     def noise(self, rows: Tensor, k: int) -> Tensor:
         """(B, C, H, W) float32: the noise that led from state k to k + 1."""
         return draw_noise(self.seed, self.sample_id[rows], k, tuple(self.chain.shape[2:]), self.noise_dtype)
 
     def output_old(self, schedule: Schedule, rows: Tensor, k: int) -> Tensor:
         """(B, C, H, W) float32: the guided network output at sampling time, up to the rounding of the chain."""
-        return schedule.output_of(self.chain[k, rows], self.chain[k + 1, rows], self.noise(rows, k), k)
+        return schedule.output_of(self.states(k, rows), self.states(k + 1, rows), self.noise(rows, k), k)
+
+
+class ChainStore:
+    """One buffer for a rollout's chains, filled tile by tile; on the CPU pinned, and copied to beside the sampling.
+
+    Args:
+        num_states: T + 1.
+        place:      where the buffer is.
+    """
+
+    def __init__(self, num_states: int, num_trajectories: int, place: torch.device) -> None:
+        self.num_states, self.num_trajectories, self.place = num_states, num_trajectories, place
+        self.chain: Tensor | None = None
+        self.filled = 0
+        self.stream: torch.cuda.Stream | None = None
+
+    def put(self, tile: Tensor) -> None:
+        """The next B trajectories, (T + 1, B, C, H, W)."""
+        if self.chain is None:
+            shape = (self.num_states, self.num_trajectories, *tile.shape[2:])
+            is_far = tile.device.type == "cuda" and self.place.type == "cpu"
+            self.chain = torch.empty(shape, dtype=tile.dtype, device=self.place, pin_memory=is_far)
+            self.stream = torch.cuda.Stream(tile.device) if is_far else None
+        target = self.chain[:, self.filled : self.filled + tile.shape[1]]
+        self.filled += tile.shape[1]
+        if self.stream is None:
+            target.copy_(tile)
+            return
+        self.stream.wait_stream(torch.cuda.current_stream(tile.device))
+        with torch.cuda.stream(self.stream):
+            target.copy_(tile, non_blocking=True)
+        # The allocator must not hand the tile out while it is being read.
+        tile.record_stream(self.stream)
+
+    def finish(self) -> Tensor:
+        """(T + 1, N, C, H, W), complete."""
+        assert self.chain is not None and self.filled == self.num_trajectories
+        if self.stream is not None:
+            self.stream.synchronize()
+        return self.chain
 
 
 def draw_noise(seed: int, sample_id: Tensor, k: int, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
@@ -56,12 +108,12 @@ def draw_noise(seed: int, sample_id: Tensor, k: int, shape: tuple[int, ...], dty
     return standard_normal(seed, sample_id, k, shape).to(dtype).float()
 
 
-def concatenate(parts: list[Trajectories]) -> Trajectories:
-    """One batch of several rolled-out tiles."""
+def concatenate(parts: list[Trajectories], chain: Tensor) -> Trajectories:
+    """One batch of several rolled-out tiles, whose chains are already together."""
     first = parts[0]
     joined: dict[str, Any] = {
-        field.name: torch.cat([getattr(part, field.name) for part in parts], dim=1 if field.name == "chain" else 0)
+        field.name: torch.cat([getattr(part, field.name) for part in parts])
         for field in fields(Trajectories)
-        if isinstance(getattr(first, field.name), Tensor)
+        if field.name != "chain" and isinstance(getattr(first, field.name), Tensor)
     }
-    return Trajectories(**{"looking": None, **joined}, seed=first.seed, noise_dtype=first.noise_dtype)
+    return Trajectories(**{"looking": None, **joined}, chain=chain, seed=first.seed, noise_dtype=first.noise_dtype)

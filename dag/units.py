@@ -83,8 +83,12 @@ class Units:
             log_pf=self.reduction_factor * trajectories.log_pf,
             log_pb=self.reduction_factor * trajectories.log_pb,
             looking=looking,
-            log_reward=beta_at(self.recipe, epoch) * self.reward_scale(trajectories.reward),
+            log_reward=self.log_reward(trajectories.reward, epoch),
         )
+
+    def log_reward(self, reward: Tensor, epoch: int) -> Tensor:
+        """log R(x_0) = beta r, (N,), of final rewards."""
+        return beta_at(self.recipe, epoch) * self.reward_scale(reward)
 
     def looking(self, reward: Tensor, epoch: int, k: int | None = None) -> Tensor:
         """beta w_k r of x0_hat rewards, (N, T), or of step k alone, (N,)."""

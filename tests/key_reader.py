@@ -5,26 +5,32 @@ import typing
 from collections.abc import Iterator
 from typing import Any
 
-from dag import recipe as schema
-from dag.recipe import Section
+from dag import recipe, reward_terms
+from dag.section import Section
+
+SCHEMAS = {"dag.recipe": recipe, "dag.reward_terms": reward_terms}
 
 
 def sections_below(section: type[Section]) -> Iterator[type[Section]]:
     """A section and all that its keys can hold."""
     yield section
     for field in section.model_fields.values():
-        for name in sections_in(field.annotation):
-            yield from sections_below(getattr(schema, name))
+        for inner in sections_in(field.annotation):
+            yield from sections_below(inner)
 
 
-def sections_in(annotation: Any) -> set[str]:
+def sections_in(annotation: Any) -> set[type[Section]]:
     """The sections a type annotation of the schema mentions."""
     if isinstance(annotation, type) and issubclass(annotation, Section):
-        return {annotation.__name__}
-    return {name for argument in typing.get_args(annotation) for name in sections_in(argument)}
+        return {annotation}
+    return {section for argument in typing.get_args(annotation) for section in sections_in(argument)}
 
 
-SECTIONS = {section.__name__: section for section in sections_below(schema.Recipe)}
+def names_in(annotation: Any) -> set[str]:
+    return {section.__name__ for section in sections_in(annotation)}
+
+
+SECTIONS = {section.__name__: section for section in sections_below(recipe.Recipe)}
 FIELDS = {(name, field) for name, section in SECTIONS.items() for field in section.model_fields}
 
 
@@ -46,9 +52,9 @@ class Reader(ast.NodeVisitor):
     @staticmethod
     def _imports(module: ast.Module) -> Iterator[tuple[str, set[str]]]:
         for node in ast.walk(module):
-            if isinstance(node, ast.ImportFrom) and node.module == "dag.recipe":
+            if isinstance(node, ast.ImportFrom) and node.module in SCHEMAS:
                 for alias in node.names:
-                    yield alias.asname or alias.name, sections_in(getattr(schema, alias.name))
+                    yield alias.asname or alias.name, names_in(getattr(SCHEMAS[node.module], alias.name))
 
     def annotated(self, annotation: ast.expr | None) -> set[str]:
         if annotation is None:
@@ -58,7 +64,7 @@ class Reader(ast.NodeVisitor):
             if isinstance(node, ast.Name):
                 found |= self.imported.get(node.id, set())
             elif isinstance(node, ast.Attribute) and ast.unparse(node.value) in ("recipe", "dag.recipe"):
-                found |= sections_in(getattr(schema, node.attr, None))
+                found |= names_in(getattr(recipe, node.attr, None))
         return found
 
     def infer(self, node: ast.expr) -> set[str]:
@@ -66,7 +72,7 @@ class Reader(ast.NodeVisitor):
         if isinstance(node, ast.Attribute):
             for owner in self.infer(node.value):
                 field = SECTIONS[owner].model_fields.get(node.attr)
-                found |= sections_in(field.annotation) if field else set()
+                found |= names_in(field.annotation) if field else set()
         elif isinstance(node, ast.Call):
             function = ast.unparse(node.func)
             found |= {"Recipe"} if function in ("load", "parse") else self.types.get(f"{function}()", set())

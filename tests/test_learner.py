@@ -204,7 +204,7 @@ def test_step_subsets_keep_the_terminal_and_are_unbiased(make_recipe: MakeRecipe
     draws = 3000
     for step in range(draws):
         learner.optimizer_step = step
-        chosen = learner._choose_steps()
+        chosen = learner.choose_steps()
         assert len(chosen) == 3
         assert chosen[-1] == (9, 1.0)
         for k, weight in chosen:
@@ -218,7 +218,7 @@ def test_gradient_checkpointing_changes_nothing(
 ) -> None:
     found = []
     for on in (False, True):
-        trainer, trajectories = rolled_out(make_recipe(train={"gradient_checkpointing": on}), run)
+        trainer, trajectories = rolled_out(make_recipe(memory={"checkpointing": "full" if on else "none"}), run)
         assert trainer.parts.policy.unet.is_gradient_checkpointing is on
         found.append(gradients(trainer, trajectories, monkeypatch))
     assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
@@ -281,7 +281,7 @@ def test_advantages_belong_to_their_rows(make_recipe: MakeRecipe, run: RunFolder
     assert rollout.scalars is not None
     found = learner._advantages(rollout, rows, None)
     residuals = learner.flow_fit.residuals(trajectories, rollout.scalars, rows)
-    expected = learner.objective.advantages(residuals, learner.flow_fit.residual_scale)
+    expected = learner.objective.advantages(residuals, learner.flow_fit.residual_scale, learner.flow_fit.baseline)
     assert found is not None and expected is not None
     assert torch.equal(found[rows], expected)
     assert float(expected.abs().min()) > 0

@@ -93,7 +93,7 @@ def test_dag_kl_on_policy_gradient_is_the_score_function_form() -> None:
     """d loss / d log P_F = -A = delta - baseline, half of DAG-DB's; the flow regresses with log P_F held fixed."""
     objective, t = dag_kl(), transitions()
     residuals = expected_residual(t)[:, None]
-    advantage = objective.advantages(residuals, torch.ones(1))
+    advantage = objective.advantages(residuals, torch.ones(1), torch.zeros(1))
     t = replace(t, advantage=advantage[:, 0])
     objective(t).loss.sum().backward()
     others = (residuals.sum() - residuals) / (B - 1)
@@ -114,7 +114,7 @@ def test_dag_kl_gradient_matches_the_closed_form_kl_of_a_gaussian() -> None:
     t = Transition(
         k=torch.zeros(n, dtype=torch.int64), is_terminal=torch.ones(n, dtype=torch.bool), log_pf=log_pf, log_pf_old=log_pf.detach(),
         log_pb=zeros, log_reward=log_target, log_F_tilde=zeros, log_F_tilde_next=zeros, looking=zeros, looking_next=zeros,
-        advantage=objective.advantages(delta[:, None], torch.ones(1))[:, 0],
+        advantage=objective.advantages(delta[:, None], torch.ones(1), torch.zeros(1))[:, 0],
     )  # fmt: skip
     objective(t).loss.mean().backward()
     score = (x - mean) / std**2
@@ -125,7 +125,9 @@ def test_dag_kl_gradient_matches_the_closed_form_kl_of_a_gaussian() -> None:
 
 def test_published_kl_switches() -> None:
     residuals = torch.randn(4, 3, dtype=torch.float64)
-    mixed = dag_kl(baseline="mixed", normalise_advantage=True, advantage_clip=0.5).advantages(residuals, torch.ones(3))
+    mixed = dag_kl(baseline="mixed", normalise_advantage=True, advantage_clip=0.5).advantages(
+        residuals, torch.ones(3), torch.zeros(3)
+    )
     rows = residuals.reshape(-1)
     centred = rows - (rows.sum() - rows) / 11
     spread = ((centred.square().sum() - centred.square()) / 11).sqrt()
@@ -134,6 +136,14 @@ def test_published_kl_switches() -> None:
     assert bool(inside.any())
     # The spread is taken about each row's own leave-one-out mean, so only roughly about the common one.
     torch.testing.assert_close(mixed.reshape(-1)[inside], -(centred / spread)[inside], rtol=0.1, atol=1e-6)
+
+
+def test_the_running_baseline_needs_no_other_row() -> None:
+    residuals, scale = torch.tensor([[3.0, 8.0]]), torch.tensor([2.0, 4.0])
+    found = dag_kl(baseline="running").advantages(residuals, scale, running_mean=torch.tensor([1.0, -4.0]))
+    assert found.tolist() == [[-(3.0 - 1.0) / 2, -(8.0 + 4.0) / 4]]
+    clipped = dag_kl(baseline="running", advantage_clip=2.0).advantages(residuals, scale, torch.tensor([1.0, -4.0]))
+    assert clipped.tolist() == [[-1.0, -2.0]]
 
 
 def test_clipped_surrogate_is_pessimistic_on_both_sides() -> None:

@@ -123,7 +123,7 @@ def test_lora_freezes_the_rest_and_full_trains_everything(tiny_model: Path) -> N
     lora, full = load(tiny_model), load(tiny_model, kind="full")
     assert all("lora" in name for name, p in lora.unet.named_parameters() if p.requires_grad)
     assert all(p.requires_grad for p in full.unet.parameters())
-    assert not any(p.requires_grad for p in lora.vae.parameters())
+    assert not any(p.requires_grad for p in lora.decoder.vae.parameters())
 
 
 def test_trainable_weights_stay_fp32_under_mixed_precision(tiny_model: Path) -> None:

@@ -9,6 +9,7 @@ import pytest
 from key_reader import FIELDS, fields_read
 
 from dag import recipe as schema
+from dag import reward_terms
 from dag.objectives import OBJECTIVES
 from dag.plan import make_plan
 from dag.prompt_sets import DOWNLOADED, HPDV2_STYLES, SHIPPED
@@ -56,7 +57,7 @@ def names_of(union: Any) -> set[str]:
 
 
 def test_names_in_recipes_are_the_registered_ones() -> None:
-    assert names_of(schema.RewardTerm) == set(REWARDS)
+    assert names_of(reward_terms.RewardTerm) == set(REWARDS)
     assert names_of(schema.ObjectiveTerm) == set(OBJECTIVES)
     assert literals(schema.Prompts.model_fields["set"].annotation) == {*SHIPPED, *DOWNLOADED}
     assert literals(schema.Prompts.model_fields["style"].annotation) == set(HPDV2_STYLES)
@@ -67,7 +68,8 @@ def test_names_in_recipes_are_the_registered_ones() -> None:
 
 def test_the_reader_tells_sections_apart() -> None:
     source = """
-from dag.recipe import Compressibility, Custom, Recipe, Train as Config
+from dag.recipe import Recipe, Train as Config
+from dag.reward_terms import Compressibility, Custom
 def f(config: Recipe, terms: list[Compressibility | Custom]):
     train, rate = config.train, config.flow.learning_rate
     other.epochs

@@ -192,7 +192,9 @@ class ToyGFN:
         if from_rewards[0] is not None:
             return torch.cat(from_rewards).repeat(T)
         delta = residual_table(log_F_tilde.T, rollout.looking.T, log_pf.T, log_pb.T, rollout.log_reward)
-        from_residuals = [objective.advantages(rows, torch.ones(T)) for rows in delta.split(N // self.seeds)]
+        from_residuals = [
+            objective.advantages(rows, torch.ones(T), torch.zeros(T)) for rows in delta.split(N // self.seeds)
+        ]
         return None if from_residuals[0] is None else torch.cat(from_residuals).T.flatten()
 
     def train(self, objective: Objective, settings: Settings) -> None:

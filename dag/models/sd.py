@@ -14,23 +14,22 @@ from typing import Any
 
 import torch
 from dag_kernels import guided
-from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+from diffusers import DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
 from diffusers.utils import convert_state_dict_to_kohya
 from peft import LoraConfig, get_peft_model_state_dict, set_peft_model_state_dict
 from safetensors.torch import save_file
 from torch import Tensor, nn
-from transformers import CLIPTextModel, CLIPTokenizer
-from transformers.utils.logging import disable_progress_bar
 
 from dag import recipe
 from dag.errors import RunError, UsageError
+from dag.models.decoder import Decoder
+from dag.models.levers import checkpoint_activations, choose_attention, compile_blocks, quantise
 from dag.models.source import read_config, resolve
+from dag.models.weights import load_module, load_text_encoder, load_tokenizer
 from dag.protocols import Prediction
 from dag.schedule import PREDICTION_TYPES, Schedule
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-# Bars of our own show what takes time; loading the text encoder does not.
-disable_progress_bar()
 # Below this many tokens a vocabulary is a closed one, in which an unknown word is spelled letter by letter.
 _OPEN_VOCABULARY = 10_000
 
@@ -41,8 +40,9 @@ class StableDiffusion:
     Args:
         model, adapter, sampler: sections of the recipe.
         device: where the UNet and the VAE live.
-        seed:   of the adapter's initialisation.
-        gradient_checkpointing: recompute activations in backward.
+        seed:    of the adapter's initialisation.
+        memory:  the recipe's levers; None pulls none.
+        looking: how previews are decoded; None needs none.
 
     Raises:
         UsageError: the recipe asks for what this model cannot do.
@@ -56,31 +56,29 @@ class StableDiffusion:
         sampler: recipe.Sampler,
         device: torch.device,
         seed: int = 0,
-        gradient_checkpointing: bool = False,
+        memory: recipe.Memory | None = None,
+        looking: recipe.ForwardLooking | None = None,
     ) -> None:
         if model.dtype == "fp16" and device.type == "cpu":
             raise UsageError("model.dtype=fp16 needs a GPU; on a CPU use bf16 or fp32")
         self.device, self.dtype, self.sampler, self.adapter = device, DTYPES[model.dtype], sampler, adapter
+        memory = memory or recipe.Memory()
         self.folder, self._variant = resolve(model), model.variant
         self.source = model.path
         _check_family(self.folder)
-        scheduler = self._load_scheduler()
-        self.schedule: Schedule = _schedule(scheduler, sampler).to(device)
-        # Trainable weights are fp32 masters; frozen ones are held in the compute dtype.
-        frozen = torch.float32 if adapter.kind == "full" else self.dtype
-        self.unet = self._load(UNet2DConditionModel, "unet", frozen)
-        self.vae = self._load(AutoencoderKL, "vae", self.dtype)
-        vae_side = 2 ** (len(self.vae.config.block_out_channels) - 1)
-        resolution = model.resolution or self.unet.config.sample_size * vae_side
-        if resolution % vae_side:
-            raise UsageError(f"model.resolution={resolution} must be a multiple of {vae_side} for this VAE")
-        side = resolution // vae_side
+        self.schedule: Schedule = _schedule(self._load_scheduler(), sampler).to(device)
+        self.layout = torch.channels_last if memory.channels_last else torch.contiguous_format
+        self.attention, self.unet = self._load_unet(memory)
+        self.decoder = Decoder(self.folder, self._variant, self.dtype, device, sampler.tile, memory, looking)
+        resolution = model.resolution or self.unet.config.sample_size * self.decoder.side
+        if resolution % self.decoder.side:
+            raise UsageError(f"model.resolution={resolution} must be a multiple of {self.decoder.side} for this VAE")
+        side = resolution // self.decoder.side
         self.latent_shape = (int(self.unet.config.in_channels), side, side)
         self._text: tuple[Any, Any] | None = None
         self._uncond: Tensor | None = None
         self._add_adapter(seed)
-        if gradient_checkpointing:
-            self.unet.enable_gradient_checkpointing()
+        compile_blocks(self.unet, memory.compile)
 
     @property
     def text_width(self) -> int:
@@ -116,35 +114,43 @@ class StableDiffusion:
     def free_text_encoder(self) -> None:
         self._text = None
 
-    def predict(self, x_t: Tensor, t: Tensor, text: Tensor, *, pretrained: bool = False) -> Prediction:
+    def predict(
+        self, x_t: Tensor, t: Tensor, text: Tensor, *, pretrained: bool = False, unguided: bool = False
+    ) -> Prediction:
         """Network outputs at B states; see `dag.protocols.Policy`. With guidance, one UNet call on 2B rows."""
-        use_guidance = self.sampler.guidance_scale > 1
-        x_t, text = x_t.to(self.dtype), text.to(self.device, self.dtype)
-        if use_guidance:
-            if self._uncond is None:
-                raise RuntimeError("encode() must come before predict(): it embeds the empty prompt")
-            uncond = self._uncond.expand(len(text), -1, -1)
-            x_t, t, text = torch.cat([x_t, x_t]), torch.cat([t, t]), torch.cat([uncond, text])
-        x_t = x_t.contiguous(memory_format=torch.channels_last)
-        with self._adapter_switched(off=pretrained), self._autocast():
-            output = self.unet(x_t, t, encoder_hidden_states=text, return_dict=False)[0]
-        B, guidance_scale = len(output) // (2 if use_guidance else 1), self.sampler.guidance_scale
-        conditional = output[-B:]
-        if use_guidance and self.sampler.guidance_dtype == "model":
+        guidance_scale, B = self.sampler.guidance_scale, len(x_t)
+        x_t = x_t.to(self.dtype).contiguous(memory_format=self.layout)
+        text = text.to(self.device, self.dtype)
+        if unguided or guidance_scale <= 1:
+            output = self._run(x_t, t, text, pretrained)
+            return Prediction(output, B, 1.0, output)
+        if self._uncond is None:
+            raise RuntimeError("encode() must come before predict(): it embeds the empty prompt")
+        uncond = self._uncond.expand(B, -1, -1)
+        if self.sampler.uncond == "frozen":
+            with torch.no_grad():
+                first = self._run(x_t, t, uncond, pretrained=True)
+            output = torch.cat([first, self._run(x_t, t, text, pretrained)])
+        else:
+            twice = torch.cat([x_t, x_t]).contiguous(memory_format=self.layout)
+            output = self._run(twice, torch.cat([t, t]), torch.cat([uncond, text]), pretrained)
+        conditional = output[B:]
+        if self.sampler.guidance_dtype == "model":
             # Published: half precision here amplifies the rounding of both branches by the guidance scale.
             output = guided(conditional, output[:B], guidance_scale)
         return Prediction(output, B, guidance_scale, conditional)
 
-    @torch.no_grad()
+    def _run(self, x_t: Tensor, t: Tensor, text: Tensor, pretrained: bool) -> Tensor:
+        with self._adapter_switched(off=pretrained), self._autocast():
+            return self.unet(x_t, t, encoder_hidden_states=text, return_dict=False)[0]
+
     def decode(self, x_0: Tensor) -> Tensor:
-        """(B, 3, H, W) float32 in [0, 1], decoded `sampler.tile` at a time."""
-        images = []
-        for latents in x_0.split(self.sampler.tile):
-            latents = (latents.float() / self.vae.config.scaling_factor).to(self.vae.dtype)
-            with self._autocast():
-                image = self.vae.decode(latents.contiguous(memory_format=torch.channels_last), return_dict=False)[0]
-            images.append((image.float() / 2 + 0.5).clamp(0, 1))
-        return torch.cat(images)
+        """(B, 3, H, W) float32 in [0, 1]."""
+        return self.decoder(x_0, self._autocast())
+
+    def preview(self, x0_hat: Tensor) -> Tensor:
+        """The same of predicted latents, as the recipe's `forward_looking.decoder` shows them."""
+        return self.decoder.preview(x0_hat, self._autocast())
 
     def trainable(self) -> list[nn.Parameter]:
         return [parameter for parameter in self.unet.parameters() if parameter.requires_grad]
@@ -195,26 +201,21 @@ class StableDiffusion:
             "path": self.source,
             "latent_shape": list(self.latent_shape),
             "prediction_type": self.schedule.prediction_type,
+            "attention": self.attention,
             "parameters": sum(p.numel() for p in self.unet.parameters()),
             "trainable_parameters": sum(p.numel() for p in self.trainable()),
         }
 
-    def _load(self, component: Any, name: str, dtype: torch.dtype) -> Any:
-        """One module in eval mode without gradients."""
-        read_config(self.folder, name)
-        try:
-            module = component.from_pretrained(
-                self.folder,
-                subfolder=name,
-                torch_dtype=dtype,
-                variant=self._variant,
-                use_safetensors=True,
-                local_files_only=True,
-            )
-        except Exception as error:
-            first_line = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-            raise RunError(f"model.path: cannot load {name} from {self.folder}: {first_line}") from None
-        return module.to(self.device, memory_format=torch.channels_last).eval().requires_grad_(False)
+    def _load_unet(self, memory: recipe.Memory) -> tuple[str, Any]:
+        """(attention and its reason, the frozen UNet with the recipe's levers)."""
+        # Trainable weights are fp32 masters; frozen ones are held in the compute dtype.
+        frozen = torch.float32 if self.adapter.kind == "full" else self.dtype
+        unet = load_module(UNet2DConditionModel, self.folder, "unet", frozen, self.device, self._variant)
+        unet.to(memory_format=self.layout)
+        attention = choose_attention(unet, memory.attention, self.device)
+        checkpoint_activations(unet, memory.checkpointing)
+        quantise(unet, memory.base, self.dtype)
+        return attention, unet
 
     def _load_scheduler(self) -> DDIMScheduler:
         config = read_config(self.folder, "scheduler")
@@ -227,22 +228,9 @@ class StableDiffusion:
 
     def _load_text(self) -> tuple[Any, Any]:
         if self._text is None:
-            encoder = self._load_transformers(CLIPTextModel, "text_encoder")
-            tokenizer = self._load_transformers(CLIPTokenizer, "tokenizer")
-            self._text = tokenizer, encoder.to(self.device).eval().requires_grad_(False)
+            encoder = load_text_encoder(self.folder, self.dtype, self.device, self._variant)
+            self._text = load_tokenizer(self.folder), encoder
         return self._text
-
-    def _load_transformers(self, component: Any, name: str) -> Any:
-        options = {} if name == "tokenizer" else {"dtype": self.dtype, "variant": self._variant}
-        if not (self.folder / name).is_dir():
-            raise RunError(
-                f"model.path: {self.folder} has no {name} folder; a Stable Diffusion 1.x/2.x folder is needed"
-            )
-        try:
-            return component.from_pretrained(self.folder / name, local_files_only=True, **options)
-        except Exception as error:
-            first_line = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-            raise RunError(f"model.path: cannot load {name} from {self.folder}: {first_line}") from None
 
     def _add_adapter(self, seed: int) -> None:
         if self.adapter.kind == "full":

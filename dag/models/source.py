@@ -8,7 +8,10 @@ from typing import Any
 from dag import hub, recipe
 from dag.errors import RunError, UsageError
 
-EMBEDDED = Path(__file__).parent.parent / "assets" / "embedded"
+_ASSETS = Path(__file__).parent.parent / "assets"
+EMBEDDED = _ASSETS / "embedded"
+# Configurations without weights, for plans and benchmarks.
+_ARCHITECTURES = {"random-sd15": _ASSETS / "architectures" / "sd15"}
 _LOCAL_HINT = "or give the path of a local diffusers folder: --set model.path=/path/to/model"
 
 
@@ -19,6 +22,8 @@ def local_folder(path: str) -> Path | None:
     """
     if path == "embedded":
         return EMBEDDED
+    if path in _ARCHITECTURES:
+        return _ARCHITECTURES[path]
     folder = Path(path).expanduser()
     if folder.is_dir():
         return folder
@@ -29,6 +34,11 @@ def local_folder(path: str) -> Path | None:
     if re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", path):
         return None
     raise UsageError(f"model.path: there is no folder {path}, and it does not look like a hub id (owner/name)")
+
+
+def is_architecture(folder: Path) -> bool:
+    """Whether its modules get random weights."""
+    return folder in _ARCHITECTURES.values()
 
 
 def resolve(model: recipe.Model) -> Path:

@@ -2,8 +2,8 @@
 
     grad KL(P_F(. | x_t) || F(x_next) P_B(x_t | x_next) / F(x_t)) = E_{P_F}[ sg(delta) grad log P_F ]
 
-(Zhang et al. 2025, Prop. 4.) Any baseline that does not depend on the row itself keeps it unbiased; here it is the
-mean residual of the other trajectories at the same step, so the advantage is -(delta - baseline).
+(Zhang et al. 2025, Prop. 4.) Any baseline that does not depend on the row itself keeps it unbiased: the mean residual
+of the other trajectories at the same step, or of earlier rollouts. The advantage is -(delta - baseline).
 """
 
 from dag_kernels import PLAIN, Kernels
@@ -32,17 +32,21 @@ class KLDivergence(BatchFree):
     def __init__(self, config: Config, kernels: Kernels = PLAIN) -> None:
         self.config, self.kernels = config, kernels
 
-    def advantages(self, residuals: Tensor, residual_scale: Tensor) -> Tensor:
+    def advantages(self, residuals: Tensor, residual_scale: Tensor, running_mean: Tensor) -> Tensor:
         """(N, T) advantages of an update's trajectories.
 
         Formed once over all of them from the scalars of the rollout, so they do not depend on the micro-batch.
-        `baseline: mixed` pools all steps of the update, as the published code does within a shuffled micro-batch.
+        `baseline: mixed` pools all steps of the update, as the published code does within a shuffled micro-batch;
+        `running` needs no other trajectory.
         """
         scaled = residuals / residual_scale
-        rows = scaled.reshape(-1, 1) if self.config.baseline == "mixed" else scaled
-        centred = rows - leave_one_out_mean(rows)
-        if self.config.normalise_advantage:
-            centred = centred / (leave_one_out_std(rows) + _tiny)
+        if self.config.baseline == "running":
+            centred = scaled - running_mean / residual_scale
+        else:
+            rows = scaled.reshape(-1, 1) if self.config.baseline == "mixed" else scaled
+            centred = rows - leave_one_out_mean(rows)
+            if self.config.normalise_advantage:
+                centred = centred / (leave_one_out_std(rows) + _tiny)
         if self.config.advantage_clip is not None:
             centred = centred.clamp(-self.config.advantage_clip, self.config.advantage_clip)
         return -centred.reshape(residuals.shape)

@@ -39,8 +39,13 @@ class Objective(Protocol):
         """Once per rollout: (N,) advantages formed from final rewards (N,), or None."""
         ...
 
-    def advantages(self, residuals: Tensor, residual_scale: Tensor) -> Tensor | None:
-        """Once per update: (N, T) advantages formed from residuals (N, T) and their scales (T,), or None."""
+    def advantages(self, residuals: Tensor, residual_scale: Tensor, running_mean: Tensor) -> Tensor | None:
+        """(N, T) advantages of an update's residuals (N, T), or None.
+
+        Args:
+            residual_scale: (T,)
+            running_mean:   (T,) of the residuals of earlier rollouts.
+        """
         ...
 
     def state_dict(self) -> dict[str, Any]: ...
@@ -54,7 +59,7 @@ class BatchFree:
     def observe(self, reward: Tensor, prompt_id: Tensor) -> Tensor | None:
         return None
 
-    def advantages(self, residuals: Tensor, residual_scale: Tensor) -> Tensor | None:
+    def advantages(self, residuals: Tensor, residual_scale: Tensor, running_mean: Tensor) -> Tensor | None:
         return None
 
     def state_dict(self) -> dict[str, Any]:

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from dag.errors import RunError, UsageError
 from dag.protocols import Reward
-from dag.recipe import RewardTerm, Tower
+from dag.reward_terms import RewardTerm, Tower
 from dag.rewards import (  # noqa: F401  (registers them)
     aesthetic,
     clip_score,

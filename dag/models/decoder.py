@@ -1,0 +1,106 @@
+"""From latents to pictures: the VAE, and cheaper ways to show a predicted latent to a reward.
+
+Legend: B samples, C H W pixels.
+"""
+
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import AutoencoderKL, AutoencoderTiny
+from torch import Tensor
+from torch.nn import functional
+
+from dag import hub, recipe
+from dag.errors import UsageError
+from dag.models.source import EMBEDDED, local_folder
+from dag.models.weights import load_module
+
+# TAESD, for the latents of SD 1.x / 2.x.
+_TINY_AT_HUB = "madebyollin/taesd"
+
+
+class Decoder:
+    """Owns the VAE.
+
+    Args:
+        folder:  of the model.
+        looking: how previews are decoded; None needs none.
+        tile:    pictures per call, unless `memory.decode_batch` says otherwise.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        variant: str | None,
+        dtype: torch.dtype,
+        device: torch.device,
+        tile: int,
+        memory: recipe.Memory,
+        looking: recipe.ForwardLooking | None = None,
+    ) -> None:
+        self.device, self.batch, self.offloads = device, memory.decode_batch or tile, memory.offload_vae
+        self.layout = torch.channels_last if memory.channels_last else torch.contiguous_format
+        self.vae = load_module(AutoencoderKL, folder, "vae", dtype, device, variant).to(memory_format=self.layout)
+        self.side = 2 ** (len(self.vae.config.block_out_channels) - 1)
+        self.kind = "full" if looking is None else looking.decoder
+        self.tiny = None
+        if looking is not None and looking.decoder == "tiny":
+            found = _tiny_folder(looking.decoder_path, folder)
+            self.tiny = load_module(AutoencoderTiny, found.parent, found.name, dtype, device)
+            self.tiny.to(memory_format=self.layout)
+        self._move(torch.device("cpu"))
+
+    @contextmanager
+    def at_work(self) -> Iterator[None]:
+        """Brings an offloaded VAE to the device for the time of a phase."""
+        self._move(self.device)
+        try:
+            yield
+        finally:
+            self._move(torch.device("cpu"))
+
+    def _move(self, device: torch.device) -> None:
+        if self.offloads:
+            self.vae.to(device)
+
+    def __call__(self, x_0: Tensor, autocast: AbstractContextManager[None]) -> Tensor:
+        """(B, 3, H, W) float32 in [0, 1], in full."""
+        return self._decoded(self.vae, x_0 / self.vae.config.scaling_factor, autocast)
+
+    def preview(self, x0_hat: Tensor, autocast: AbstractContextManager[None]) -> Tensor:
+        """The same shape by the recipe's `forward_looking.decoder`."""
+        if self.tiny is not None:
+            # Tiny autoencoders read latents as the UNet has them.
+            return self._decoded(self.tiny, x0_hat, autocast)
+        if self.kind == "half":
+            small = self(functional.avg_pool2d(x0_hat.float(), 2), autocast)
+            # Rewards see the size that they will judge in the end.
+            return functional.interpolate(small, scale_factor=2, mode="bilinear").clamp(0, 1)
+        return self(x0_hat, autocast)
+
+    @torch.no_grad()
+    def _decoded(self, vae: Any, latents: Tensor, autocast: AbstractContextManager[None]) -> Tensor:
+        images, dtype = [], next(vae.parameters()).dtype
+        for part in latents.float().split(self.batch):
+            with autocast:
+                image = vae.decode(part.to(dtype).contiguous(memory_format=self.layout), return_dict=False)[0]
+            images.append((image.float() / 2 + 0.5).clamp(0, 1))
+        return torch.cat(images)
+
+
+def _tiny_folder(path: str | None, folder: Path) -> Path:
+    """The folder of the AutoencoderTiny, downloaded if need be."""
+    key = "objective.forward_looking.decoder_path"
+    if path is None and folder == EMBEDDED:
+        return EMBEDDED / "vae_tiny"
+    path = path or _TINY_AT_HUB
+    found = local_folder(path)
+    if found is None:
+        hint = f"or give a local AutoencoderTiny folder: --set {key}=/path/to/folder"
+        found = hub.snapshot(key, path, ["config.json", "diffusion_pytorch_model.safetensors"], hint)
+    if not (found / "config.json").is_file():
+        raise UsageError(f"{key}: {found} has no config.json; a diffusers AutoencoderTiny folder is needed")
+    return found.resolve()

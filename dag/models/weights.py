@@ -1,0 +1,66 @@
+"""One module of a diffusers folder: its weights, or random ones where the folder is a bare architecture."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import CLIPTextModel, CLIPTokenizer
+from transformers.utils.logging import disable_progress_bar
+
+from dag.errors import RunError
+from dag.models.source import EMBEDDED, is_architecture, read_config
+
+# Bars of our own show what takes time; loading the text encoder does not.
+disable_progress_bar()
+
+
+def load_module(
+    component: Any, folder: Path, name: str, dtype: torch.dtype, device: torch.device, variant: str | None = None
+) -> Any:
+    """A diffusers module on `device`, in eval mode without gradients. Raises RunError."""
+    config = read_config(folder, name)
+    if is_architecture(folder):
+        module = _random(component.from_config, config, dtype, device)
+    else:
+        options = {"torch_dtype": dtype, "variant": variant, "use_safetensors": True, "local_files_only": True}
+        try:
+            module = component.from_pretrained(folder, subfolder=name, **options)
+        except Exception as error:
+            raise RunError(f"model.path: cannot load {name} from {folder}: {_first_line(error)}") from None
+    return module.to(device).eval().requires_grad_(False)
+
+
+def load_text_encoder(folder: Path, dtype: torch.dtype, device: torch.device, variant: str | None = None) -> Any:
+    """The CLIP text model; see `load_module`."""
+    if is_architecture(folder):
+        config = CLIPTextModel.config_class(**read_config(folder, "text_encoder"))
+        module = _random(CLIPTextModel, config, dtype, device)
+    else:
+        module = _from_transformers(CLIPTextModel, folder, "text_encoder", dtype=dtype, variant=variant)
+    return module.to(device).eval().requires_grad_(False)
+
+
+def load_tokenizer(folder: Path) -> Any:
+    """The CLIP tokenizer; an architecture borrows the embedded model's, whose words mean as little to it as any."""
+    return _from_transformers(CLIPTokenizer, EMBEDDED if is_architecture(folder) else folder, "tokenizer")
+
+
+def _from_transformers(component: Any, folder: Path, name: str, **options: Any) -> Any:
+    if not (folder / name).is_dir():
+        raise RunError(f"model.path: {folder} has no {name} folder; a Stable Diffusion 1.x/2.x folder is needed")
+    try:
+        return component.from_pretrained(folder / name, local_files_only=True, **options)
+    except Exception as error:
+        raise RunError(f"model.path: cannot load {name} from {folder}: {_first_line(error)}") from None
+
+
+def _random(build: Any, config: Any, dtype: torch.dtype, device: torch.device) -> Any:
+    """Random weights that depend on nothing but the architecture; on the meta device none at all."""
+    with torch.random.fork_rng(), torch.device(device):
+        torch.manual_seed(0)
+        return build(config).to(dtype)
+
+
+def _first_line(error: Exception) -> str:
+    lines = str(error).strip().splitlines()
+    return lines[0] if lines else type(error).__name__

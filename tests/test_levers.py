@@ -1,0 +1,216 @@
+"""Every lever on memory, on and off: what it may change, and that it does something."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from building import disturb, parts_of, rolled_out
+from torch import Tensor
+from torch.autograd.graph import saved_tensors_hooks
+
+from dag.errors import UsageError
+from dag.parts import Parts
+from dag.recipe import Recipe
+from dag.rollout import is_scored
+from dag.run_folder import RunFolder
+from dag.trajectory import ChainStore
+
+MakeRecipe = Callable[..., Recipe]
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> RunFolder:
+    return RunFolder.create(tmp_path / "run")
+
+
+def states(parts: Parts, rows: int = 4) -> tuple[Tensor, Tensor, Tensor]:
+    """Inputs of `predict`."""
+    generator = torch.Generator().manual_seed(3)
+    x_t = torch.randn(rows, *parts.policy.latent_shape, generator=generator)
+    return x_t, parts.policy.schedule.timesteps[1].expand(rows), parts.text[torch.arange(rows) % len(parts.text)]
+
+
+def gradients(parts: Parts) -> list[Tensor]:
+    """Of a prediction's squares with respect to the adapter."""
+    for parameter in parts.policy.trainable():
+        parameter.grad = None
+    parts.policy.predict(*states(parts)).rows.float().square().sum().backward()
+    return [p.grad.clone() for p in parts.policy.trainable() if p.grad is not None]
+
+
+def saved_bytes(parts: Parts) -> int:
+    """Of the tensors that a prediction keeps for its backward, each storage once, weights left out."""
+    seen: dict[int, int] = {}
+    weights = {p.untyped_storage().data_ptr() for p in parts.policy.unet.parameters()}
+
+    def pack(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in weights:
+            seen[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    with saved_tensors_hooks(pack, lambda tensor: tensor):
+        kept = parts.policy.predict(*states(parts))
+    del kept
+    return sum(seen.values())
+
+
+# -- activations --------------------------------------------------------------------------------------------------
+
+
+def test_checkpointing_saves_activations_and_changes_no_bit(make_recipe: MakeRecipe) -> None:
+    found, kept = [], []
+    for kind in ("none", "selective", "full"):
+        parts = parts_of(make_recipe(memory={"checkpointing": kind}))
+        disturb(parts)
+        found.append(gradients(parts))
+        kept.append(saved_bytes(parts))
+    assert all(torch.equal(a, b) and torch.equal(a, c) for a, b, c in zip(*found, strict=True))
+    assert kept[0] > kept[1] > kept[2]
+
+
+def test_memory_layout_changes_rounding_alone(make_recipe: MakeRecipe) -> None:
+    found = []
+    for channels_last in (True, False):
+        parts = parts_of(make_recipe(memory={"channels_last": channels_last}))
+        disturb(parts)
+        weight = parts.policy.unet.conv_in.weight
+        assert weight.is_contiguous(memory_format=torch.channels_last) or not channels_last
+        assert weight.is_contiguous() or channels_last
+        found.append(gradients(parts))
+    scale = max(float(gradient.abs().max()) for gradient in found[0])
+    assert max(float((a - b).abs().max()) for a, b in zip(*found, strict=True)) < 1e-5 * scale
+
+
+def test_xformers_needs_a_gpu(make_recipe: MakeRecipe) -> None:
+    if torch.cuda.is_available():
+        pytest.skip("it would run")
+    with pytest.raises(UsageError, match="attention=xformers needs a GPU"):
+        parts_of(make_recipe(memory={"attention": "xformers"}))
+    assert parts_of(make_recipe()).policy.describe()["attention"].startswith("sdpa (auto")
+
+
+# -- weights ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("kind", "bits", "bound"), [("int8", 8, 0.02), ("nf4", 4, 0.25)])
+def test_a_quantised_base_is_smaller_close_and_trains(
+    make_recipe: MakeRecipe, run: RunFolder, kind: str, bits: int, bound: float
+) -> None:
+    pytest.importorskip("bitsandbytes")
+    plain, small = (parts_of(make_recipe(memory={"base": base})) for base in ("compute", kind))
+    name = "mid_block.attentions.0.transformer_blocks.0.ff.net.2"
+    before, after = (parts.policy.unet.get_submodule(name).weight for parts in (plain, small))
+    assert after.nbytes * 32 == before.nbytes * bits
+    with torch.no_grad():
+        exact, found = (parts.policy.predict(*states(parts)).guided for parts in (plain, small))
+    error = float((found - exact).norm() / exact.norm())
+    assert 0 < error < bound
+    trainer, trajectories = rolled_out(make_recipe(memory={"base": kind}), run)
+    assert float(trainer.update(trajectories, 0)["grad_norm_policy"]) > 0
+    assert set(trainer.parts.policy.state_dict()) == set(plain.policy.state_dict()), "the adapter has the same layers"
+
+
+@pytest.mark.parametrize("kind", ["adamw8bit", "paged_adamw8bit"])
+def test_eight_bit_states_for_policy_and_flow(make_recipe: MakeRecipe, run: RunFolder, kind: str) -> None:
+    pytest.importorskip("bitsandbytes")
+    recipe = make_recipe(
+        train={"optimizer": kind}, flow={"optimizer": kind, "channels": [64]}, adapter={"kind": "full"}
+    )
+    trainer, trajectories = rolled_out(recipe, run)
+    trainer.update(trajectories, 0)
+    for stepper in trainer.parts.learner.steppers():
+        assert any(state["state1"].dtype == torch.uint8 for state in stepper.optimizer.state.values())
+
+
+# -- guidance -----------------------------------------------------------------------------------------------------
+
+
+def test_a_frozen_unconditional_branch_is_the_pretrained_one(make_recipe: MakeRecipe) -> None:
+    trained, frozen = (parts_of(make_recipe(sampler={"uncond": kind})) for kind in ("trained", "frozen"))
+    for parts in (trained, frozen):
+        disturb(parts)
+    with torch.no_grad():
+        both = frozen.policy.predict(*states(frozen))
+        pretrained = frozen.policy.predict(*states(frozen), pretrained=True)
+        adapted = trained.policy.predict(*states(trained))
+    torch.testing.assert_close(both.rows[:4], pretrained.rows[:4], rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(both.rows[4:], adapted.rows[4:], rtol=1e-5, atol=1e-5)
+    assert float((adapted.rows[:4] - both.rows[:4]).abs().max()) > 1e-3
+    # No graph for the unconditional rows.
+    frozen.policy.predict(*states(frozen)).rows[:4].float().sum().backward()
+    assert all(p.grad is None or not p.grad.any() for p in frozen.policy.trainable())
+
+
+# -- pictures -----------------------------------------------------------------------------------------------------
+
+
+def test_decode_batch_changes_rounding_alone(make_recipe: MakeRecipe) -> None:
+    x_0 = torch.randn(5, 4, 8, 8)
+    pictures = [parts_of(make_recipe(memory={"decode_batch": n})).policy.decode(x_0) for n in (None, 1, 3)]
+    for other in pictures[1:]:
+        torch.testing.assert_close(other, pictures[0], rtol=0, atol=1e-5)
+
+
+def test_an_offloaded_vae_is_at_work_only_in_its_phase(
+    make_recipe: MakeRecipe, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    parts, moves = parts_of(make_recipe(memory={"offload_vae": True})), []
+    monkeypatch.setattr(parts.policy.decoder.vae, "to", lambda device: moves.append(device.type))
+    parts.policy.decoder.device = torch.device("meta")
+    with parts.scoring():
+        assert moves == ["meta"]
+    assert moves == ["meta", "cpu"]
+
+
+def test_previews_are_close_to_the_picture_and_cheaper_decoders_are_used(make_recipe: MakeRecipe) -> None:
+    x_0 = torch.nn.functional.interpolate(torch.randn(3, 4, 4, 4), scale_factor=2, mode="bilinear")
+    full, half = (
+        parts_of(make_recipe(objective={"beta": {"value": 1.0}, "forward_looking": {"decoder": kind}})).policy
+        for kind in ("full", "half")
+    )
+    assert torch.equal(full.preview(x_0), full.decode(x_0))
+    assert torch.equal(half.decode(x_0), full.decode(x_0)), "the final picture is always decoded in full"
+    assert half.preview(x_0).shape == full.preview(x_0).shape
+    assert not torch.equal(half.preview(x_0), full.preview(x_0))
+
+
+def test_stride_scores_fewer_states_and_holds_the_newest(make_recipe: MakeRecipe, run: RunFolder) -> None:
+    assert [k for k in range(10) if is_scored(k, 10, 4)] == [0, 4, 7, 8, 9]
+    sections = {"sampler": {"steps": 7}, "train": {"updates": 1}}
+    looking = {"beta": {"value": 1.0}, "forward_looking": {"stride": 3}}
+    _, every = rolled_out(make_recipe(**sections), run)
+    _, third = rolled_out(make_recipe(**sections, objective=looking), run)
+    assert every.looking is not None and third.looking is not None
+    for k, scored in enumerate([0, 0, 0, 3, 4, 5, 6]):
+        assert torch.equal(third.looking[:, k], every.looking[:, scored])
+    assert not torch.equal(every.looking[:, 0], every.looking[:, 1])
+
+
+# -- storage ------------------------------------------------------------------------------------------------------
+
+
+def test_chains_are_stored_once_and_in_order() -> None:
+    tiles = torch.randn(3, 5, 2, 4, 4).split([2, 2, 1], dim=1)
+    store = ChainStore(3, 5, torch.device("cpu"))
+    for tile in tiles:
+        store.put(tile)
+    assert torch.equal(store.finish(), torch.cat(tiles, dim=1))
+
+
+def test_bytes_of_a_trajectory(make_recipe: MakeRecipe, run: RunFolder) -> None:
+    """SD 1.5's 4x64x64 latents and 50 steps in fp16: 51 states and three scalars a step."""
+    for chain, size in (("fp32", 4), ("fp16", 2)):
+        _, trajectories = rolled_out(make_recipe(sampler={"chain_dtype": chain}), run)
+        # Besides: reward in float32, two int64 ids.
+        assert trajectories.bytes_per_trajectory == 5 * 256 * size + 3 * 4 * 4 + 4 + 16
+
+
+@pytest.mark.parametrize("chains", ["device", "cpu"])
+def test_where_chains_wait_changes_nothing(make_recipe: MakeRecipe, run: RunFolder, chains: Any) -> None:
+    trainer, trajectories = rolled_out(make_recipe(memory={"chains": chains}), run)
+    rows = torch.tensor([6, 1])
+    assert torch.equal(trajectories.states(2, rows), trajectories.chain[2, rows])
+    assert trainer.update(trajectories, 0)["ratio_max_dev"] == 0.0
