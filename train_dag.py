@@ -80,6 +80,30 @@ def _flat(data: Any, prefix: str = "") -> dict[str, Any]:
     }
 
 
+def plan_memory(config: Recipe) -> None:
+    """What the recipe will need, and whether that is within its budget."""
+    from dag import forecast
+
+    for line in forecast.describe(config):
+        print(line, flush=True)
+    forecast.check_budget(config)
+
+
+def check_memory(config: Recipe) -> None:
+    """Refuse a recipe beyond its budget, and hold the GPU's allocator to it."""
+    budget = config.memory.budget_gib
+    if budget is None:
+        return
+    import torch
+
+    from dag import forecast
+
+    forecast.check_budget(config)
+    if torch.cuda.is_available():
+        total = torch.cuda.get_device_properties(0).total_memory
+        torch.cuda.set_per_process_memory_fraction(min(1.0, budget * forecast.GIB / total))
+
+
 def train(config: Recipe, run: RunFolder, resume_from: Path | None) -> None:
     # Here, not above: these imports take seconds, and --plan and mistakes need none of them.
     from accelerate import Accelerator
@@ -128,9 +152,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         config = load(arguments.recipe, arguments.set)
         if arguments.plan:
-            print(plan.describe(config, len(prompts.load_prompts(config.prompts).training)))
+            print(plan.describe(config, len(prompts.load_prompts(config.prompts).training)), flush=True)
+            plan_memory(config)
             return 0
         prompts.load_prompts(config.prompts)
+        check_memory(config)
         run, resume_from = open_run(arguments, config)
         print(f"run folder {run.path}", flush=True)
         train(config, run, resume_from)

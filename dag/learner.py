@@ -140,6 +140,8 @@ class Learner:
                 for k, weight in self.choose_steps():
                     output, regulariser = self.rows_loss(rollout, tile, k, advantages)
                     self.backward(output, regulariser, weight, len(rows), share)
+                    # Or what hangs on the graph stays through the next forward pass.
+                    del output, regulariser
                     on_rows(len(tile))
 
         self.update(accumulate, outcome)

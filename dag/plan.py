@@ -110,5 +110,4 @@ def describe(recipe: Recipe, num_prompts: int) -> str:
             f"ratio         micro-batch {train.micro_batch} is not the tile {sampler.tile}: log P_F is recomputed up to float "
             "rounding; set them equal for a first ratio of exactly 1"
         )
-    lines.append("memory        not predicted by this version")
     return "\n".join(lines)

@@ -27,7 +27,7 @@ LAYERS = (
     (4, ("dag.flow_fit", "dag.evaluate")),
     (4, ("dag.learner",)),
     (4, ("dag.one_pass",)),
-    (5, ("dag.parts",)),
+    (5, ("dag.parts", "dag.forecast")),
     (5, ("dag.trainer",)),
     (6, ("train_dag", "dag.sample", "dag.score", "dag.assets.build")),
 )

@@ -48,8 +48,7 @@ class Decoder:
         self.kind = "full" if looking is None else looking.decoder
         self.tiny = None
         if looking is not None and looking.decoder == "tiny":
-            found = _tiny_folder(looking.decoder_path, folder)
-            self.tiny = load_module(AutoencoderTiny, found.parent, found.name, dtype, device)
+            self.tiny = _load_tiny(looking.decoder_path, folder, dtype, device)
             self.tiny.to(memory_format=self.layout)
         self._move(torch.device("cpu"))
 
@@ -63,7 +62,7 @@ class Decoder:
             self._move(torch.device("cpu"))
 
     def _move(self, device: torch.device) -> None:
-        if self.offloads:
+        if self.offloads and self.device.type != "meta":
             self.vae.to(device)
 
     def __call__(self, x_0: Tensor, autocast: AbstractContextManager[None]) -> Tensor:
@@ -89,6 +88,15 @@ class Decoder:
                 image = vae.decode(part.to(dtype).contiguous(memory_format=self.layout), return_dict=False)[0]
             images.append((image.float() / 2 + 0.5).clamp(0, 1))
         return torch.cat(images)
+
+
+def _load_tiny(path: str | None, folder: Path, dtype: torch.dtype, device: torch.device) -> Any:
+    """The AutoencoderTiny; where nothing is computed, TAESD's architecture, which is diffusers' default."""
+    if device.type == "meta" and folder != EMBEDDED:
+        with device:
+            return AutoencoderTiny().to(dtype).eval().requires_grad_(False)
+    found = _tiny_folder(path, folder)
+    return load_module(AutoencoderTiny, found.parent, found.name, dtype, device)
 
 
 def _tiny_folder(path: str | None, folder: Path) -> Path:

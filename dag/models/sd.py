@@ -30,6 +30,8 @@ from dag.protocols import Prediction
 from dag.schedule import PREDICTION_TYPES, Schedule
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+# Where a text encoder's config does not say, as transformers assumes.
+_CLIP_TOKENS = 77
 # Below this many tokens a vocabulary is a closed one, in which an unknown word is spelled letter by letter.
 _OPEN_VOCABULARY = 10_000
 
@@ -83,6 +85,17 @@ class StableDiffusion:
     @property
     def text_width(self) -> int:
         return int(self.unet.config.cross_attention_dim)
+
+    @property
+    def text_shape(self) -> tuple[int, int]:
+        """(S, D) of a prompt's embedding."""
+        return int(
+            read_config(self.folder, "text_encoder").get("max_position_embeddings", _CLIP_TOKENS)
+        ), self.text_width
+
+    def blank_prompt(self) -> None:
+        """An empty prompt's embedding without its values, where nothing is computed."""
+        self._uncond = torch.empty(1, *self.text_shape, dtype=self.dtype, device=self.device)
 
     def encode(self, prompts: Sequence[str]) -> Tensor:
         """(P, S, D) embeddings on the CPU in the compute dtype. The text encoder is freed afterwards."""
@@ -265,7 +278,8 @@ class StableDiffusion:
     def _autocast(self) -> Any:
         if self.dtype == torch.float32:
             return contextlib.nullcontext()
-        return torch.autocast(self.device.type, self.dtype)
+        # Meta tensors have no autocast of their own; `dag.accounting` follows this one's dtypes.
+        return torch.autocast("cpu" if self.device.type == "meta" else self.device.type, self.dtype)
 
 
 def _check_family(folder: Path) -> None:

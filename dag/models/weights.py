@@ -4,6 +4,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 from transformers import CLIPTextModel, CLIPTokenizer
 from transformers.utils.logging import disable_progress_bar
 
@@ -19,7 +20,7 @@ def load_module(
 ) -> Any:
     """A diffusers module on `device`, in eval mode without gradients. Raises RunError."""
     config = read_config(folder, name)
-    if is_architecture(folder):
+    if is_architecture(folder) or device.type == "meta":
         module = _random(component.from_config, config, dtype, device)
     else:
         options = {"torch_dtype": dtype, "variant": variant, "use_safetensors": True, "local_files_only": True}
@@ -58,7 +59,8 @@ def _random(build: Any, config: Any, dtype: torch.dtype, device: torch.device) -
     """Random weights that depend on nothing but the architecture; on the meta device none at all."""
     with torch.random.fork_rng(), torch.device(device):
         torch.manual_seed(0)
-        return build(config).to(dtype)
+        # Diffusers' own `to` warns about weights that nobody has trained.
+        return nn.Module.to(build(config), dtype)
 
 
 def _first_line(error: Exception) -> str:

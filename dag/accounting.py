@@ -1,0 +1,153 @@
+"""Bytes of tensors alive, counted operator by operator; on the meta device without computing anything.
+
+Owns the counting, and what it takes for a run on the meta device to hold the tensors that CUDA would. Knows no model.
+"""
+
+import weakref
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves, tree_map
+
+_ATEN = torch.ops.aten
+# Below autograd, where a composite operator is still its plain definition and not what `as_on_cuda` makes of it.
+_META = torch._C.DispatchKeySet(torch._C.DispatchKey.Meta)
+# CUDA's lists of autocast (ATen/autocast_mode.h), as far as diffusers' networks call what is on them.
+_RUN_IN_HALF = (_ATEN.linear.default, _ATEN.conv2d.default)
+_RUN_IN_FLOAT32 = (_ATEN.layer_norm.default, _ATEN.group_norm.default, _ATEN.upsample_nearest2d.vec)
+
+
+class LiveBytes(TorchDispatchMode):
+    """Counts the bytes of the tensors alive, now and at their peak, by device-independent bookkeeping.
+
+    A storage counts once, whatever its views, from the operator that returned it until its last reference is gone:
+    autograd's count, and so does one that outlives the `with` block. Storages that were there before count if they were
+    given to `include`. A mode can be entered again, and keeps no tensor alive.
+
+    Not seen: what an operator allocates and frees inside itself (a convolution's workspace or change of memory format,
+    the fp32 accumulator of flash attention's backward pass; under `torch.inference_mode` also the steps of a composite
+    operator), what the allocator rounds up or leaves unused, and a change of a storage's size.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.current = 0
+        self.peak = 0
+        # By id, which is given to no other storage before the reference's callback has run.
+        self._alive: dict[int, weakref.ref[torch.UntypedStorage]] = {}
+
+    def reset_peak(self) -> None:
+        """The peak starts again from what is alive now."""
+        self.peak = self.current
+
+    def include(self, tensors: Iterable[Tensor]) -> int:
+        """Count tensors that exist already, such as weights; returns the bytes that were not counted before."""
+        before = self.current
+        for tensor in tensors:
+            self._count(tensor.untyped_storage())
+        return self.current - before
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        result = func(*args, **kwargs)
+        # A view of a weight is no new storage: only `include` counts the weight.
+        known = {id(tensor.untyped_storage()) for tensor in _tensors((args, kwargs))}
+        for tensor in _tensors(result):
+            storage = tensor.untyped_storage()
+            if id(storage) not in known:
+                self._count(storage)
+        return result
+
+    def _count(self, storage: torch.UntypedStorage) -> None:
+        key, size = id(storage), storage.nbytes()
+        if key in self._alive:
+            return
+
+        def freed(_: object) -> None:
+            del self._alive[key]
+            self.current -= size
+
+        self._alive[key] = weakref.ref(storage, freed)
+        self.current += size
+        self.peak = max(self.peak, self.current)
+
+
+@contextmanager
+def as_on_cuda() -> Iterator[None]:
+    """Meta tensors take the way they would take on CUDA; other tensors go theirs. Cannot be nested.
+
+    Attention: PyTorch gives meta tensors its reference implementation, which holds the attention matrices in fp32. Here
+    they get the memory-efficient kernel, which holds what flash attention holds. Attention with a mask is left alone.
+
+    Autocast: PyTorch has none for meta tensors, and `torch.autocast("meta")` raises. Here they follow CUDA's rules
+    inside `torch.autocast("cpu", dtype)`, a region that gradient checkpointing restores when it recomputes. Unlike
+    CUDA's, it does not keep the casts of trainable weights until the region ends: a full fine-tune's forward pass
+    without gradients takes less here.
+    """
+    library = torch.library.Library("aten", "IMPL")
+    library.impl("scaled_dot_product_attention", _attention, "AutogradMeta")
+    for operator in _RUN_IN_HALF + _RUN_IN_FLOAT32:
+        library.impl(operator, partial(_with_autocast, operator), "AutogradMeta")
+    try:
+        yield
+    finally:
+        # What a library registers lives as long as the library.
+        del library
+
+
+def peak_of(call: Callable[[], object], existing: Iterable[Tensor] = ()) -> int:
+    """Bytes alive at the peak of a call, `existing` tensors (weights, inputs) included.
+
+    Tensors on the meta device are treated as on CUDA; see `as_on_cuda`.
+    """
+    with LiveBytes() as live, as_on_cuda():
+        live.include(existing)
+        call()
+    return live.peak
+
+
+def _tensors(tree: Any) -> list[Tensor]:
+    return [leaf for leaf in tree_leaves(tree) if isinstance(leaf, Tensor)]
+
+
+def _with_autocast(operator: Any, *args: Any, **kwargs: Any) -> Any:
+    """A composite operator on meta tensors, in the dtype of CUDA's autocast."""
+    if torch.is_autocast_enabled("cpu"):
+        dtype = torch.get_autocast_dtype("cpu") if operator in _RUN_IN_HALF else torch.float32
+        args, kwargs = tree_map(partial(_cast, dtype=dtype), (args, kwargs))
+    return operator.redispatch(_META, *args, **kwargs)
+
+
+def _attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Tensor | None = None,
+    dropout: float = 0.0,
+    is_causal: bool = False,
+    *,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+) -> Tensor:
+    """(B, heads, tokens, width) of meta tensors, without the (tokens, tokens) matrices."""
+    if torch.is_autocast_enabled("cpu"):
+        dtype = torch.get_autocast_dtype("cpu")
+        query, key, value, mask = (_cast(tensor, dtype) for tensor in (query, key, value, mask))
+    if mask is not None or enable_gqa:
+        return _ATEN.scaled_dot_product_attention.default.redispatch(
+            _META, query, key, value, mask, dropout, is_causal, scale=scale, enable_gqa=enable_gqa
+        )
+    # Like flash attention, with the logarithms of the sums even where no backward pass will need them.
+    options = {"compute_log_sumexp": True, "dropout_p": dropout, "is_causal": is_causal, "scale": scale}
+    return _ATEN._scaled_dot_product_efficient_attention(query, key, value, None, **options)[0]
+
+
+def _cast(value: Any, dtype: torch.dtype) -> Any:
+    return value.to(dtype) if isinstance(value, Tensor) and value.is_floating_point() else value
