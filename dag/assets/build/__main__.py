@@ -15,6 +15,7 @@ Stages, in order; each leaves files in the work folder, so that one can be repea
     scorer    the CLIP model that scores pictures against prompts
     denoiser  text encoder and UNet: the text-to-image model
     continue  the denoiser again, from the weights in the out folder
+    tiny_vae  the decoder for previews; again after each run of denoiser or continue, which replace its folder
     measure   fidelity table and sample picture
 """
 
@@ -25,7 +26,7 @@ from pathlib import Path
 
 import numpy as np
 
-from dag.assets.build import data, denoiser, judge, measure, scorer, tokenizer, vae
+from dag.assets.build import data, denoiser, judge, measure, scorer, tiny_vae, tokenizer, vae
 from dag.assets.build.clock import Clock
 
 _RECONSTRUCTED = 16_000
@@ -66,6 +67,10 @@ def _continue(work: Path, out: Path, clock: Clock) -> None:
     denoiser.train(work, out, data.load(work), clock, from_shipped=True)
 
 
+def _tiny_vae(work: Path, out: Path, clock: Clock) -> None:
+    tiny_vae.train(work, out, data.load(work))
+
+
 def _measure(work: Path, out: Path, clock: Clock) -> None:
     measure.report(work, out, data.load(work))
 
@@ -77,6 +82,7 @@ STAGES: dict[str, Callable[[Path, Path, Clock], None]] = {
     "scorer": _scorer,
     "denoiser": _denoiser,
     "continue": _continue,
+    "tiny_vae": _tiny_vae,
     "measure": _measure,
 }
 
