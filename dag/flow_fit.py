@@ -73,15 +73,9 @@ class FlowFit:
             table, scalars.looking[rows], scalars.log_pf[rows], scalars.log_pb[rows], scalars.log_reward[rows]
         )
 
-    def calibrate(self, residuals: Tensor) -> dict[str, float | list[float]]:
+    def calibrate(self, residuals: Tensor) -> None:
         """Centre the flow's constants on a rollout's residuals (N, T), and track their mean and scale per step."""
-        mean, rms = residuals.mean(0), residuals.square().mean(0).sqrt()
-        measured: dict[str, float | list[float]] = {
-            "residual_mean": float(residuals.mean()),
-            "residual_rms": float(residuals.square().mean().sqrt()),
-            "residual_mean_per_step": mean.tolist(),
-            "residual_rms_per_step": rms.tolist(),
-        }
+        mean = residuals.mean(0)
         # The constants move a step's residuals alike: their spread stays.
         spread = residuals.std(0, correction=0).clamp(min=1e-6)
         if self.calibration > 0:
@@ -95,7 +89,6 @@ class FlowFit:
         if self.is_scaled:
             self.residual_scale = (1 - rate) * self.residual_scale + rate * spread
         self.is_calibrated = True
-        return measured
 
     def train(
         self,
@@ -124,3 +117,13 @@ class FlowFit:
             log_F_next = with_rewarded_end(log_F_next, scalars.log_reward[rows], k == T - 1)
         log_F = self.log_F_tilde(trajectories, rows, k) + scalars.looking[rows, k]
         return residual(log_F, scalars.log_pf[rows, k], scalars.log_pb[rows, k], log_F_next)
+
+
+def describe_residuals(residuals: Tensor) -> dict[str, float | list[float]]:
+    """Metrics of a rollout's residuals (N, T), before the flow is fitted to them."""
+    return {
+        "residual_mean": float(residuals.mean()),
+        "residual_rms": float(residuals.square().mean().sqrt()),
+        "residual_mean_per_step": residuals.mean(0).tolist(),
+        "residual_rms_per_step": residuals.square().mean(0).sqrt().tolist(),
+    }

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from dag.balance import Transition
 from dag.errors import RunError
-from dag.flow_fit import FlowFit
+from dag.flow_fit import FlowFit, describe_residuals
 from dag.objectives import Objective, ObjectiveOutput
 from dag.optim import Stepper
 from dag.protocols import Policy, Prediction
@@ -97,7 +97,9 @@ class Learner:
         rollout = self.rollout(trajectories, epoch, score)
         if self.flow_fit is not None and rollout.scalars is not None:
             everything = torch.arange(trajectories.num_trajectories, device=self.device)
-            metrics |= self.flow_fit.calibrate(self.flow_fit.residuals(trajectories, rollout.scalars, everything))
+            residuals = self.flow_fit.residuals(trajectories, rollout.scalars, everything)
+            metrics |= describe_residuals(residuals)
+            self.flow_fit.calibrate(residuals)
             self.train_flow(rollout)
         per_trajectory = self.objective.observe(trajectories.reward.cpu(), trajectories.prompt_id)
         if self.flow_fit is not None and epoch < self.recipe.flow.warmup_epochs:

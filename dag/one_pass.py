@@ -22,7 +22,7 @@ from dag_kernels import SampledStep, TransitionLogProbs, residual
 from torch import Tensor
 
 from dag.balance import residual_table
-from dag.flow_fit import FlowFit
+from dag.flow_fit import FlowFit, describe_residuals
 from dag.learner import Learner, Outcome
 from dag.protocols import Prediction
 from dag.recipe import ForwardLooking, PolicyGradient, Sampler
@@ -93,18 +93,32 @@ class OnePass:
         Returns:
             (trajectories, metrics); the trajectories' chain is empty unless flow-only passes need it.
         """
-        outcome, tables, parts = Outcome(), [], []
-        train, num_states = self.learner.recipe.train, self.schedule.num_transitions + 1
-        store = ChainStore(num_states if self.keeps_chain else 0, len(batch.sample_id), self.device)
-        for group in batch.tiles(len(batch.sample_id) // train.updates):
-            for tile in self.learner.update(partial(self._group, group, epoch, scorer, timed, on_rows), outcome):
-                store.put(torch.stack(tile.states)[: store.num_states])
-                parts.append(self._trajectories(tile))
-                tables.append(torch.stack(tile.log_F_tilde, 1))
-        trajectories = concatenate(parts, store.finish())
-        with timed("update"):
-            metrics = self._fit_flow(trajectories, torch.cat(tables), epoch)
-        return trajectories, metrics | outcome.metrics()
+        outcome, parts, residuals = Outcome(), [], []
+        count, num_states = len(batch.sample_id), self.schedule.num_transitions + 1
+        size = count // self.learner.recipe.train.updates
+        store = ChainStore(num_states if self.keeps_chain else 0, count, self.device)
+        for group in batch.tiles(size):
+            tiles = self.learner.update(partial(self._group, group, epoch, scorer, timed, on_rows), outcome)
+            with timed("update"):
+                for tile in tiles:
+                    store.put(torch.stack(tile.states)[: store.num_states])
+                drawn = concatenate([self._trajectories(tile) for tile in tiles], store.filled_part(size))
+                log_F_tilde = torch.cat([torch.stack(tile.log_F_tilde, 1) for tile in tiles])
+                residuals.append(self._fit_flow(drawn, log_F_tilde, epoch))
+            parts.append(drawn)
+        measured = describe_residuals(torch.cat(residuals))
+        return concatenate(parts, store.finish()), measured | outcome.metrics()
+
+    def _fit_flow(self, trajectories: Trajectories, log_F_tilde: Tensor, epoch: int) -> Tensor:
+        """Calibrate on an update's residuals (N, T), which are returned; then flow-only passes."""
+        rollout = self.learner.rollout(trajectories, epoch)
+        scalars = rollout.scalars
+        assert scalars is not None
+        residuals = residual_table(log_F_tilde, scalars.looking, scalars.log_pf, scalars.log_pb, scalars.log_reward)
+        self.flow_fit.calibrate(residuals)
+        if self.keeps_chain:
+            self.learner.train_flow(rollout)
+        return residuals
 
     def _group(
         self,
@@ -121,17 +135,6 @@ class OnePass:
             tiles.append(self._start(rows, scorer(rows)))
             self._walk(tiles[-1], epoch, len(group.sample_id), outcome, timed, on_rows)
         return tiles
-
-    def _fit_flow(self, trajectories: Trajectories, log_F_tilde: Tensor, epoch: int) -> dict[str, Any]:
-        """Calibrate on the epoch's residuals, each at the policy and flow it was sampled with; flow-only passes."""
-        rollout = self.learner.rollout(trajectories, epoch)
-        scalars = rollout.scalars
-        assert scalars is not None
-        residuals = residual_table(log_F_tilde, scalars.looking, scalars.log_pf, scalars.log_pb, scalars.log_reward)
-        metrics = self.flow_fit.calibrate(residuals)
-        if self.keeps_chain:
-            self.learner.train_flow(rollout)
-        return dict(metrics)
 
     # -- one micro-batch -----------------------------------------------------------------------------------------
 

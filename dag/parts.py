@@ -47,6 +47,17 @@ class Parts:
         with self.reward.at_work(), self.policy.decoder.at_work():
             yield
 
+    def standing(self) -> Iterator[Tensor]:
+        """What is in memory between two phases: weights, gradients, optimizer states."""
+        decoder, flow = self.policy.decoder, self.flow
+        for module in (self.policy.unet, decoder.vae, decoder.tiny, flow):
+            if module is not None:
+                yield from (*module.parameters(), *module.buffers())
+        for stepper in self.learner.steppers():
+            yield from (p.grad for p in stepper.parameters if p.grad is not None)
+            for state in stepper.optimizer.state.values():
+                yield from (value for value in state.values() if isinstance(value, Tensor))
+
     @property
     def kernels(self) -> Kernels:
         return self.policy.schedule.kernels
@@ -56,11 +67,20 @@ class Parts:
         return None if self.learner.flow_fit is None else self.learner.flow_fit.flow
 
 
-def build(recipe: Recipe, device: torch.device, warn: Callable[[str], object] = print) -> Parts:
-    """Load the model and assemble everything. Cheap mistakes (prompts, rewards) surface before the model is read."""
+def build(
+    recipe: Recipe,
+    device: torch.device,
+    warn: Callable[[str], object] = print,
+    reward: RewardSum | None = None,
+) -> Parts:
+    """Load the model and assemble everything. Cheap mistakes (prompts, rewards) surface before the model is read.
+
+    Args:
+        reward: instead of the recipe's own.
+    """
     found = prompts.load_prompts(recipe.prompts)
     texts = (*found.training, *found.held_out)
-    reward = RewardSum(recipe.reward, device)
+    reward = reward or RewardSum(recipe.reward, device)
     try:
         kernels = choose(recipe.kernels, device)
     except ValueError as error:
@@ -116,11 +136,11 @@ def describe_run(recipe: Recipe, parts: Parts, device: torch.device) -> dict[str
         "python": platform.python_version(),
         "versions": {name: importlib.metadata.version(name) for name in packages},
         "jpeg": features.version("libjpeg_turbo") or features.version("jpg"),
-        "commit": _git_commit(),
+        "commit": git_commit(),
     }
 
 
-def _git_commit() -> str | None:
+def git_commit() -> str | None:
     """The commit of this code, with -dirty if it was changed; None outside a repository."""
     try:
         command = ["git", "describe", "--always", "--dirty", "--abbrev=12"]

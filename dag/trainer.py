@@ -124,13 +124,13 @@ class Trainer:
         total = recipe.train.trajectories * learner.schedule.num_transitions
         try:
             with self.parts.scoring(), self._bar(epoch, "one pass", total) as bar:
-                return one_pass.learn(self.batch(epoch), epoch, self._tile_scorer, self._timed, bar.update)
+                return one_pass.learn(self.batch(epoch), epoch, self.tile_scorer, self.timed, bar.update)
         except RunError:
             if learner.optimizer_step == before:
                 self.save_checkpoint(epoch)
             raise
 
-    def _tile_scorer(self, tile: Batch) -> Score:
+    def tile_scorer(self, tile: Batch) -> Score:
         return self._scorer(tile.prompt_id, tile.sample_id)
 
     def _looking(self) -> ForwardLooking | None:
@@ -149,13 +149,13 @@ class Trainer:
         scored: Callable[[int], object],
     ) -> Trajectories:
         sampler, seed, size = self.recipe.sampler, self.recipe.seed, len(tile.sample_id)
-        with self._timed("sample"):
+        with self.timed("sample"):
             text = self.parts.text[tile.prompt_id]
             drawn = sample_tile(
                 self.parts.policy, text, tile.sample_id, seed, sampler, looking, on_step=lambda: sampled(size)
             )
         store.put(drawn.chain)
-        with self._timed("reward"):
+        with self.timed("reward"):
             score = self._scorer(tile.prompt_id, tile.sample_id)
             seen, reward, _ = score_tile(self.parts.policy, drawn, score, on_image=lambda: scored(size))
         return assemble(drawn, seen, reward, tile, seed, sampler)
@@ -168,7 +168,7 @@ class Trainer:
         looking = self._looking()
         needs_reward = looking is not None and looking.source == "current"
         at_work = self.parts.scoring() if needs_reward else nullcontext()
-        with at_work, self._bar(epoch, "update", total) as bar, self._timed("update"):
+        with at_work, self._bar(epoch, "update", total) as bar, self.timed("update"):
             return dict(self.parts.learner.learn(trajectories, epoch, score, bar.update))
 
     def evaluate(self) -> EvaluationResult:
@@ -253,7 +253,7 @@ class Trainer:
     # -- time and progress ---------------------------------------------------------------------------------------
 
     @contextmanager
-    def _timed(self, phase: str) -> Iterator[None]:
+    def timed(self, phase: str) -> Iterator[None]:
         start = time.perf_counter()
         yield
         self.seconds[phase] += time.perf_counter() - start

@@ -95,6 +95,11 @@ class ChainStore:
         # The allocator must not hand the tile out while it is being read.
         tile.record_stream(self.stream)
 
+    def filled_part(self, last: int) -> Tensor:
+        """(T + 1, last, C, H, W) what came last."""
+        assert self.chain is not None and self.stream is None
+        return self.chain[:, self.filled - last : self.filled]
+
     def finish(self) -> Tensor:
         """(T + 1, N, C, H, W), complete."""
         assert self.chain is not None and self.filled == self.num_trajectories

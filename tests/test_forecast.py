@@ -39,18 +39,6 @@ def recipe_of(change: dict[str, Any]) -> Recipe:
     return parse(sections, "test recipe")
 
 
-def standing(trainer: Trainer) -> list[Tensor]:
-    """All that is there between two phases."""
-    parts, learner = trainer.parts, trainer.parts.learner
-    modules = [parts.policy.unet, parts.policy.decoder.vae, *([parts.flow] if parts.flow is not None else [])]
-    modules += [parts.policy.decoder.tiny] if parts.policy.decoder.tiny is not None else []
-    tensors = [t for module in modules for t in (*module.parameters(), *module.buffers())]
-    for stepper in learner.steppers():
-        tensors += [p.grad for p in stepper.parameters if p.grad is not None]
-        tensors += [v for state in stepper.optimizer.state.values() for v in state.values() if isinstance(v, Tensor)]
-    return tensors
-
-
 def measured(recipe: Recipe, run: RunFolder) -> dict[str, int]:
     """Peak bytes of the phases of a second epoch: the first has left gradients and optimizer states."""
     trainer = Trainer(recipe, run, parts_of(recipe))
@@ -59,7 +47,7 @@ def measured(recipe: Recipe, run: RunFolder) -> dict[str, int]:
 
     def phase(name: str, call: Callable[[], Any], *others: Tensor) -> Any:
         with LiveBytes() as live:
-            live.include([*standing(trainer), *others])
+            live.include([*trainer.parts.standing(), *others])
             result = call()
         peaks[name] = live.peak
         return result

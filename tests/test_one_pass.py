@@ -70,7 +70,7 @@ def in_two_passes(trainer: Trainer, monkeypatch: pytest.MonkeyPatch) -> list[tor
 def in_one_pass(trainer: Trainer, monkeypatch: pytest.MonkeyPatch) -> list[torch.Tensor]:
     learner, recipe = trainer.parts.learner, trainer.recipe
     one_pass = OnePass(learner, recipe.seed, recipe.sampler)
-    return captured(trainer, monkeypatch, lambda: one_pass.learn(trainer.batch(1), 1, trainer._tile_scorer))
+    return captured(trainer, monkeypatch, lambda: one_pass.learn(trainer.batch(1), 1, trainer.tile_scorer))
 
 
 CHANGES: list[dict[str, Any]] = [
@@ -275,5 +275,5 @@ def test_timers_hear_of_both_phases(make_recipe: MakeRecipe, run: RunFolder) -> 
         return nullcontext()
 
     recipe = trainer.recipe
-    OnePass(trainer.parts.learner, 0, recipe.sampler).learn(trainer.batch(1), 1, trainer._tile_scorer, timed)
+    OnePass(trainer.parts.learner, 0, recipe.sampler).learn(trainer.batch(1), 1, trainer.tile_scorer, timed)
     assert heard == {"update", "reward"}

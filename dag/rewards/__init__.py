@@ -4,7 +4,7 @@
 the standard form. Only this package imports CLIP-like towers.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
@@ -43,9 +43,14 @@ def build_term(term: RewardTerm, device: torch.device) -> Reward:
 class RewardSum:
     """sum_i weight_i * reward_i, each part checked under its own name; keeps the parts' means for the metrics."""
 
-    def __init__(self, terms: Sequence[RewardTerm], device: torch.device) -> None:
+    def __init__(
+        self,
+        terms: Sequence[RewardTerm],
+        device: torch.device,
+        build: Callable[[RewardTerm, torch.device], Reward] = build_term,
+    ) -> None:
         self.device = device
-        self.parts = [(term.name, term.weight, build_term(term, device)) for term in terms]
+        self.parts = [(term.name, term.weight, build(term, device)) for term in terms]
         self.offloaded = [
             reward
             for term, (_, _, reward) in zip(terms, self.parts, strict=True)

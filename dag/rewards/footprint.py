@@ -44,12 +44,9 @@ def footprint(term: RewardTerm) -> Footprint:
     """Of the published network of this name; of one from elsewhere only if it has that architecture."""
     if not isinstance(term, Tower):
         return Footprint(0, 0)
-    dtype, size = DTYPES[term.dtype], 224
+    dtype = DTYPES[term.dtype]
     with torch.device("meta"):
-        if term.name == "image_reward":
-            towers, score, size = _image_reward()
-        else:
-            towers, score, size = _clip(term.name)
+        towers, score, size = architecture(term.name)
         pixels = torch.empty(term.max_batch, 3, size, size, dtype=dtype)
     weights = [p for tower in towers for p in tower.to(dtype).parameters()]
 
@@ -59,6 +56,11 @@ def footprint(term: RewardTerm) -> Footprint:
 
     total = sum(weight.nbytes for weight in weights)
     return Footprint(total, peak_of(forward, [*weights, pixels]) - total)
+
+
+def architecture(name: str) -> tuple[list[nn.Module], Any, int]:
+    """(the networks of a reward with the default device's initial weights, its image tower, the side it reads)."""
+    return _image_reward() if name == "image_reward" else _clip(name)
 
 
 def _clip(name: str) -> tuple[list[nn.Module], Any, int]:

@@ -1,0 +1,268 @@
+"""Time and memory of training, in the same process as the published amount of work.
+
+    python -m dag.bench train-step --recipe R [--set key=value ...] [--literal] [--ablation] [--cap-gib G] [--json FILE]
+
+A row is one epoch of a recipe's own training loop, repeated: seconds per transition by phase, trajectories per hour, peak
+memory, predicted peak, FLOP per transition. `--literal` adds the published amount of work (`dag.published`) and the ratio
+to it; `--ablation` goes from there to everything on, one lever at a time. Models and rewards of the hub are replaced by
+their architectures with random weights: the work is the same, and nothing is downloaded.
+"""
+
+import argparse
+import importlib.metadata
+import json
+import platform
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from dag.accounting import LiveBytes
+from dag.errors import RunError, UsageError
+from dag.forecast import GIB, forecast
+from dag.models.source import local_folder
+from dag.parts import build, git_commit
+from dag.protocols import Reward
+from dag.published import Published
+from dag.recipe import PolicyGradient, Recipe
+from dag.recipe_file import load
+from dag.reward_terms import RewardTerm, Tower
+from dag.rewards import RewardSum, build_term
+from dag.rewards.stand_in import StandIn
+from dag.run_folder import RunFolder
+from dag.trainer import Trainer
+
+Row = dict[str, Any]
+
+# Every row trains every transition once, one update per rollout.
+_COMMON = (
+    "train.updates=1",
+    "train.inner_epochs=1",
+    "train.step_fraction=1",
+    "flow.warmup_epochs=0",
+    "flow.passes=0",
+    "regulariser.sampling=0",
+)
+_STORED = ("train.rollout=stored", "objective.forward_looking.source=rollout")
+_ONE_PASS = (
+    "train.rollout=one_pass",
+    "sampler.log_pf_at=stored",
+    "memory.chains=device",
+    "memory.offload_vae=false",
+)
+# Each with the ones before it.
+ABLATION: tuple[tuple[str, tuple[str, ...]], ...] = (
+    ("stored, scored once", _STORED),
+    ("one pass", _ONE_PASS),
+    ("+ tiny decoder for x0_hat", ("objective.forward_looking.decoder=tiny",)),
+    ("+ every second x0_hat scored", ("objective.forward_looking.stride=2",)),
+    ("+ frozen unconditional branch", ("sampler.uncond=frozen",)),
+)
+LITERAL = "published amount of work"
+
+
+def measure(label: str, recipe: Recipe, device: torch.device, repeats: int) -> Row:
+    """One row: `repeats` timed epochs after an untimed one, then one counted."""
+    with tempfile.TemporaryDirectory() as folder:
+        reward = RewardSum(recipe.reward, device, build=_without_download)
+        parts = build(recipe, device, warn=lambda text: None, reward=reward)
+        trainer = Trainer(recipe, RunFolder.create(Path(folder) / "run"), parts)
+        epoch = _epoch_of(label, recipe, trainer)
+        _timed_epoch(epoch, trainer)
+        _reset_peak(device)
+        runs = [_timed_epoch(epoch, trainer) for _ in range(repeats)]
+        memory = _peak(device)
+        flop, counted = _counted_epoch(epoch, trainer, device)
+    count = recipe.train.trajectories * parts.policy.schedule.num_transitions
+    middle = sorted(runs, key=lambda seconds: seconds["total"])[len(runs) // 2]
+    row: Row = {
+        "label": label,
+        "micro_batch": parts.learner.micro_batch,
+        **{f"ms_{phase}": round(1e3 * seconds / count, 3) for phase, seconds in middle.items()},
+        "ms_total_spread": [round(1e3 * run["total"] / count, 3) for run in runs],
+        "trajectories_per_hour": round(3600 * recipe.train.trajectories / middle["total"], 1),
+        "gflop_per_transition": round(flop / count / 1e9, 3),
+        "tflop_per_second": round(flop / middle["total"] / 1e12, 4),
+        **{name: round(size / GIB, 4) for name, size in (memory | counted).items()},
+    }
+    if label != LITERAL:
+        row["predicted_gib"] = round(_predicted(recipe), 4)
+    return row
+
+
+def _predicted(recipe: Recipe) -> float:
+    """Without the evaluation, which no row runs."""
+    return max(size for name, size in forecast(recipe).phases.items() if name != "evaluation") / GIB
+
+
+def _epoch_of(label: str, recipe: Recipe, trainer: Trainer) -> Callable[[], object]:
+    """One epoch of the recipe's loop, or of the published one."""
+    if label == LITERAL:
+        published = Published(recipe, trainer.parts, trainer.tile_scorer)
+        return lambda: published.epoch(trainer.batch(0), trainer.timed)
+    if trainer.is_one_pass(0):
+        return lambda: trainer.one_pass(0)
+    return lambda: trainer.update(trainer.sample(0), 0)
+
+
+def _timed_epoch(epoch: Callable[[], object], trainer: Trainer) -> dict[str, float]:
+    """Seconds by phase, and in total."""
+    trainer.seconds = {"sample": 0.0, "reward": 0.0, "update": 0.0}
+    _synchronise()
+    start = time.perf_counter()
+    epoch()
+    _synchronise()
+    return {**trainer.seconds, "total": time.perf_counter() - start}
+
+
+def _counted_epoch(epoch: Callable[[], object], trainer: Trainer, device: torch.device) -> tuple[int, dict[str, int]]:
+    """(FLOP, peak bytes of tensors on a machine whose allocator does not tell)."""
+    with FlopCounterMode(display=False) as counter:
+        epoch()
+    counted = {}
+    if device.type != "cuda":
+        with LiveBytes() as live:
+            live.include(trainer.parts.standing())
+            epoch()
+        counted["peak_tensors_gib"] = live.peak
+    return counter.get_total_flops(), counted
+
+
+def _without_download(term: RewardTerm, device: torch.device) -> Reward:
+    """The reward, or its architecture where the weights would have to be fetched."""
+    if isinstance(term, Tower) and term.path is None:
+        return StandIn(term.name, term, torch.device("cpu") if term.device == "cpu" else device)
+    return build_term(term, device)
+
+
+def _synchronise() -> None:
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+
+
+def _reset_peak(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+
+
+def _peak(device: torch.device) -> dict[str, int]:
+    if device.type != "cuda":
+        return {}
+    allocated, reserved = torch.cuda.max_memory_allocated(), torch.cuda.max_memory_reserved()
+    return {"peak_allocated_gib": allocated, "peak_reserved_gib": reserved}
+
+
+# -- commands -----------------------------------------------------------------------------------------------------
+
+
+def cases(path: str, given: Sequence[str], trajectories: int | None, is_ablation: bool) -> Iterator[tuple[str, Recipe]]:
+    """(label, recipe) of each row after the published one."""
+    overrides, recipe = list(given), load(path, given)
+    if isinstance(recipe.objective, PolicyGradient):
+        raise UsageError(f"{path}: the bench times objectives with a flow, not ddpo")
+    overrides += _COMMON
+    if recipe.objective.beta.unit == "reward_sd":
+        overrides.append("objective.beta.unit=reward")
+    if recipe.objective.name == "dag_kl":
+        overrides.append("objective.baseline=running")
+    if local_folder(recipe.model.path) is None:
+        overrides += ["model.path=random-sd15", "model.variant=null"]
+    overrides.append(f"train.trajectories={trajectories or max(2, recipe.train.micro_batch)}")
+    if not is_ablation:
+        yield ("one pass" if recipe.train.rollout == "one_pass" else "stored, scored once"), load(path, overrides)
+        return
+    for label, lever in ABLATION:
+        overrides += lever
+        yield label, load(path, overrides)
+
+
+def train_step(given: argparse.Namespace, device: torch.device) -> list[Row]:
+    """All rows, printed as they come."""
+    chosen = list(cases(given.recipe, given.set, given.trajectories, given.ablation))
+    if given.cap_gib is not None and device.type == "cuda":
+        total = torch.cuda.get_device_properties(device).total_memory
+        torch.cuda.set_per_process_memory_fraction(min(1.0, given.cap_gib * GIB / total))
+    rows = []
+    for label, recipe in chosen:
+        rows.append(measure(label, recipe, device, given.repeats))
+        _drop_caches()
+        if not given.literal:
+            print(_shown(rows[-1], None), flush=True)
+    if given.literal:
+        if device.type == "cuda":
+            torch.cuda.set_per_process_memory_fraction(1.0)  # the published loop may use the whole card
+        rows.insert(0, measure(LITERAL, chosen[0][1], device, given.repeats))
+        for row in rows:
+            row["times_published"] = round(row["trajectories_per_hour"] / rows[0]["trajectories_per_hour"], 3)
+            print(_shown(row, rows[0]), flush=True)
+    return rows
+
+
+def _drop_caches() -> None:
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+
+
+def _shown(row: Row, literal: Row | None) -> str:
+    memory = row.get("peak_allocated_gib", row.get("peak_tensors_gib", 0.0))
+    phases = " + ".join(f"{name[3:]} {row[name]:.2f}" for name in ("ms_sample", "ms_reward", "ms_update") if row[name])
+    line = (
+        f"{row['label']:30} {row['ms_total']:9.2f} ms a transition ({phases})  {row['trajectories_per_hour']:8.1f} trajectories/h  "
+        f"{row['gflop_per_transition']:9.2f} GFLOP  {row['tflop_per_second']:7.3f} TFLOP/s  peak {memory:.3f} GiB"
+    )
+    if "predicted_gib" in row:
+        line += f" (predicted {row['predicted_gib']:.3f})"
+    if literal is not None:
+        work = literal["gflop_per_transition"] / row["gflop_per_transition"]
+        line += f"  {row['times_published']:.2f} x published (by FLOP {work:.2f})"
+    return line
+
+
+def environment(device: torch.device) -> Row:
+    """What a figure depends on."""
+    return {
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine(),
+        "threads": torch.get_num_threads(),
+        "python": platform.python_version(),
+        **{name: importlib.metadata.version(name) for name in ("torch", "diffusers", "peft")},
+        "commit": git_commit(),
+    }
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m dag.bench", description="Time and memory of training.")
+    commands = parser.add_subparsers(dest="command", required=True)
+    step = commands.add_parser("train-step", help="epochs of a recipe's training loop")
+    step.add_argument("--recipe", required=True, metavar="FILE")
+    step.add_argument(
+        "--set", action="append", default=[], metavar="key.sub=value", help="override a key of the recipe"
+    )
+    step.add_argument("--literal", action="store_true", help="also the published amount of work, and the ratio to it")
+    step.add_argument("--ablation", action="store_true", help="one lever after the other")
+    step.add_argument(
+        "--cap-gib", type=float, metavar="G", help="hold the GPU's allocator to G GiB (not for --literal)"
+    )
+    step.add_argument("--trajectories", type=int, metavar="N", help="per epoch; default: one micro-batch")
+    step.add_argument(
+        "--repeats", type=int, default=3, metavar="N", help="timed epochs a row, of which the median counts"
+    )
+    step.add_argument("--json", type=Path, metavar="FILE")
+    given = parser.parse_args(arguments)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        rows = train_step(given, device)
+    except (UsageError, RunError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2 if isinstance(error, UsageError) else 1
+    if given.json is not None:
+        given.json.write_text(json.dumps({"environment": environment(device), "rows": rows}, indent=1) + "\n")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
