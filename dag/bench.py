@@ -1,11 +1,13 @@
 """Time and memory of training, in the same process as the published amount of work.
 
     python -m dag.bench train-step --recipe R [--set key=value ...] [--literal] [--ablation] [--cap-gib G] [--json FILE]
+    python -m dag.bench count --recipe R
 
 A row is one epoch of a recipe's own training loop, repeated: seconds per transition by phase, trajectories per hour, peak
 memory, predicted peak, FLOP per transition. `--literal` adds the published amount of work (`dag.published`) and the ratio
 to it; `--ablation` goes from there to everything on, one lever at a time. Models and rewards of the hub are replaced by
-their architectures with random weights: the work is the same, and nothing is downloaded.
+their architectures with random weights: the work is the same, and nothing is downloaded. `count` runs nothing: it counts
+FLOP from the configs.
 """
 
 import argparse
@@ -22,6 +24,7 @@ from typing import Any
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
+from dag import flops
 from dag.accounting import LiveBytes
 from dag.errors import RunError, UsageError
 from dag.forecast import GIB, forecast
@@ -203,6 +206,21 @@ def train_step(given: argparse.Namespace, device: torch.device) -> list[Row]:
     return rows
 
 
+def count(given: argparse.Namespace) -> list[Row]:
+    """FLOP of every case, from configs alone."""
+    chosen = list(cases(given.recipe, given.set, None, is_ablation=True))
+    work = [(LITERAL, flops.of_published(chosen[0][1]))] + [
+        (label, flops.of_recipe(recipe)) for label, recipe in chosen
+    ]
+    published, rows = sum(work[0][1].values()), []
+    for label, parts in work:
+        ratio = published / sum(parts.values())
+        rows.append({"label": label, "gflop": {kind: round(value, 2) for kind, value in parts.items()}, "ratio": ratio})
+        shown = " + ".join(f"{kind} {value:.2f}" for kind, value in parts.items() if value >= 0.005)
+        print(f"{label:30} {sum(parts.values()):9.2f} GFLOP a transition, published / this = {ratio:.2f}  ({shown})")
+    return rows
+
+
 def _drop_caches() -> None:
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
@@ -238,10 +256,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m dag.bench", description="Time and memory of training.")
     commands = parser.add_subparsers(dest="command", required=True)
     step = commands.add_parser("train-step", help="epochs of a recipe's training loop")
-    step.add_argument("--recipe", required=True, metavar="FILE")
-    step.add_argument(
-        "--set", action="append", default=[], metavar="key.sub=value", help="override a key of the recipe"
-    )
     step.add_argument("--literal", action="store_true", help="also the published amount of work, and the ratio to it")
     step.add_argument("--ablation", action="store_true", help="one lever after the other")
     step.add_argument(
@@ -251,11 +265,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     step.add_argument(
         "--repeats", type=int, default=3, metavar="N", help="timed epochs a row, of which the median counts"
     )
-    step.add_argument("--json", type=Path, metavar="FILE")
+    counting = commands.add_parser("count", help="FLOP of a transition for each lever, without running anything")
+    for command in (step, counting):
+        command.add_argument("--recipe", required=True, metavar="FILE")
+        command.add_argument("--set", action="append", default=[], metavar="key.sub=value", help="override a key")
+        command.add_argument("--json", type=Path, metavar="FILE")
     given = parser.parse_args(arguments)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
-        rows = train_step(given, device)
+        rows = count(given) if given.command == "count" else train_step(given, device)
     except (UsageError, RunError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2 if isinstance(error, UsageError) else 1

@@ -54,7 +54,7 @@ class Forecast:
 
 def forecast(recipe: Recipe) -> Forecast:
     """The memory that a recipe will need on the policy's device."""
-    return _Simulation(recipe).forecast()
+    return Simulation(recipe).forecast()
 
 
 # What to try where a recipe does not fit, in the order of what it costs: (key, value).
@@ -85,7 +85,7 @@ def savings(recipe: Recipe, now: Forecast) -> Iterator[tuple[str, int]]:
             yield f"{section}.{key}={str(value).lower()}", peak
 
 
-class _Simulation:
+class Simulation:
     """A recipe's networks without weights, and its phases."""
 
     def __init__(self, recipe: Recipe) -> None:
@@ -206,13 +206,13 @@ class _Simulation:
 
     def _sampled(self, rows: int) -> tuple[Tensor, list[Tensor]]:
         """(x_0, a tile's chain as it is kept): states one by one, then together."""
-        x_t = self._state(rows)
+        x_t = self.state(rows)
         # Two steps: the second finds what the first left.
         for k in range(2):
-            prediction = self._predict(x_t, k)
+            prediction = self.predict(x_t, k)
             x_next = self._step(x_t, prediction, k)
         del prediction, x_next
-        states = [self._state(rows) for _ in range(self.T + 1)]
+        states = [self.state(rows) for _ in range(self.T + 1)]
         return x_t.float(), [torch.stack(states)]
 
     def _seen(self, rows: int) -> list[Tensor]:
@@ -232,14 +232,14 @@ class _Simulation:
         """Micro-batches of one step; the second finds the first one's gradients."""
         rows = self.recipe.train.micro_batch
         for _ in range(2):
-            x_t, x_next = self._state(rows), self._state(rows)
-            prediction = self._predict(x_t, 0)
+            x_t, x_next = self.state(rows), self.state(rows)
+            prediction = self.predict(x_t, 0)
             loss = self._loss(x_t, x_next, prediction)
             if self.looking is not None and self.looking.source == "current":
                 with torch.no_grad():
                     self._score(self.policy.preview(x_t.float()))
                     unguided = self.looking.prediction == "conditional"
-                    self.policy.predict(x_t, self._t(rows), self._text(rows), unguided=unguided)
+                    self.policy.predict(x_t, self.timestep(rows), self.text(rows), unguided=unguided)
                     self._score(self.policy.preview(x_t.float()))
             loss.backward()
             del prediction, loss
@@ -247,14 +247,14 @@ class _Simulation:
     def one_pass(self) -> None:
         """Steps down a chain: each is back-propagated after the forward pass of the next."""
         rows = min(self.recipe.train.micro_batch, self.recipe.train.trajectories // self.recipe.train.updates)
-        x_t, pending = self._state(rows), None
+        x_t, pending = self.state(rows), None
         for k in range(3):
-            prediction = self._predict(x_t, k)
+            prediction = self.predict(x_t, k)
             with torch.no_grad():
                 x_next = self._step(x_t, prediction, k)
                 if self.looking is not None and self.looking.source != "none":
                     self._score(self.policy.preview(x_t.float()))
-            log_F = self._log_F(x_t)
+            log_F = self.log_F(x_t)
             if pending is not None:
                 pending.backward()
             pending = self._loss(x_t, x_next, prediction, log_F)
@@ -267,18 +267,18 @@ class _Simulation:
 
     # -- steps ---------------------------------------------------------------------------------------------------
 
-    def _state(self, rows: int) -> Tensor:
+    def state(self, rows: int) -> Tensor:
         dtype = CHAIN_DTYPES[self.recipe.sampler.chain_dtype]
         return torch.empty(rows, *self.policy.latent_shape, dtype=dtype, device=META)
 
-    def _t(self, rows: int) -> Tensor:
+    def timestep(self, rows: int) -> Tensor:
         return self.schedule.timesteps[0].expand(rows)
 
-    def _text(self, rows: int) -> Tensor:
+    def text(self, rows: int) -> Tensor:
         return torch.empty(rows, *self.policy.text_shape, dtype=self.policy.dtype, device=META)
 
-    def _predict(self, x_t: Tensor, k: int) -> Prediction:
-        return self.policy.predict(x_t, self._t(len(x_t)), self._text(len(x_t)))
+    def predict(self, x_t: Tensor, k: int) -> Prediction:
+        return self.policy.predict(x_t, self.timestep(len(x_t)), self.text(len(x_t)))
 
     def _step(self, x_t: Tensor, prediction: Prediction, k: int) -> Tensor:
         """A sampled step: next state and x0_hat, in the reference's own arithmetic."""
@@ -291,7 +291,7 @@ class _Simulation:
         rows, reference, old = len(x_t), None, None
         if self.recipe.regulariser.pretrained_kl > 0:
             with torch.no_grad():
-                reference = self.policy.predict(x_t, self._t(rows), self._text(rows), pretrained=True).guided
+                reference = self.policy.predict(x_t, self.timestep(rows), self.text(rows), pretrained=True).guided
         if self.recipe.regulariser.sampling > 0:
             old = torch.empty(rows, *self.policy.latent_shape, device=META)
         ks = torch.zeros(rows, dtype=torch.int64, device=META)
@@ -299,15 +299,15 @@ class _Simulation:
             x_t, x_next, prediction.rows, ks, prediction.guidance_scale, reference, old
         )
         total = now.log_pf.sum()
-        for extra in (now.kl, now.gap, log_F if log_F is not None or self.flow is None else self._log_F(x_t)):
+        for extra in (now.kl, now.gap, log_F if log_F is not None or self.flow is None else self.log_F(x_t)):
             total = total if extra is None else total + extra.sum()
         return total
 
-    def _log_F(self, x_t: Tensor) -> Tensor | None:
+    def log_F(self, x_t: Tensor) -> Tensor | None:
         if self.flow is None:
             return None
         rows = len(x_t)
-        return self.flow(x_t, self._t(rows), torch.zeros(rows, dtype=torch.int64, device=META), self._text(rows))
+        return self.flow(x_t, self.timestep(rows), torch.zeros(rows, dtype=torch.int64, device=META), self.text(rows))
 
 
 class _Kept(torch.autograd.Function):

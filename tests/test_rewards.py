@@ -113,7 +113,7 @@ def test_broken_results_name_reward_sample_and_prompt(images: torch.Tensor) -> N
 
 
 def test_repeated_rewards_are_summed_apart(tmp_path: Path, images: torch.Tensor) -> None:
-    from dag.recipe import Colourfulness, Compressibility
+    from dag.reward_terms import Colourfulness, Compressibility
     from dag.rewards import RewardSum
 
     terms = [

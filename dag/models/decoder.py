@@ -15,8 +15,8 @@ from torch.nn import functional
 
 from dag import hub, recipe
 from dag.errors import UsageError
-from dag.models.source import EMBEDDED, local_folder
-from dag.models.weights import load_module
+from dag.models.source import EMBEDDED, is_architecture, local_folder
+from dag.models.weights import load_module, random_weights
 
 # TAESD, for the latents of SD 1.x / 2.x.
 _TINY_AT_HUB = "madebyollin/taesd"
@@ -91,10 +91,9 @@ class Decoder:
 
 
 def _load_tiny(path: str | None, folder: Path, dtype: torch.dtype, device: torch.device) -> Any:
-    """The AutoencoderTiny; where nothing is computed, TAESD's architecture, which is diffusers' default."""
-    if device.type == "meta" and folder != EMBEDDED:
-        with device:
-            return AutoencoderTiny().to(dtype).eval().requires_grad_(False)
+    """The AutoencoderTiny; for a model without weights TAESD's architecture, which is diffusers' default."""
+    if is_architecture(folder) or (device.type == "meta" and folder != EMBEDDED):
+        return random_weights(lambda _: AutoencoderTiny(), None, dtype, device).eval().requires_grad_(False)
     found = _tiny_folder(path, folder)
     return load_module(AutoencoderTiny, found.parent, found.name, dtype, device)
 

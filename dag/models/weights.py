@@ -21,7 +21,7 @@ def load_module(
     """A diffusers module on `device`, in eval mode without gradients. Raises RunError."""
     config = read_config(folder, name)
     if is_architecture(folder) or device.type == "meta":
-        module = _random(component.from_config, config, dtype, device)
+        module = random_weights(component.from_config, config, dtype, device)
     else:
         options = {"torch_dtype": dtype, "variant": variant, "use_safetensors": True, "local_files_only": True}
         try:
@@ -35,7 +35,7 @@ def load_text_encoder(folder: Path, dtype: torch.dtype, device: torch.device, va
     """The CLIP text model; see `load_module`."""
     if is_architecture(folder):
         config = CLIPTextModel.config_class(**read_config(folder, "text_encoder"))
-        module = _random(CLIPTextModel, config, dtype, device)
+        module = random_weights(CLIPTextModel, config, dtype, device)
     else:
         module = _from_transformers(CLIPTextModel, folder, "text_encoder", dtype=dtype, variant=variant)
     return module.to(device).eval().requires_grad_(False)
@@ -55,7 +55,7 @@ def _from_transformers(component: Any, folder: Path, name: str, **options: Any) 
         raise RunError(f"model.path: cannot load {name} from {folder}: {_first_line(error)}") from None
 
 
-def _random(build: Any, config: Any, dtype: torch.dtype, device: torch.device) -> Any:
+def random_weights(build: Any, config: Any, dtype: torch.dtype, device: torch.device) -> Any:
     """Random weights that depend on nothing but the architecture; on the meta device none at all."""
     with torch.random.fork_rng(), torch.device(device):
         torch.manual_seed(0)

@@ -1,0 +1,83 @@
+"""FLOP of one transition of one sample, by way of training, counted on the meta device: no weights and no GPU.
+
+FLOP = 2 x multiply-adds of convolutions, matrix products and attention. Legend: T transitions.
+"""
+
+from collections.abc import Callable
+
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from dag.accounting import as_on_cuda
+from dag.forecast import META, Simulation
+from dag.recipe import Recipe
+from dag.reward_terms import Tower
+from dag.rewards.footprint import architecture
+from dag.rollout import is_scored
+
+Work = dict[str, float]
+
+
+def of_recipe(recipe: Recipe) -> Work:
+    """GFLOP by kind: sampling and training the UNet, pictures, rewards, flow."""
+    made, shown = Simulation(recipe), _Counts(recipe)
+    looking, T = made.looking, made.T
+    scored = 0.0
+    if looking is not None and looking.source == "rollout":
+        scored = sum(is_scored(k, T, looking.stride) for k in range(T)) / T
+    return {
+        "sampling": 0.0 if made.is_one_pass else shown.guided,
+        "training": shown.trained,
+        "extra UNet passes": 0.0,
+        "decodes": scored * shown.preview + shown.decode / T,
+        "rewards": (scored + 1 / T) * shown.reward,
+        "flow": shown.flow,
+    }
+
+
+def of_published(recipe: Recipe) -> Work:
+    """GFLOP of what `dag.published` does, without the checkpointing that the published code does not have."""
+    recipe = recipe.model_copy(update={"memory": recipe.memory.model_copy(update={"checkpointing": "none"})})
+    shown, T = _Counts(recipe), Simulation(recipe).T
+    return {
+        "sampling": shown.guided,
+        "training": shown.trained,
+        "extra UNet passes": 2 * shown.conditional,
+        "decodes": (2 + 1 / T) * shown.decode,
+        "rewards": (2 + 1 / T) * shown.reward,
+        "flow": 2 * shown.flow,
+    }
+
+
+class _Counts:
+    """GFLOP of each building block, of one sample."""
+
+    def __init__(self, recipe: Recipe) -> None:
+        one = recipe.model_copy(update={"train": recipe.train.model_copy(update={"micro_batch": 1})})
+        made = Simulation(one)
+        x_t, rows, policy = made.state(1), (made.timestep(1), made.text(1)), made.policy
+        self.conditional = _gflop(lambda: policy.predict(x_t, *rows, unguided=True), grad=False)
+        self.guided = _gflop(lambda: policy.predict(x_t, *rows), grad=False)
+        self.trained = _gflop(lambda: policy.predict(x_t, *rows).rows.sum().backward())
+        self.decode = _gflop(lambda: policy.decode(x_t.float()), grad=False)
+        self.preview = _gflop(lambda: policy.preview(x_t.float()), grad=False)
+        self.flow = 0.0 if made.flow is None else _gflop(lambda: _summed(made.log_F(x_t)).backward())
+        self.reward = sum(_tower(term.name) for term in recipe.reward if isinstance(term, Tower))
+
+
+def _summed(value: torch.Tensor | None) -> torch.Tensor:
+    assert value is not None
+    return value.sum()
+
+
+def _tower(name: str) -> float:
+    with META:
+        _, score, size = architecture(name)
+        pixels = torch.empty(1, 3, size, size)
+    return _gflop(lambda: score(pixels), grad=False)
+
+
+def _gflop(call: Callable[[], object], grad: bool = True) -> float:
+    with FlopCounterMode(display=False) as counter, as_on_cuda(), torch.set_grad_enabled(grad):
+        call()
+    return counter.get_total_flops() / 1e9
