@@ -54,7 +54,7 @@ def garble(text: str, rng: random.Random) -> str:
 
 
 def random_override(data: dict[str, Any], rng: random.Random) -> str:
-    keys = []
+    keys: list[str] = []
     node: Any = data
     while isinstance(node, dict | list) and node and (not keys or rng.random() < 0.8):
         key = rng.choice(list(node)) if isinstance(node, dict) else rng.randrange(len(node))

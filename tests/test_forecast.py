@@ -1,6 +1,7 @@
 """Predicted memory against tensors counted while the embedded model really trains."""
 
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -57,7 +58,7 @@ def measured(recipe: Recipe, run: RunFolder) -> dict[str, int]:
             phase("one pass", lambda: trainer.one_pass(1))
             continue
         trajectories = phase("rollout", lambda: trainer.sample(1))
-        phase("update", lambda drawn=trajectories: trainer.update(drawn, 1), trajectories.chain)
+        phase("update", partial(trainer.update, trajectories, 1), trajectories.chain)
     phase("evaluation", trainer.evaluate)
     return peaks
 

@@ -28,7 +28,7 @@ every_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=lambda dtype: str(dty
 def poison() -> Iterator[None]:
     """Memory from torch.empty is NaN: a kernel that leaves an element out shows."""
     torch.use_deterministic_algorithms(True, warn_only=True)
-    torch.utils.deterministic.fill_uninitialized_memory = True
+    torch.utils.deterministic.fill_uninitialized_memory = True  # type: ignore[attr-defined]
     yield
     torch.use_deterministic_algorithms(False)
 
@@ -162,7 +162,7 @@ def test_alike_copies_only_what_differs() -> None:
     gapped = with_gaps(x)
     assert alike(gapped)[0] is gapped
     assert empty_alike(gapped).stride() == x.stride()
-    assert alike(x.expand(2, 3, 4, 5)[..., ::2])[0].is_contiguous()  # type: ignore[union-attr]
+    assert alike(x.expand(2, 3, 4, 5)[..., ::2])[0].is_contiguous()
 
 
 @every_op

@@ -32,7 +32,10 @@ def strict(line: str) -> Any:
 
 def test_rows_are_appended_and_read_back(metrics: MetricsFile) -> None:
     assert metrics.read() == []
-    rows = [{"epoch": 0, "loss": 0.1, "name": "Bär"}, {"epoch": 1, "loss": None, "steps": [1.0, 2.5]}]
+    rows: list[dict[str, Any]] = [
+        {"epoch": 0, "loss": 0.1, "name": "Bär"},
+        {"epoch": 1, "loss": None, "steps": [1.0, 2.5]},
+    ]
     for row in rows:
         metrics.write(row)
     assert metrics.read() == rows

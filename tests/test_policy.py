@@ -18,7 +18,7 @@ MakeRecipe = Callable[..., Recipe]
 
 
 def load(path: Path | str, **adapter: object) -> StableDiffusion:
-    return StableDiffusion(recipe.Model(path=str(path)), recipe.Adapter(**adapter), recipe.Sampler(steps=4), CPU)  # type: ignore[arg-type]
+    return StableDiffusion(recipe.Model(path=str(path)), recipe.Adapter(**adapter), recipe.Sampler(steps=4), CPU)
 
 
 @pytest.fixture

@@ -66,7 +66,7 @@ def test_a_list_of_rewards(file: Path) -> None:
 def test_a_recipe_cannot_be_changed(file: Path) -> None:
     recipe = load(file)
     with pytest.raises(ValueError, match="frozen"):
-        recipe.train.epochs = 3
+        recipe.train.epochs = 3  # type: ignore[misc]
 
 
 def test_a_recipe_survives_its_own_dump(file: Path) -> None:
@@ -213,7 +213,7 @@ def test_overrides_reach_nested_keys_and_list_entries(file: Path) -> None:
             "train.learning_rate=1e-5",
         ],
     )
-    assert recipe.objective.forward_looking.source == "none"
+    assert recipe.objective.forward_looking.source == "none"  # type: ignore[union-attr]
     assert recipe.prompts.texts == ("a cat", "a fox")
     assert recipe.reward[0].weight == 2
     assert recipe.train.learning_rate == 1e-5

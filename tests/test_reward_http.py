@@ -223,7 +223,11 @@ def test_a_server_that_stays_away_ends_the_run_in_one_line(images: Tensor) -> No
 
 
 def test_a_slow_server_is_not_waited_for_for_ever(images: Tensor, start: Callable[..., str]) -> None:
-    url = start(reward_server("slow", lambda pictures, prompts: time.sleep(1) or torch.zeros(len(prompts))))
+    def slow(pictures: Tensor, prompts: object) -> Tensor:
+        time.sleep(1)
+        return torch.zeros(len(pictures))
+
+    url = start(reward_server("slow", slow))
     remote = build_reward("http", url=url, retries=0, timeout=0.1)
     with pytest.raises(RunError, match="timed out"):
         remote(images, PROMPTS)

@@ -81,7 +81,13 @@ def blip(folder: Path, **options: Any) -> Case:
     return reward, lambda pixels: image_reward(image_reward_state(), pixels, *inputs, vision_heads=3, text_heads=2)
 
 
-CASES = {"aesthetic": aesthetic, "clip_score": clip_score, "pickscore": pickscore, "hpsv2": hpsv2, "image_reward": blip}
+CASES: dict[str, Callable[..., Any]] = {
+    "aesthetic": aesthetic,
+    "clip_score": clip_score,
+    "pickscore": pickscore,
+    "hpsv2": hpsv2,
+    "image_reward": blip,
+}
 every_case = pytest.mark.parametrize("make", CASES.values(), ids=CASES)
 
 

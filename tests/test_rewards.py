@@ -2,6 +2,7 @@
 
 import io
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -116,7 +117,7 @@ def test_repeated_rewards_are_summed_apart(tmp_path: Path, images: torch.Tensor)
     from dag.reward_terms import Colourfulness, Compressibility
     from dag.rewards import RewardSum
 
-    terms = [
+    terms: list[Any] = [
         Colourfulness(name="colourfulness", weight=2.0),
         Compressibility(name="compressibility"),
         Colourfulness(name="colourfulness", weight=-1.5),

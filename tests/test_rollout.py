@@ -1,6 +1,7 @@
 """Sampling: states, noise, precision; and prompts drawn for an epoch."""
 
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 import torch
@@ -77,7 +78,7 @@ def test_guidance_in_fp32_beats_guidance_in_half_precision(make_recipe: MakeReci
         parts = parts_of(make_recipe(model={"dtype": "bf16"}, sampler={"guidance_scale": 7.5, "guidance_dtype": dtype}))
         policy, text = parts.policy, parts.text
         x_t, t = torch.randn(2, 4, 8, 8, generator=torch.Generator().manual_seed(1)), torch.tensor([500, 500])
-        branches = []
+        branches: list[torch.Tensor] = []
         handle = policy.unet.register_forward_hook(
             lambda module, inputs, output, seen=branches: seen.append(output[0].double())
         )
@@ -108,8 +109,8 @@ def test_old_outputs_are_recomputed_from_the_chain(make_recipe: MakeRecipe) -> N
 
 @pytest.mark.parametrize("prediction_type", ["v_prediction", "sample"])
 def test_other_prediction_types_sample_and_train(
-    make_recipe: MakeRecipe, tmp_path, tiny_model, prediction_type: str
-) -> None:  # type: ignore[no-untyped-def]
+    make_recipe: MakeRecipe, tmp_path: Path, tiny_model: Path, prediction_type: str
+) -> None:
     import json
     import shutil
 

@@ -153,8 +153,13 @@ class ToyGFN:
             looking.append(schedule.alpha_bar_t[k] * self.target.log_prob(schedule.x0_hat(x, output, k)))
             x = schedule.sample_next(x, output, self.noise(batch), k)
             states.append(x)
-        stacked = [torch.stack(rows) for rows in (states, features, exact, looking)]
-        return Rollout(*stacked, self.target.log_prob(x))
+        return Rollout(
+            states=torch.stack(states),
+            features=torch.stack(features),
+            exact_eps=torch.stack(exact),
+            looking=torch.stack(looking),
+            log_reward=self.target.log_prob(x),
+        )
 
     def loss(self, objective: Objective, rollout: Rollout) -> Tensor:
         """Sum over the seeds of each seed's mean loss over all transitions of its trajectories."""
@@ -189,13 +194,15 @@ class ToyGFN:
         T, N = log_pf.shape
         rewards = rollout.log_reward.split(N // self.seeds)
         from_rewards = [objective.observe(reward, torch.zeros(len(reward))) for reward in rewards]
-        if from_rewards[0] is not None:
-            return torch.cat(from_rewards).repeat(T)
+        given = [one for one in from_rewards if one is not None]
+        if given:
+            return torch.cat(given).repeat(T)
         delta = residual_table(log_F_tilde.T, rollout.looking.T, log_pf.T, log_pb.T, rollout.log_reward)
         from_residuals = [
             objective.advantages(rows, torch.ones(T), torch.zeros(T)) for rows in delta.split(N // self.seeds)
         ]
-        return None if from_residuals[0] is None else torch.cat(from_residuals).T.flatten()
+        given = [one for one in from_residuals if one is not None]
+        return torch.cat(given).T.flatten() if given else None
 
     def train(self, objective: Objective, settings: Settings) -> None:
         """On-policy: one update from all transitions of every rollout."""
