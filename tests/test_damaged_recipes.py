@@ -71,7 +71,7 @@ def damaged(text: str, kind: str, rng: random.Random) -> tuple[str, list[str]]:
         return garble(text, rng), []
     data = yaml.safe_load(text)
     if kind == "override":
-        return text, [random_override(data, rng) for _ in range(2)]
+        return text, [random_override(data, rng) for _ in range(rng.randint(1, 2))]
     for _ in range(rng.randint(1, 3)):
         if containers(data):
             mutate(data, rng)

@@ -42,6 +42,19 @@ def test_a_shipped_recipe_says_what_it_is_for(path: Path) -> None:
     assert any(f"--recipe {path.relative_to(ROOT)}" in line for line in comment), "the command must name this very file"
 
 
+@pytest.mark.parametrize("small", sorted((ROOT / "recipes").glob("*_24gb.yaml")), ids=lambda path: path.stem)
+def test_the_card_changes_how_an_update_is_computed_and_nothing_else(small: Path) -> None:
+    cards = [small.with_name(small.name.replace("_24gb", f"_{card}gb")) for card in (12, 48)]
+    for other in filter(Path.exists, cards):
+        theirs, ours = load(other), load(small)
+        same_memory = {
+            "memory": ours.memory,
+            "train": theirs.train.model_copy(update={"micro_batch": ours.train.micro_batch}),
+            "sampler": theirs.sampler.model_copy(update={"tile": ours.sampler.tile}),
+        }
+        assert theirs.model_copy(update=same_memory) == ours, other.name
+
+
 # -- names --------------------------------------------------------------------------------------------------------
 
 
