@@ -22,7 +22,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch.utils.flop_counter import FlopCounterMode
 
 from dag import flops
 from dag.accounting import LiveBytes
@@ -125,7 +124,7 @@ def _timed_epoch(epoch: Callable[[], object], trainer: Trainer) -> dict[str, flo
 
 def _counted_epoch(epoch: Callable[[], object], trainer: Trainer, device: torch.device) -> tuple[int, dict[str, int]]:
     """(FLOP, peak bytes of tensors on a machine whose allocator does not tell)."""
-    with FlopCounterMode(display=False) as counter:
+    with flops.counter() as counter:
         epoch()
     counted = {}
     if device.type != "cuda":

@@ -4,9 +4,10 @@ FLOP = 2 x multiply-adds of convolutions, matrix products and attention. Legend:
 """
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
-from torch.utils.flop_counter import FlopCounterMode
+from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
 
 from dag.accounting import as_on_cuda
 from dag.forecast import META, Simulation
@@ -17,10 +18,43 @@ from dag.rollout import is_scored
 
 Work = dict[str, float]
 
+_ATEN = torch.ops.aten
+
+
+def _attention(
+    query: torch.Size, key: torch.Size, value: torch.Size, *others: Any, out_shape: Any, **options: Any
+) -> int:
+    return int(sdpa_flop_count(query, key, value))
+
+
+def _attention_backward(
+    grad: torch.Size,
+    query: torch.Size,
+    key: torch.Size,
+    value: torch.Size,
+    *others: Any,
+    out_shape: Any,
+    **options: Any,
+) -> int:
+    return int(sdpa_backward_flop_count(grad, query, key, value))
+
+
+# torch 2.13 counts the attention kernels of a GPU and takes that of a CPU for nothing.
+_OF_A_CPU = {
+    _ATEN._scaled_dot_product_flash_attention_for_cpu: _attention,
+    _ATEN._scaled_dot_product_flash_attention_for_cpu_backward: _attention_backward,
+}
+
+
+def counter() -> FlopCounterMode:
+    """Counts the FLOP of what runs under it, attention on a CPU included."""
+    return FlopCounterMode(display=False, custom_mapping=_OF_A_CPU)
+
 
 def of_recipe(recipe: Recipe) -> Work:
     """GFLOP by kind: sampling and training the UNet, pictures, rewards, flow."""
-    made, shown = Simulation(recipe), _Counts(recipe)
+    made = Simulation(recipe)
+    shown = _Counts(made)
     looking, T = made.looking, made.T
     scored = 0.0
     if looking is not None and looking.source == "rollout":
@@ -38,7 +72,8 @@ def of_recipe(recipe: Recipe) -> Work:
 def of_published(recipe: Recipe) -> Work:
     """GFLOP of what `dag.published` does, without the checkpointing that the published code does not have."""
     recipe = recipe.model_copy(update={"memory": recipe.memory.model_copy(update={"checkpointing": "none"})})
-    shown, T = _Counts(recipe), Simulation(recipe).T
+    made = Simulation(recipe)
+    shown, T = _Counts(made), made.T
     return {
         "sampling": shown.guided,
         "training": shown.trained,
@@ -52,9 +87,7 @@ def of_published(recipe: Recipe) -> Work:
 class _Counts:
     """GFLOP of each building block, of one sample."""
 
-    def __init__(self, recipe: Recipe) -> None:
-        one = recipe.model_copy(update={"train": recipe.train.model_copy(update={"micro_batch": 1})})
-        made = Simulation(one)
+    def __init__(self, made: Simulation) -> None:
         x_t, rows, policy = made.state(1), (made.timestep(1), made.text(1)), made.policy
         self.conditional = _gflop(lambda: policy.predict(x_t, *rows, unguided=True), grad=False)
         self.guided = _gflop(lambda: policy.predict(x_t, *rows), grad=False)
@@ -62,7 +95,7 @@ class _Counts:
         self.decode = _gflop(lambda: policy.decode(x_t.float()), grad=False)
         self.preview = _gflop(lambda: policy.preview(x_t.float()), grad=False)
         self.flow = 0.0 if made.flow is None else _gflop(lambda: _summed(made.log_F(x_t)).backward())
-        self.reward = sum(_tower(term.name) for term in recipe.reward if isinstance(term, Tower))
+        self.reward = sum(_tower(term.name) for term in made.recipe.reward if isinstance(term, Tower))
 
 
 def _summed(value: torch.Tensor | None) -> torch.Tensor:
@@ -78,6 +111,6 @@ def _tower(name: str) -> float:
 
 
 def _gflop(call: Callable[[], object], grad: bool = True) -> float:
-    with FlopCounterMode(display=False) as counter, as_on_cuda(), torch.set_grad_enabled(grad):
+    with counter() as counted, as_on_cuda(), torch.set_grad_enabled(grad):
         call()
-    return counter.get_total_flops() / 1e9
+    return counted.get_total_flops() / 1e9
