@@ -2,12 +2,15 @@
 
     python -m dag.bench train-step --recipe R [--set key=value ...] [--literal] [--ablation] [--cap-gib G] [--json FILE]
     python -m dag.bench count --recipe R
+    python -m dag.bench previews --recipe R
+    python -m dag.bench storage --recipe R
 
 A row is one epoch of a recipe's own training loop, repeated: seconds per transition by phase, trajectories per hour, peak
 memory, predicted peak, FLOP per transition. `--literal` adds the published amount of work (`dag.published`) and the ratio
 to it; `--ablation` goes from there to everything on, one lever at a time. Models and rewards of the hub are replaced by
 their architectures with random weights: the work is the same, and nothing is downloaded. `count` runs nothing: it counts
-FLOP from the configs.
+FLOP from the configs. `previews` and `storage` measure what cheaper decoders and half-precision chains change
+(`dag.approximations`).
 """
 
 import argparse
@@ -23,7 +26,7 @@ from typing import Any
 
 import torch
 
-from dag import flops
+from dag import approximations, flops
 from dag.accounting import LiveBytes
 from dag.errors import RunError, UsageError
 from dag.forecast import GIB, forecast
@@ -36,6 +39,7 @@ from dag.recipe_file import load
 from dag.reward_terms import RewardTerm, Tower
 from dag.rewards import RewardSum, build_term
 from dag.rewards.stand_in import StandIn
+from dag.rollout import Batch
 from dag.run_folder import RunFolder
 from dag.trainer import Trainer
 
@@ -205,7 +209,7 @@ def train_step(given: argparse.Namespace, device: torch.device) -> list[Row]:
     return rows
 
 
-def count(given: argparse.Namespace) -> list[Row]:
+def count(given: argparse.Namespace, device: torch.device) -> list[Row]:
     """FLOP of every case, from configs alone."""
     chosen = list(cases(given.recipe, given.set, None, is_ablation=True))
     work = [(LITERAL, flops.of_published(chosen[0][1]))] + [
@@ -218,6 +222,48 @@ def count(given: argparse.Namespace) -> list[Row]:
         shown = " + ".join(f"{kind} {value:.2f}" for kind, value in parts.items() if value >= 0.005)
         print(f"{label:30} {sum(parts.values()):9.2f} GFLOP a transition, published / this = {ratio:.2f}  ({shown})")
     return rows
+
+
+def previews(given: argparse.Namespace, device: torch.device) -> list[Row]:
+    """Rewards of x0_hat by decoder and stride, against the full VAE at every state."""
+    trainer, batch = _rolled_by(given, ["objective.forward_looking.decoder=tiny"], device)
+    rows = []
+    with trainer.parts.scoring():
+        for row in approximations.previews(trainer.parts, trainer.recipe, batch, trainer.tile_scorer(batch)):
+            rows.append(row)
+            print(
+                f"decoder {row['decoder']:5} stride {row['stride']}  bias {row['bias']:+.3f} sd  rms {row['rms']:.3f} sd  "
+                f"correlation within a step {row['correlation']:.3f}",
+                flush=True,
+            )
+    return rows
+
+
+def storage(given: argparse.Namespace, device: torch.device) -> list[Row]:
+    """Chains by dtype: bytes, and how far log P_F moves between sampling and training."""
+    trainer, batch = _rolled_by(given, [], device)
+    rows = []
+    for row in approximations.storage(trainer.parts, trainer.recipe, batch):
+        rows.append(row)
+        print(
+            f"chain {row['chain']}, log P_F at the {row['log_pf_at']:9} state  {row['bytes']:8} bytes a trajectory  "
+            f"log P_F off by {row['log_pf_error']:.3g} nats  ratio by {row['ratio_error']:.3g}, of means by "
+            f"{row['ratio_error_of_means']:.3g}",
+            flush=True,
+        )
+    return rows
+
+
+def _rolled_by(given: argparse.Namespace, overrides: list[str], device: torch.device) -> tuple[Trainer, Batch]:
+    """A trainer of the recipe, stored, and the batch of its first epoch."""
+    path, chosen = given.recipe, [*given.set, *overrides, "train.rollout=stored"]
+    if local_folder(load(path, chosen).model.path) is None:
+        chosen += ["model.path=random-sd15", "model.variant=null"]
+    recipe = load(path, [*chosen, f"train.trajectories={given.trajectories}", "train.updates=1"])
+    parts = build(recipe, device, warn=lambda text: None, reward=RewardSum(recipe.reward, device, _without_download))
+    with tempfile.TemporaryDirectory() as folder:
+        trainer = Trainer(recipe, RunFolder.create(Path(folder) / "run"), parts)
+    return trainer, trainer.batch(0)
 
 
 def _drop_caches() -> None:
@@ -261,18 +307,21 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "--cap-gib", type=float, metavar="G", help="hold the GPU's allocator to G GiB (not for --literal)"
     )
     step.add_argument("--trajectories", type=int, metavar="N", help="per epoch; default: one micro-batch")
-    step.add_argument(
-        "--repeats", type=int, default=3, metavar="N", help="timed epochs a row, of which the median counts"
-    )
+    step.add_argument("--repeats", type=int, default=3, metavar="N", help="timed epochs a row; their median counts")
     counting = commands.add_parser("count", help="FLOP of a transition for each lever, without running anything")
-    for command in (step, counting):
+    looking = commands.add_parser("previews", help="rewards of x0_hat by decoder and stride, against the full VAE")
+    storing = commands.add_parser("storage", help="bytes and rounding of stored chains, by dtype")
+    for command in (looking, storing):
+        command.add_argument("--trajectories", type=int, default=16, metavar="N", help="default: 16")
+    for command in (step, counting, looking, storing):
         command.add_argument("--recipe", required=True, metavar="FILE")
         command.add_argument("--set", action="append", default=[], metavar="key.sub=value", help="override a key")
         command.add_argument("--json", type=Path, metavar="FILE")
     given = parser.parse_args(arguments)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    commands_of = {"train-step": train_step, "count": count, "previews": previews, "storage": storage}
     try:
-        rows = count(given) if given.command == "count" else train_step(given, device)
+        rows = commands_of[given.command](given, device)
     except (UsageError, RunError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2 if isinstance(error, UsageError) else 1

@@ -57,8 +57,11 @@ class Policy(Protocol):
         """(B, 3, H, W) float32 images in [0, 1]."""
         ...
 
-    def preview(self, x0_hat: Tensor) -> Tensor:
-        """(B, 3, H, W) float32 images in [0, 1] of predicted latents, for forward-looking rewards; perhaps cheaper."""
+    def preview(self, x0_hat: Tensor, decoder: str | None = None) -> Tensor:
+        """(B, 3, H, W) float32 images in [0, 1] of predicted latents, for forward-looking rewards; perhaps cheaper.
+
+        `decoder` is one of `forward_looking.decoder`; None takes the recipe's.
+        """
         ...
 
     def trainable(self) -> list[nn.Parameter]: ...

@@ -133,3 +133,26 @@ def test_the_arithmetic_behind_the_24_gb_recipe(capsys: Any) -> None:
 def test_ddpo_is_refused(capsys: Any) -> None:
     assert bench.main(["count", "--recipe", str(ROOT / "recipes/tiny_cpu_ddpo.yaml")]) == 2
     assert "the bench times objectives with a flow, not ddpo" in capsys.readouterr().err
+
+
+def test_cheaper_previews_are_measured_against_the_full_ones(tmp_path: Path, capsys: Any) -> None:
+    result = tmp_path / "rows.json"
+    recipe, few = str(ROOT / "recipes/tiny_cpu.yaml"), ["--trajectories", "4", "--json", str(result)]
+    assert bench.main(["previews", "--recipe", recipe, "--set", "sampler.steps=6", *few]) == 0
+    rows = {(row["decoder"], row["stride"]): row for row in json.loads(result.read_text())["rows"]}
+    assert len(capsys.readouterr().out.splitlines()) == len(rows) == 9
+    exact = rows.pop(("full", 1))
+    assert (exact["bias"], exact["rms"]) == (0, 0)
+    assert exact["correlation"] == pytest.approx(1)
+    assert all(row["rms"] > 0 and row["correlation"] < 1 for row in rows.values())
+
+
+def test_chains_are_exact_where_log_pf_is_taken_at_the_stored_state(tmp_path: Path) -> None:
+    result = tmp_path / "rows.json"
+    recipe, few = str(ROOT / "recipes/tiny_cpu.yaml"), ["--trajectories", "4", "--json", str(result)]
+    assert bench.main(["storage", "--recipe", recipe, "--set", "sampler.steps=6", *few]) == 0
+    rows = {(row["chain"], row["log_pf_at"]): row for row in json.loads(result.read_text())["rows"]}
+    assert [rows[dtype, "stored"]["ratio_error"] for dtype in ("fp32", "fp16", "bf16")] == [0, 0, 0]
+    assert 0 < rows["fp16", "unrounded"]["log_pf_error"] < rows["bf16", "unrounded"]["log_pf_error"]
+    # 7 states of 4 x 16 x 16, 3 numbers a step in fp32, and a reward, a prompt and a sample id.
+    assert rows["fp16", "stored"]["bytes"] == 7 * 4 * 16 * 16 * 2 + 6 * 3 * 4 + 4 + 8 + 8

@@ -29,7 +29,7 @@ LAYERS = (
     (4, ("dag.one_pass",)),
     (5, ("dag.parts", "dag.forecast")),
     (5, ("dag.trainer",)),
-    (6, ("dag.published", "dag.flops")),
+    (6, ("dag.published", "dag.flops", "dag.approximations")),
     (6, ("train_dag", "dag.bench", "dag.sample", "dag.score", "dag.assets.build")),
 )
 ROW = {unit: row for row, (_, units) in enumerate(LAYERS) for unit in units}

@@ -69,12 +69,13 @@ class Decoder:
         """(B, 3, H, W) float32 in [0, 1], in full."""
         return self._decoded(self.vae, x_0 / self.vae.config.scaling_factor, autocast)
 
-    def preview(self, x0_hat: Tensor, autocast: AbstractContextManager[None]) -> Tensor:
-        """The same shape by the recipe's `forward_looking.decoder`."""
-        if self.tiny is not None:
+    def preview(self, x0_hat: Tensor, autocast: AbstractContextManager[None], kind: str | None = None) -> Tensor:
+        """The same shape by a `forward_looking.decoder`; None is the recipe's, and `tiny` must be if asked for."""
+        kind = kind or self.kind
+        if kind == "tiny":
             # Tiny autoencoders read latents as the UNet has them.
             return self._decoded(self.tiny, x0_hat, autocast)
-        if self.kind == "half":
+        if kind == "half":
             small = self(functional.avg_pool2d(x0_hat.float(), 2), autocast)
             # Rewards see the size that they will judge in the end.
             return functional.interpolate(small, scale_factor=2, mode="bilinear").clamp(0, 1)

@@ -161,9 +161,9 @@ class StableDiffusion:
         """(B, 3, H, W) float32 in [0, 1]."""
         return self.decoder(x_0, self._autocast())
 
-    def preview(self, x0_hat: Tensor) -> Tensor:
+    def preview(self, x0_hat: Tensor, decoder: str | None = None) -> Tensor:
         """The same of predicted latents, as the recipe's `forward_looking.decoder` shows them."""
-        return self.decoder.preview(x0_hat, self._autocast())
+        return self.decoder.preview(x0_hat, self._autocast(), decoder)
 
     def trainable(self) -> list[nn.Parameter]:
         return [parameter for parameter in self.unet.parameters() if parameter.requires_grad]
