@@ -53,6 +53,7 @@ _COMMON = (
     "flow.warmup_epochs=0",
     "flow.passes=0",
     "regulariser.sampling=0",
+    "regulariser.pretrained_kl=0",
 )
 _STORED = ("train.rollout=stored", "objective.forward_looking.source=rollout")
 _ONE_PASS = (
