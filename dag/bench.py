@@ -30,6 +30,7 @@ from dag import approximations, flops
 from dag.accounting import LiveBytes
 from dag.errors import RunError, UsageError
 from dag.forecast import GIB, forecast
+from dag.ledger import Ledger
 from dag.models.source import local_folder
 from dag.parts import build, git_commit
 from dag.protocols import Reward
@@ -81,16 +82,17 @@ def measure(label: str, recipe: Recipe, device: torch.device, repeats: int) -> R
         trainer = Trainer(recipe, RunFolder.create(Path(folder) / "run"), parts)
         epoch = _epoch_of(label, recipe, trainer)
         _timed_epoch(epoch, trainer)
-        _reset_peak(device)
         runs = [_timed_epoch(epoch, trainer) for _ in range(repeats)]
-        memory = _peak(device)
+        memory = _peak(trainer.ledger, device)
         flop, counted = _counted_epoch(epoch, trainer, device)
     count = recipe.train.trajectories * parts.policy.schedule.num_transitions
     middle = sorted(runs, key=lambda seconds: seconds["total"])[len(runs) // 2]
     row: Row = {
         "label": label,
         "micro_batch": parts.learner.micro_batch,
-        **{f"ms_{phase}": round(1e3 * seconds / count, 3) for phase, seconds in middle.items()},
+        **{
+            f"ms_{phase}": round(1e3 * seconds / count, 3) for phase, seconds in middle.items() if phase != "evaluation"
+        },
         "ms_total_spread": [round(1e3 * run["total"] / count, 3) for run in runs],
         "trajectories_per_hour": round(3600 * recipe.train.trajectories / middle["total"], 1),
         "gflop_per_transition": round(flop / count / 1e9, 3),
@@ -111,7 +113,7 @@ def _epoch_of(label: str, recipe: Recipe, trainer: Trainer) -> Callable[[], obje
     """One epoch of the recipe's loop, or of the published one."""
     if label == LITERAL:
         published = Published(recipe, trainer.parts, trainer.tile_scorer)
-        return lambda: published.epoch(trainer.batch(0), trainer.timed)
+        return lambda: published.epoch(trainer.batch(0), trainer.ledger.phase)
     if trainer.is_one_pass(0):
         return lambda: trainer.one_pass(0)
     return lambda: trainer.update(trainer.sample(0), 0)
@@ -119,12 +121,12 @@ def _epoch_of(label: str, recipe: Recipe, trainer: Trainer) -> Callable[[], obje
 
 def _timed_epoch(epoch: Callable[[], object], trainer: Trainer) -> dict[str, float]:
     """Seconds by phase, and in total."""
-    trainer.seconds = {"sample": 0.0, "reward": 0.0, "update": 0.0}
+    trainer.ledger.start_epoch()
     _synchronise()
     start = time.perf_counter()
     epoch()
     _synchronise()
-    return {**trainer.seconds, "total": time.perf_counter() - start}
+    return {**trainer.ledger.seconds, "total": time.perf_counter() - start}
 
 
 def _counted_epoch(epoch: Callable[[], object], trainer: Trainer, device: torch.device) -> tuple[int, dict[str, int]]:
@@ -152,16 +154,10 @@ def _synchronise() -> None:
         torch.cuda.synchronize()
 
 
-def _reset_peak(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats()
-
-
-def _peak(device: torch.device) -> dict[str, int]:
-    if device.type != "cuda":
-        return {}
-    allocated, reserved = torch.cuda.max_memory_allocated(), torch.cuda.max_memory_reserved()
-    return {"peak_allocated_gib": allocated, "peak_reserved_gib": reserved}
+def _peak(ledger: Ledger, device: torch.device) -> dict[str, int]:
+    """Of the last epoch; a process's resident memory on a CPU says little about a card, and is left out."""
+    ledger.read()
+    return {"peak_allocated_gib": ledger.in_use, "peak_reserved_gib": ledger.held} if device.type == "cuda" else {}
 
 
 # -- commands -----------------------------------------------------------------------------------------------------

@@ -1,8 +1,7 @@
 """The training loop: sample, score, update, measure, save. No maths and no file formats here."""
 
-import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +12,7 @@ from tqdm import tqdm
 from dag import checkpoint, prompts, report
 from dag.errors import RunError, UsageError
 from dag.evaluate import EvaluationResult
+from dag.ledger import Ledger
 from dag.one_pass import OnePass
 from dag.parts import Parts
 from dag.recipe import ForwardLooking, PolicyGradient, Recipe
@@ -36,7 +36,7 @@ class Trainer:
         tracker: Callable[[dict[str, Any], int], object] | None = None,
     ) -> None:
         self.recipe, self.run, self.parts, self.tracker = recipe, run, parts, tracker
-        self.seconds: dict[str, float] = {}
+        self.ledger = Ledger(parts.learner.device)
         self.tile = recipe.sampler.tile
 
     def fit(self, resume_from: Path | None = None) -> None:
@@ -54,7 +54,7 @@ class Trainer:
             tqdm.write(f"resumed after epoch {start} from {resume_from}")
         result = before
         for epoch in range(start, self.recipe.train.epochs):
-            self.seconds = {"sample": 0.0, "reward": 0.0, "update": 0.0}
+            self.ledger.start_epoch()
             if self.is_one_pass(epoch):
                 trajectories, metrics = self.one_pass(epoch)
             else:
@@ -124,7 +124,7 @@ class Trainer:
         total = recipe.train.trajectories * learner.schedule.num_transitions
         try:
             with self.parts.scoring(), self._bar(epoch, "one pass", total) as bar:
-                return one_pass.learn(self.batch(epoch), epoch, self.tile_scorer, self.timed, bar.update)
+                return one_pass.learn(self.batch(epoch), epoch, self.tile_scorer, self.ledger.phase, bar.update)
         except RunError:
             if learner.optimizer_step == before:
                 self.save_checkpoint(epoch)
@@ -149,13 +149,13 @@ class Trainer:
         scored: Callable[[int], object],
     ) -> Trajectories:
         sampler, seed, size = self.recipe.sampler, self.recipe.seed, len(tile.sample_id)
-        with self.timed("sample"):
+        with self.ledger.phase("sample"):
             text = self.parts.text[tile.prompt_id]
             drawn = sample_tile(
                 self.parts.policy, text, tile.sample_id, seed, sampler, looking, on_step=lambda: sampled(size)
             )
         store.put(drawn.chain)
-        with self.timed("reward"):
+        with self.ledger.phase("reward"):
             score = self._scorer(tile.prompt_id, tile.sample_id)
             seen, reward, _ = score_tile(self.parts.policy, drawn, score, on_image=lambda: scored(size))
         return assemble(drawn, seen, reward, tile, seed, sampler)
@@ -168,11 +168,11 @@ class Trainer:
         looking = self._looking()
         needs_reward = looking is not None and looking.source == "current"
         at_work = self.parts.scoring() if needs_reward else nullcontext()
-        with at_work, self._bar(epoch, "update", total) as bar, self.timed("update"):
+        with at_work, self._bar(epoch, "update", total) as bar, self.ledger.phase("update"):
             return dict(self.parts.learner.learn(trajectories, epoch, score, bar.update))
 
     def evaluate(self) -> EvaluationResult:
-        with self.parts.scoring():
+        with self.parts.scoring(), self.ledger.phase("evaluation"):
             return self.parts.evaluator(self.parts.policy, self.parts.reward)
 
     def _scorer(self, prompt_id: Tensor, sample_id: Tensor) -> Score:
@@ -203,8 +203,7 @@ class Trainer:
             "trajectories": trajectories,
             "micro_batch": self.parts.learner.micro_batch,
             **metrics,
-            **{f"seconds_{phase}": round(seconds, 3) for phase, seconds in self.seconds.items()},
-            "peak_memory_gib": _peak_memory_gib(),
+            **self.ledger.row(),
         }
         self.run.metrics.write(row)
         if self.tracker is not None:
@@ -250,13 +249,7 @@ class Trainer:
             checkpoint.load_optimizer(folder, name, optimizer, state["optimizers"][name])
         return int(state["epoch"])
 
-    # -- time and progress ---------------------------------------------------------------------------------------
-
-    @contextmanager
-    def timed(self, phase: str) -> Iterator[None]:
-        start = time.perf_counter()
-        yield
-        self.seconds[phase] += time.perf_counter() - start
+    # -- progress --------------------------------------------------------------------------------------------------
 
     def _bar(self, epoch: int, phase: str, total: int) -> Any:
         label = f"epoch {epoch + 1}/{self.recipe.train.epochs} {phase}"
@@ -268,11 +261,6 @@ class Trainer:
             unit="row",
             position=1 if phase == "score" else 0,
         )
-
-
-def _peak_memory_gib() -> float | None:
-    """Reserved by the CUDA allocator since the start; None on a CPU."""
-    return torch.cuda.max_memory_reserved() / 2**30 if torch.cuda.is_available() else None
 
 
 def _line(epoch: int, epochs: int, row: dict[str, Any]) -> str:

@@ -18,7 +18,6 @@ def parts_of(recipe: Recipe) -> Parts:
 def rolled_out(recipe: Recipe, run: RunFolder) -> tuple[Trainer, Trajectories]:
     """A trainer and its first epoch's trajectories."""
     trainer = Trainer(recipe, run, parts_of(recipe))
-    trainer.seconds = {"sample": 0.0, "reward": 0.0, "update": 0.0}
     return trainer, trainer.sample(0)
 
 

@@ -38,7 +38,6 @@ def recipe_of(*overrides: str) -> Recipe:
 
 def trainer_of(recipe: Recipe, folder: Path) -> Trainer:
     trainer = Trainer(recipe, RunFolder.create(folder / "run"), parts_of(recipe))
-    trainer.seconds = {"sample": 0.0, "reward": 0.0, "update": 0.0}
     return trainer
 
 
@@ -92,7 +91,7 @@ def test_the_published_work_is_what_its_docstring_says(tmp_path: Path, monkeypat
 
     before = [parameter.clone() for parameter in policy.trainable()]
     published = Published(recipe, trainer.parts, scorer)
-    real = counted(lambda: published.epoch(trainer.batch(0), trainer.timed))
+    real = counted(lambda: published.epoch(trainer.batch(0), trainer.ledger.phase))
     assert calls == {
         "predict": N * T * 2,
         "predict of one branch": N * T * 2,

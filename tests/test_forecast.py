@@ -43,7 +43,6 @@ def recipe_of(change: dict[str, Any]) -> Recipe:
 def measured(recipe: Recipe, run: RunFolder) -> dict[str, int]:
     """Peak bytes of the phases of a second epoch: the first has left gradients and optimizer states."""
     trainer = Trainer(recipe, run, parts_of(recipe))
-    trainer.seconds = {"sample": 0.0, "reward": 0.0, "update": 0.0}
     peaks: dict[str, int] = {}
 
     def phase(name: str, call: Callable[[], Any], *others: Tensor) -> Any:

@@ -20,7 +20,7 @@ LAYERS = (
     (1, ("dag.prompt_sets",)),
     (1, ("dag.schedule", "dag.prompts", "dag.metrics", "dag.balance")),
     (1, ("dag.protocols", "dag.run_folder")),
-    (2, ("dag.trajectory", "dag.state_flow", "dag.fidelity", "dag.accounting")),
+    (2, ("dag.trajectory", "dag.state_flow", "dag.fidelity", "dag.accounting", "dag.ledger")),
     (2, ("dag.units",)),
     (3, ("dag.models", "dag.rewards", "dag.objectives")),
     (4, ("dag.rollout", "dag.optim", "dag.checkpoint", "dag.plan", "dag.report")),

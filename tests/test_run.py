@@ -12,12 +12,14 @@ from building import disturb, parts_of
 from safetensors.torch import load_file
 
 import train_dag
+from dag.ledger import PHASES
 from dag.recipe import Recipe
 from dag.rollout import generate
 from dag.sample import main as sample_main
 
 MakeRecipe = Callable[..., Recipe]
-TIMES = ("seconds_sample", "seconds_reward", "seconds_update")
+# What no two runs share.
+MEASURED = {*(f"{kind}_{name}" for kind in ("seconds", "memory_gib") for name in PHASES), "peak_memory_gib"}
 
 
 def write(recipe: Recipe, path: Path) -> str:
@@ -27,7 +29,7 @@ def write(recipe: Recipe, path: Path) -> str:
 
 def rows(run: Path) -> list[dict[str, Any]]:
     lines = (run / "metrics.jsonl").read_text().splitlines()
-    return [{key: value for key, value in json.loads(line).items() if key not in TIMES} for line in lines]
+    return [{key: value for key, value in json.loads(line).items() if key not in MEASURED} for line in lines]
 
 
 def test_a_run_keeps_its_contract(make_recipe: MakeRecipe, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -234,6 +234,27 @@ def bench(names: Sequence[str], device: torch.device, is_check: bool) -> list[Ro
     return rows
 
 
+# Options of `dag.bench train-step`: 20 of the 50 steps, so that a slow card ends in time too.
+_QUICK = ("--repeats", "1", "--set", "sampler.steps=20")
+_TRAINING_ON_A_GPU = {
+    "lora_24gb": ("--recipe", "recipes/aesthetic_24gb.yaml", "--cap-gib", "24", "--literal", "--ablation", *_QUICK),
+    "full_24gb": ("--recipe", "recipes/full_finetune_24gb.yaml", "--cap-gib", "24", *_QUICK),
+    "lora_12gb": ("--recipe", "recipes/aesthetic_12gb.yaml", "--cap-gib", "12", *_QUICK),
+}
+_TRAINING_ON_A_CPU = {
+    "embedded": (
+        "--recipe",
+        "recipes/tiny_cpu.yaml",
+        "--literal",
+        "--ablation",
+        "--repeats",
+        "1",
+        "--trajectories",
+        "4",
+    ),
+}
+
+
 def checklist(out: Path, device: torch.device) -> int:
     """Everything that wants a GPU; returns the exit code."""
     out.mkdir(parents=True, exist_ok=True)
@@ -260,9 +281,21 @@ def checklist(out: Path, device: torch.device) -> int:
         summary.append(f"- benchmark: {len(rows)} rows in bench.csv\n\n```\n" + "\n".join(map(shown, rows)) + "\n```")
     else:
         summary.append("- benchmark: not measured, there is no GPU")
+    if tests.is_dir():
+        for name, options in (_TRAINING_ON_A_GPU if has_gpu else _TRAINING_ON_A_CPU).items():
+            ended_well, said = _train_step(out, name, options, tests.parent)
+            failed |= not ended_well
+            summary.append(f"- training step, {name}: {'' if ended_well else 'FAILED'}\n\n```\n{said}\n```")
     (out / "summary.md").write_text("\n".join(summary) + "\n", encoding="utf-8")
     print("\n".join(summary))
     return 1 if failed else 0
+
+
+def _train_step(out: Path, name: str, options: Sequence[str], root: Path) -> tuple[bool, str]:
+    """(whether it ended well, what it printed) of the trainer's own bench, in a process of its own."""
+    command = [sys.executable, "-m", "dag.bench", "train-step", *options, "--json", str(out / f"train_{name}.json")]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=root)
+    return done.returncode == 0, done.stdout.strip() if done.returncode == 0 else done.stderr.strip()
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

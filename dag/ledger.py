@@ -1,0 +1,122 @@
+"""Seconds and peak memory of an epoch, phase by phase, for metrics.jsonl."""
+
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+
+PHASES = ("sample", "reward", "update", "evaluation")
+_GIB = 2**30
+
+
+class Meter(Protocol):
+    """Reads a peak that can be reset."""
+
+    def reset(self) -> None: ...
+
+    def peak(self) -> int:
+        """Bytes in use at most since the reset."""
+        ...
+
+    def peak_held(self) -> int:
+        """The same with what the allocator holds and does not use."""
+        ...
+
+
+class CudaMeter:
+    """The allocator of a GPU."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+
+    def reset(self) -> None:
+        torch.cuda.reset_peak_memory_stats(self.device)
+
+    def peak(self) -> int:
+        return torch.cuda.max_memory_allocated(self.device)
+
+    def peak_held(self) -> int:
+        return torch.cuda.max_memory_reserved(self.device)
+
+
+class ResidentMeter:
+    """Resident memory of this process as Linux counts it: Python and every library included."""
+
+    _RESET, _STATUS = Path("/proc/self/clear_refs"), Path("/proc/self/status")
+
+    def reset(self) -> None:
+        self._RESET.write_text("5")
+
+    def peak(self) -> int:
+        line = next(line for line in self._STATUS.read_text().splitlines() if line.startswith("VmHWM:"))
+        return int(line.split()[1]) * 1024
+
+    def peak_held(self) -> int:
+        return self.peak()
+
+
+def meter_of(device: torch.device) -> Meter | None:
+    """None where nothing tells the memory of a phase."""
+    if device.type == "cuda":
+        return CudaMeter(device)
+    try:
+        meter = ResidentMeter()
+        meter.reset()
+        meter.peak()
+    except (OSError, StopIteration):
+        return None
+    return meter
+
+
+class Ledger:
+    """What the phases of an epoch took; a phase may be entered many times.
+
+    Args:
+        device: the policy's.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self.meter = meter_of(device)
+        self.seconds: dict[str, float] = {}
+        self.peaks: dict[str, int] = {}
+        self.in_use, self.held = 0, 0
+        self.start_epoch()
+
+    def start_epoch(self) -> None:
+        """Forget the epoch before, but not what the run held at most."""
+        self.read()
+        self.seconds, self.peaks, self.in_use = dict.fromkeys(PHASES, 0.0), {}, 0
+
+    @contextmanager
+    def phase(self, name: str) -> Iterator[None]:
+        """Time and peak of what runs inside are `name`'s."""
+        self.read()
+        start = time.perf_counter()
+        try:
+            yield
+        finally:
+            self.seconds[name] += time.perf_counter() - start
+            self.peaks[name] = max(self.peaks.get(name, 0), self.read())
+
+    def read(self) -> int:
+        """Bytes in use at most since the last call, which also count for the epoch, whatever the phase."""
+        if self.meter is None:
+            return 0
+        peak = self.meter.peak()
+        self.in_use, self.held = max(self.in_use, peak), max(self.held, self.meter.peak_held())
+        self.meter.reset()
+        return peak
+
+    def row(self) -> dict[str, Any]:
+        """Seconds and GiB of each phase, null for one that did not run, and the run's peak."""
+        seconds = {f"seconds_{name}": round(seconds, 3) for name, seconds in self.seconds.items()}
+        peaks = {f"memory_gib_{name}": _gib(self.peaks.get(name, 0)) for name in PHASES}
+        return {**seconds, **peaks, "peak_memory_gib": _gib(self.held)}
+
+
+def _gib(size: int) -> float | None:
+    """None stands for what was not measured."""
+    return round(size / _GIB, 4) if size else None
