@@ -56,7 +56,14 @@ _COMMON = (
     "regulariser.sampling=0",
     "regulariser.pretrained_kl=0",
 )
-_STORED = ("train.rollout=stored", "objective.forward_looking.source=rollout")
+_STORED = (
+    "train.rollout=stored",
+    "objective.forward_looking.source=rollout",
+    "objective.forward_looking.decoder=full",
+    "objective.forward_looking.decoder_path=null",
+    "objective.forward_looking.stride=1",
+    "sampler.uncond=trained",
+)
 _ONE_PASS = (
     "train.rollout=one_pass",
     "sampler.log_pf_at=stored",
@@ -179,8 +186,11 @@ def cases(path: str, given: Sequence[str], trajectories: int | None, is_ablation
     if not is_ablation:
         yield ("one pass" if recipe.train.rollout == "one_pass" else "stored, scored once"), load(path, overrides)
         return
+    tiny = recipe.objective.forward_looking.decoder_path
     for label, lever in ABLATION:
         overrides += lever
+        if tiny is not None and "objective.forward_looking.decoder=tiny" in lever:
+            overrides.append(f"objective.forward_looking.decoder_path={tiny}")
         yield label, load(path, overrides)
 
 

@@ -125,6 +125,7 @@ def test_the_arithmetic_behind_the_24_gb_recipe(capsys: Any) -> None:
     assert bench.main(["count", "--recipe", str(ROOT / "recipes/aesthetic_24gb.yaml")]) == 0
     ratios = {line[:30].strip(): float(line.split("= ")[1].split()[0]) for line in capsys.readouterr().out.splitlines()}
     assert ratios[bench.LITERAL] == 1
+    assert len(set(ratios.values())) == len(ratios), "the recipe has some of the levers: the ablation starts without"
     assert ratios["+ tiny decoder for x0_hat"] > 3
     assert ratios["+ frozen unconditional branch"] > 4
 

@@ -1,5 +1,6 @@
 """Every lever on memory, on and off: what it may change, and that it does something."""
 
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -82,6 +83,23 @@ def test_memory_layout_changes_rounding_alone(make_recipe: MakeRecipe) -> None:
         found.append(gradients(parts))
     scale = max(float(gradient.abs().max()) for gradient in found[0])
     assert max(float((a - b).abs().max()) for a, b in zip(*found, strict=True)) < 1e-5 * scale
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a compiler")
+def test_compiled_blocks_change_rounding_alone(make_recipe: MakeRecipe) -> None:
+    """Also without the adapter, whose switch is inside the compiled blocks."""
+    found, pretrained = [], []
+    for is_compiled in (False, True):
+        parts = parts_of(make_recipe(memory={"compile": is_compiled}))
+        disturb(parts)
+        blocks = [m for m in parts.policy.unet.modules() if type(m).__name__ == "BasicTransformerBlock"]
+        assert all((block._compiled_call_impl is not None) == is_compiled for block in blocks)
+        found.append(gradients(parts))
+        with torch.no_grad():
+            pretrained.append(parts.policy.predict(*states(parts), pretrained=True).rows)
+    scale = max(float(gradient.abs().max()) for gradient in found[0])
+    assert max(float((a - b).abs().max()) for a, b in zip(*found, strict=True)) < 1e-5 * scale
+    torch.testing.assert_close(*pretrained, rtol=1e-4, atol=1e-5)
 
 
 def test_xformers_needs_a_gpu(make_recipe: MakeRecipe) -> None:
