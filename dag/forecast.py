@@ -73,6 +73,7 @@ LEVERS: tuple[tuple[str, str, object], ...] = (
 
 def savings(recipe: Recipe, now: Forecast) -> Iterator[tuple[str, int]]:
     """(key=value, peak bytes with it) of each lever that is not pulled and would alone lower the peak by 2 %."""
+    highest, enough = max(now.phases, key=lambda phase: now.phases[phase]), _WORTH_NAMING * now.peak
     for section, key, value in LEVERS:
         is_kept_from = recipe.train.rollout == "one_pass" and key in ("chains", "offload_vae")
         if getattr(getattr(recipe, section), key) == value or is_kept_from:
@@ -80,8 +81,9 @@ def savings(recipe: Recipe, now: Forecast) -> Iterator[tuple[str, int]]:
         if key == "base" and recipe.adapter.kind == "full":
             continue
         changed = recipe.model_copy(update={section: getattr(recipe, section).model_copy(update={key: value})})
-        peak = forecast(changed).peak
-        if peak < _WORTH_NAMING * now.peak:
+        simulation = Simulation(changed)
+        # A lever that leaves the highest phase high need not be followed through the others.
+        if simulation.peak(highest) < enough and (peak := simulation.forecast().peak) < enough:
             yield f"{section}.{key}={str(value).lower()}", peak
 
 
@@ -103,6 +105,7 @@ class Simulation:
             for layer in self._quantised():
                 layer.register_forward_pre_hook(lambda _, inputs: _Kept.apply(inputs[0]))
         self.schedule, self.T = self.policy.schedule, self.policy.schedule.num_transitions
+        _ = self.schedule.table  # made once: no phase's own
         self.flow = None
         if not isinstance(objective, PolicyGradient):
             with META:
@@ -111,6 +114,7 @@ class Simulation:
         self.rewards = [footprint(term) for term in recipe.reward if getattr(term, "device", "auto") != "cpu"]
         self.offloaded = [bool(getattr(term, "offload", False)) for term in recipe.reward]
         self.is_one_pass = recipe.train.rollout == "one_pass"
+        self._peaks: dict[str, int] = {}
 
     # -- what stands in memory -----------------------------------------------------------------------------------
 
@@ -160,27 +164,36 @@ class Simulation:
     # -- phases --------------------------------------------------------------------------------------------------
 
     def forecast(self) -> Forecast:
-        standing, train = self.standing(), self.recipe.train
+        sizes = {kind: sum(_storages(tensors)) for kind, tensors in self.standing().items()}
+        sizes["denoiser"] -= self.quantised_away()
+        return Forecast(self.is_assumed, sizes, {name: self.peak(name) for name in self.phases()})
+
+    def phases(self) -> tuple[str, ...]:
+        """Names, in the order of an epoch."""
+        if not self.is_one_pass:
+            return "rollout", "update", "evaluation"
+        return ("one pass", *(("warm-up rollout",) if self.recipe.flow.warmup_epochs > 0 else ()), "evaluation")
+
+    def peak(self, phase: str) -> int:
+        """Bytes; walked once."""
+        if phase not in self._peaks:
+            self._peaks[phase] = self._walked(phase) - self.quantised_away()
+        return self._peaks[phase]
+
+    def _walked(self, phase: str) -> int:
+        standing, fetched = self.standing(), self._fetched_for_scoring()
+        chains = [] if self.recipe.memory.chains == "cpu" else self.chain(self.recipe.train.trajectories)
         held = [tensor for tensors in standing.values() for tensor in tensors]
         # An update begins by dropping them, and makes its own.
         ungraded = [tensor for kind, tensors in standing.items() if kind != "gradients" for tensor in tensors]
-        sizes = {kind: sum(_storages(tensors)) for kind, tensors in standing.items()}
-        away = self.quantised_away()
-        sizes["denoiser"] -= away
-        chains = [] if self.recipe.memory.chains == "cpu" else self.chain(train.trajectories)
-        fetched = self._fetched_for_scoring()
-        scoring = [*held, *fetched]
-        phases: dict[str, int] = {}
-        if self.is_one_pass:
-            phases["one pass"] = peak_of(self.one_pass, [*ungraded, *fetched]) - away
-            if self.recipe.flow.warmup_epochs > 0:
-                phases["warm-up rollout"] = peak_of(self.rollout, [*scoring, *chains]) - away
-        else:
-            phases["rollout"] = peak_of(self.rollout, [*scoring, *chains]) - away
+        if phase == "one pass":
+            return peak_of(self.one_pass, [*ungraded, *fetched])
+        if phase == "update":
             with_decoder = self.looking is not None and self.looking.source == "current"
-            phases["update"] = peak_of(self.update, [*ungraded, *(fetched if with_decoder else []), *chains]) - away
-        phases["evaluation"] = peak_of(self.evaluation, scoring) - away
-        return Forecast(self.is_assumed, sizes, phases)
+            return peak_of(self.update, [*ungraded, *(fetched if with_decoder else []), *chains])
+        if phase == "evaluation":
+            return peak_of(self.evaluation, [*held, *fetched])
+        return peak_of(self.rollout, [*held, *fetched, *chains])
 
     def _fetched_for_scoring(self) -> list[Tensor]:
         offloaded = [_bytes(f.weights) for f, is_off in zip(self.rewards, self.offloaded, strict=False) if is_off]
