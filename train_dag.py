@@ -118,7 +118,8 @@ def train(config: Recipe, run: RunFolder, resume_from: Path | None) -> None:
         )
     _use_all_threads(accelerator.device.type)
     parts = build(config, accelerator.device)
-    print(f"kernels: {parts.kernels.name} ({parts.kernels.reason})", flush=True)
+    print(f"kernels: {parts.kernels.name} ({parts.kernels.reason})")
+    print(f"attention: {parts.policy.describe()['attention']}", flush=True)
     if resume_from is None:
         run.write_description(describe_run(config, parts, accelerator.device))
     tracker = None

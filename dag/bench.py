@@ -14,6 +14,7 @@ FLOP from the configs. `previews` and `storage` measure what cheaper decoders an
 """
 
 import argparse
+import functools
 import importlib.metadata
 import json
 import platform
@@ -104,6 +105,7 @@ def measure(label: str, recipe: Recipe, device: torch.device, repeats: int) -> R
         "trajectories_per_hour": round(3600 * recipe.train.trajectories / middle["total"], 1),
         "gflop_per_transition": round(flop / count / 1e9, 3),
         "tflop_per_second": round(flop / middle["total"] / 1e12, 4),
+        "utilisation": round(flop / middle["total"] / _matmul_flop_per_second(device, parts.policy.dtype), 4),
         **{name: round(size / GIB, 4) for name, size in (memory | counted).items()},
     }
     if label != LITERAL:
@@ -147,6 +149,21 @@ def _counted_epoch(epoch: Callable[[], object], trainer: Trainer, device: torch.
             epoch()
         counted["peak_tensors_gib"] = live.peak
     return counter.get_total_flops(), counted
+
+
+@functools.cache
+def _matmul_flop_per_second(device: torch.device, dtype: torch.dtype) -> float:
+    """The best that a large matrix product reaches here, which stands for the machine's peak."""
+    side = 8192 if device.type == "cuda" else 1024
+    a, b = torch.randn(2, side, side, device=device).to(dtype)
+    best = float("inf")
+    for _ in range(10):
+        _synchronise()
+        start = time.perf_counter()
+        a @ b
+        _synchronise()
+        best = min(best, time.perf_counter() - start)
+    return 2 * side**3 / best
 
 
 def _without_download(term: RewardTerm, device: torch.device) -> Reward:
@@ -283,7 +300,8 @@ def _shown(row: Row, literal: Row | None) -> str:
     phases = " + ".join(f"{name[3:]} {row[name]:.2f}" for name in ("ms_sample", "ms_reward", "ms_update") if row[name])
     line = (
         f"{row['label']:30} {row['ms_total']:9.2f} ms a transition ({phases})  {row['trajectories_per_hour']:8.1f} trajectories/h  "
-        f"{row['gflop_per_transition']:9.2f} GFLOP  {row['tflop_per_second']:7.3f} TFLOP/s  peak {memory:.3f} GiB"
+        f"{row['gflop_per_transition']:9.2f} GFLOP  {row['tflop_per_second']:7.3f} TFLOP/s "
+        f"({100 * row['utilisation']:.0f} % of a matrix product)  peak {memory:.3f} GiB"
     )
     if "predicted_gib" in row:
         line += f" (predicted {row['predicted_gib']:.3f})"
