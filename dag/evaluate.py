@@ -1,73 +1,314 @@
-"""The fixed evaluation of a run: the same prompts and seeds before, during and after training."""
+"""Judge trained models by what they draw: `python -m dag.evaluate --run RUN [--against RUN2 ...] [--out DIR]`.
 
-from collections.abc import Sequence
+The base model and every run draw the same prompts with the same seeds. Each gets the training reward and the others at
+hand (over-optimisation shows there), diversity within a prompt, the distance of its pictures from the base model's, and
+prompt alignment. The base model draws a second time with other seeds: distances below that pair's are no distances.
+
+Writes evaluation.json, evaluation.md and pictures.png.
+"""
+
+import argparse
+import importlib.metadata
+import json
+import sys
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from dag.fidelity import load_judge, noun_accuracy
-from dag.protocols import Policy
+from dag import checkpoint, report
+from dag.errors import RunError, UsageError
+from dag.fidelity import Judge, expected, load_judge, noun_accuracy
+from dag.models.sd import StableDiffusion
+from dag.models.source import EMBEDDED, local_folder
+from dag.prompts import load_prompts, read_prompt_file
+from dag.protocols import Reward
 from dag.recipe import Recipe
-from dag.rewards import RewardSum
-from dag.rewards.clip import feature_tower
+from dag.recipe_file import parse_reward
+from dag.reward_terms import RewardTerm
+from dag.rewards import build_term, checked
+from dag.rewards.clip import ClipTower, feature_tower
 from dag.rollout import generate
+from dag.run_folder import RunFolder, write_json
+from dag.statistics import frechet_distance, kernel_distance, vendi_score, within_prompt_diversity
 
-# Sample ids of evaluations; training counts up from 0 and never gets here.
-FIRST_SAMPLE_ID = 1 << 40
+Row = dict[str, Any]
+
+BASE, BASE_AGAIN = "base", "base, other seeds"
+# Apart from training (from 0 up), from the evaluations of a run (from 2^40 up) and from dag.sample (from 2^41 up).
+_FIRST_SAMPLE_ID, _OTHER_SAMPLE_ID = 1 << 42, 1 << 43
+# Rewards that cost nothing to add, whatever was trained on.
+_ALWAYS = ("colourfulness", "compressibility")
+_SHOWN_PROMPTS, _SHOWN_IMAGES = 8, 4
 
 
 @dataclass(frozen=True)
-class EvaluationResult:
-    images: Tensor
-    """(N, 3, H, W) float32 in [0, 1], image i of prompt i // images_per_prompt."""
+class Task:
+    """What every model draws, P prompts with n pictures each side by side."""
+
     prompts: list[str]
-    """(N,)"""
-    reward: Tensor
-    """(N,)"""
-    metrics: dict[str, float]
+    """(P * n,)"""
+    images_per_prompt: int
+    seed: int
 
 
-def within_prompt_diversity(features: Tensor, images_per_prompt: int) -> float:
-    """1 - mean pairwise cosine between different pictures of the same prompt.
-
-    Args:
-        features: (P * n, D) unit vectors, the n pictures of a prompt side by side.
-    """
-    grouped = features.reshape(-1, images_per_prompt, features.shape[-1])
-    cosine = torch.einsum("pid,pjd->pij", grouped, grouped)
-    different = ~torch.eye(images_per_prompt, dtype=torch.bool)
-    return float(1 - cosine[:, different].mean())
-
-
-class Evaluator:
-    """Holds the towers that measure; built once per run.
+class Measure:
+    """Holds what pictures are measured with.
 
     Args:
-        prompts: those to evaluate on; the recipe says how many of them, from the first.
-        text:    (P, S, D) their embeddings.
+        tower: its image features are the space of diversity and distances, its text features that of alignment.
+        judge: tells the nouns of the embedded model's prompts; None for other models.
     """
 
-    def __init__(self, recipe: Recipe, prompts: Sequence[str], text: Tensor, device: torch.device) -> None:
-        config = recipe.evaluation
-        self.recipe, self.per_prompt = recipe, config.images_per_prompt
-        index = torch.arange(min(config.prompts, len(prompts))).repeat_interleave(self.per_prompt)
-        self.prompts, self.text = [prompts[i] for i in index.tolist()], text[index]
-        self.sample_id = FIRST_SAMPLE_ID + torch.arange(len(index))
-        self.tower = feature_tower("evaluation.diversity", config.diversity, device) if config.diversity else None
-        self.judge = load_judge() if config.fidelity else None
+    def __init__(self, task: Task, rewards: Sequence[RewardTerm], tower: ClipTower, device: torch.device) -> None:
+        self.task, self.tower = task, tower
+        self.rewards: dict[str, Reward] = {term.name: build_term(term, device) for term in rewards}
+        is_known = all(expected(prompt) is not None for prompt in task.prompts)
+        self.judge: Judge | None = load_judge() if is_known else None
+        self.base: tuple[Tensor, dict[str, Tensor]] | None = None
 
-    def __call__(self, policy: Policy, reward: RewardSum) -> EvaluationResult:
-        images = generate(policy, self.text, self.sample_id, self.recipe.seed, self.recipe.sampler)
-        values, parts = reward.detailed(images, self.prompts, self.sample_id.tolist())
-        metrics = {
-            "eval_reward_mean": float(values.mean()),
-            "eval_reward_std": float(values.std(correction=0)),
+    def row(self, name: str, images: Tensor) -> Row:
+        """Figures of one model's pictures (N, 3, H, W); the first call's are the base."""
+        prompts, count = self.task.prompts, self.task.images_per_prompt
+        features = self.tower.embed_images(images).cpu()
+        rewards: dict[str, Tensor] = {
+            key: checked(key, reward, images, prompts) for key, reward in self.rewards.items()
         }
-        if len(parts) > 1:
-            metrics |= {f"eval_reward_{name}": float(part.mean()) for name, part in parts.items()}
-        if self.tower is not None:
-            metrics["diversity"] = within_prompt_diversity(self.tower.embed_images(images).cpu(), self.per_prompt)
-        if self.judge is not None:
-            metrics["fidelity_top1"], metrics["fidelity_top5"] = noun_accuracy(self.judge, images, self.prompts)
-        return EvaluationResult(images, self.prompts, values, metrics)
+        base_features, base_rewards = self.base = self.base or (features, rewards)
+        is_base = features is base_features
+        row: Row = {
+            "model": name,
+            "rewards": {key: self._reward(values, base_rewards[key]) for key, values in rewards.items()},
+            "diversity": within_prompt_diversity(features, count),
+            "vendi": sum(map(vendi_score, features.split(count))) * count / len(features),
+            "frechet": None if is_base else frechet_distance(features, base_features),
+            "kernel": None if is_base else kernel_distance(features, base_features),
+            "alignment": float(100 * (features * self.tower.embed_texts(prompts).cpu()).sum(1).mean()),
+        }
+        if self.judge is not None and images.shape[-1] == 64:
+            row["noun_top1"], row["noun_top5"] = noun_accuracy(self.judge, images, prompts)
+        return row
+
+    def _reward(self, values: Tensor, base: Tensor) -> dict[str, float]:
+        """Mean, sd, and the gain over the base model with its standard error over prompts."""
+        gain = (values - base).reshape(-1, self.task.images_per_prompt).mean(1)
+        error = float(gain.std() / len(gain) ** 0.5) if len(gain) > 1 else 0.0
+        return {
+            "mean": float(values.mean()),
+            "sd": float(values.std(correction=0)),
+            "gain": float(gain.mean()),
+            "gain_error": error,
+        }
+
+
+def evaluate(
+    runs: Sequence[Path],
+    device: torch.device,
+    prompts: Sequence[str] | None = None,
+    num_prompts: int = 16,
+    images_per_prompt: int = 8,
+    rewards: Sequence[RewardTerm] = (),
+    features: str | None = None,
+) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """(the report, pictures (P * n, 3, H, W) by model) of trained runs beside their base model.
+
+    Args:
+        prompts:  what is drawn; None takes the first `num_prompts` of the first run.
+        rewards:  besides those that the runs were trained on and those that need no weights.
+        features: `embedded` or a CLIP model; None takes `embedded` for the embedded model only.
+
+    Raises:
+        UsageError: the runs differ in their base model or sampler, or an argument is out of range.
+    """
+    folders = [RunFolder.open(path) for path in runs]
+    recipes = [folder.read_recipe() for folder in folders]
+    _refuse_different(runs, recipes)
+    if images_per_prompt < 2 or num_prompts < 1:
+        raise UsageError("--images must be at least 2 (diversity is between pictures) and --prompts at least 1")
+    first = recipes[0]
+    chosen = list(prompts or _prompts_of(first)[:num_prompts])
+    task = Task([prompt for prompt in chosen for _ in range(images_per_prompt)], images_per_prompt, first.seed)
+    is_embedded = local_folder(first.model.path) == EMBEDDED
+    source = features or ("embedded" if is_embedded else None)
+    if source is None:
+        raise UsageError("--features: name a CLIP model for this base model, e.g. openai/clip-vit-large-patch14")
+    measure = Measure(
+        task, _all_rewards(recipes, rewards, is_embedded), feature_tower("--features", source, device), device
+    )
+    pictures = dict(_drawn(folders, recipes, chosen, task, device))
+    report_data = {
+        "features": source,
+        "prompts": chosen,
+        "images_per_prompt": images_per_prompt,
+        "seed": task.seed,
+        "trained_on": [[term.name for term in recipe.reward] for recipe in recipes],
+        "versions": {name: importlib.metadata.version(name) for name in ("torch", "diffusers", "transformers")},
+        "models": [measure.row(name, images) for name, images in pictures.items()],
+    }
+    return report_data, pictures
+
+
+def _refuse_different(runs: Sequence[Path], recipes: Sequence[Recipe]) -> None:
+    """Pictures of different base models or samplers are no comparison of training."""
+    keys = (
+        "model.path",
+        "model.revision",
+        "model.resolution",
+        "sampler.steps",
+        "sampler.eta",
+        "sampler.guidance_scale",
+    )
+    for key in keys:
+        section, name = key.split(".")
+        found = [getattr(getattr(recipe, section), name) for recipe in recipes]
+        for run, value in zip(runs, found, strict=True):
+            if value != found[0]:
+                raise UsageError(
+                    f"--against {run}: {key} is {value}, but {found[0]} in {runs[0]}; compare like with like"
+                )
+
+
+def _prompts_of(recipe: Recipe) -> Sequence[str]:
+    found = load_prompts(recipe.prompts)
+    return found.held_out if recipe.evaluation.held_out else found.training
+
+
+def _all_rewards(recipes: Sequence[Recipe], given: Sequence[RewardTerm], is_embedded: bool) -> list[RewardTerm]:
+    """Those trained on first, each name once."""
+    free = [parse_reward(name, []) for name in (*_ALWAYS, *(("image_text",) if is_embedded else ()))]
+    terms = [term for recipe in recipes for term in recipe.reward] + [*given, *free]
+    return list({term.name: term for term in reversed(terms)}.values())[::-1]
+
+
+def _drawn(
+    folders: Sequence[RunFolder], recipes: Sequence[Recipe], chosen: Sequence[str], task: Task, device: torch.device
+) -> Iterator[tuple[str, Tensor]]:
+    """(name, pictures) of the base model, of it again with other seeds, and of each run."""
+    names = _names([folder.path for folder in folders])
+    for index, (folder, recipe, name) in enumerate(zip(folders, recipes, names, strict=True)):
+        policy = StableDiffusion(recipe.model, recipe.adapter, recipe.sampler, device, recipe.seed)
+        text = policy.encode(list(chosen)).repeat_interleave(task.images_per_prompt, dim=0)
+        same, other = (first + torch.arange(len(text)) for first in (_FIRST_SAMPLE_ID, _OTHER_SAMPLE_ID))
+        if index == 0:
+            yield BASE, generate(policy, text, same, task.seed, recipe.sampler)
+            yield BASE_AGAIN, generate(policy, text, other, task.seed, recipe.sampler)
+        policy.load_state_dict(checkpoint.load_tensors(folder.checkpoints / "last", "policy"))
+        yield name, generate(policy, text, same, task.seed, recipe.sampler)
+
+
+def _names(paths: Sequence[Path]) -> list[str]:
+    """The folders' own names, with as much of the path as tells them apart."""
+    for depth in range(1, 10):
+        names = ["/".join(path.resolve().parts[-depth:]) for path in paths]
+        if len(set(names)) == len(names):
+            return names
+    raise UsageError("--against: a run is named twice")
+
+
+# -- output -------------------------------------------------------------------------------------------------------
+
+
+def table(data: dict[str, Any]) -> str:
+    """The report in Markdown."""
+    rewards = list(data["models"][0]["rewards"])
+    others = [("diversity", ".3f"), ("vendi", ".2f"), ("frechet", ".4f"), ("kernel", ".5f"), ("alignment", ".2f")]
+    if all("noun_top1" in row for row in data["models"]):
+        others.append(("noun_top1", ".2f"))
+    lines = ["| model | " + " | ".join([*rewards, *(name for name, _ in others)]) + " |"]
+    lines.append("|---" * (1 + len(rewards) + len(others)) + "|")
+    for row in data["models"]:
+        cells = [row["model"]]
+        for name in rewards:
+            value = row["rewards"][name]
+            gain = "" if row["model"] in (BASE, BASE_AGAIN) else f" ({value['gain']:+.2f} ± {value['gain_error']:.2f})"
+            cells.append(f"{value['mean']:.2f}{gain}")
+        cells += ["" if row[name] is None else format(row[name], form) for name, form in others]
+        lines.append("| " + " | ".join(cells) + " |")
+    count = len(data["prompts"]) * data["images_per_prompt"]
+    lines.append(
+        f"\n{len(data['prompts'])} prompts, {data['images_per_prompt']} pictures each ({count} a model), seed {data['seed']}, "
+        f"features of {data['features']}. Gains are over the base model with the same seeds, ± their standard error over "
+        "prompts; vendi is the effective number of different pictures of a prompt; frechet and kernel are distances from "
+        "the base model's pictures, to be read against the row of other seeds."
+    )
+    return "\n".join(lines)
+
+
+def sheet(drawn: dict[str, Tensor], task_prompts: Sequence[str], images_per_prompt: int) -> Any:
+    """The same prompts and seeds from every model, side by side."""
+    columns = min(images_per_prompt, _SHOWN_IMAGES)
+    rows = [
+        prompt * images_per_prompt + column
+        for prompt in range(min(len(task_prompts), _SHOWN_PROMPTS))
+        for column in range(columns)
+    ]
+    captions = [task_prompts[row // images_per_prompt] for row in rows]
+    shown = {name: images for name, images in drawn.items() if name != BASE_AGAIN}
+    return report.beside(
+        [report.with_title(report.grid(images[rows], captions, columns), name) for name, images in shown.items()]
+    )
+
+
+def write(folder: Path, data: dict[str, Any], drawn: dict[str, Tensor]) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    write_json(folder / "evaluation.json", data)
+    (folder / "evaluation.md").write_text(table(data) + "\n", encoding="utf-8")
+    sheet(drawn, data["prompts"], data["images_per_prompt"]).save(folder / "pictures.png")
+
+
+def _free(folder: Path) -> Path:
+    """evaluation, evaluation_001, ... in a run."""
+    number, path = 0, folder / "evaluation"
+    while path.exists():
+        number += 1
+        path = folder / f"evaluation_{number:03d}"
+    return path
+
+
+def _terms(given: Sequence[str]) -> list[RewardTerm]:
+    """`name` or `name,key=value,...` each."""
+    return [parse_reward(name, options) for name, *options in (text.split(",") for text in given)]
+
+
+def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="python -m dag.evaluate", description="Judge trained models by their pictures."
+    )
+    parser.add_argument("--run", type=Path, required=True, help="run folder")
+    parser.add_argument("--against", type=Path, nargs="+", default=[], metavar="RUN", help="more runs, same base model")
+    parser.add_argument("--prompts", type=int, default=16, metavar="N", help="how many of the run's prompts")
+    parser.add_argument("--prompt-file", metavar="FILE", help="prompts of your own instead")
+    parser.add_argument("--images", type=int, default=8, metavar="N", help="pictures per prompt")
+    parser.add_argument(
+        "--reward", action="append", default=[], metavar="NAME[,key=value...]", help="one more reward, as in a recipe"
+    )
+    parser.add_argument("--features", metavar="MODEL", help="`embedded`, or a CLIP model: a folder or hub id")
+    parser.add_argument("--out", type=Path, metavar="DIR", help="default: evaluation/ in the run folder")
+    return parser.parse_args(argv)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    given = parse_arguments(argv)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    out = given.out or _free(given.run)
+    try:
+        if out.exists() and any(out.iterdir()):
+            raise UsageError(f"--out {out}: the folder is not empty; choose another")
+        own = read_prompt_file(given.prompt_file, "--prompt-file") if given.prompt_file else None
+        data, drawn = evaluate(
+            [given.run, *given.against], device, own, given.prompts, given.images, _terms(given.reward), given.features
+        )
+        write(out, data, drawn)
+    except (UsageError, RunError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2 if isinstance(error, UsageError) else 1
+    print(table(data))
+    print(json.dumps({"written": str(out)}))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from dag import prompts
 from dag.errors import UsageError
-from dag.evaluate import Evaluator
+from dag.evaluation import Evaluator
 from dag.flow_fit import FlowFit
 from dag.learner import Learner
 from dag.models.sd import StableDiffusion

@@ -11,7 +11,7 @@ from tqdm import tqdm
 
 from dag import checkpoint, prompts, report
 from dag.errors import RunError, UsageError
-from dag.evaluate import EvaluationResult
+from dag.evaluation import EvaluationResult
 from dag.ledger import Ledger
 from dag.one_pass import OnePass
 from dag.parts import Parts

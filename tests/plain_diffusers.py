@@ -46,7 +46,7 @@ def pictures(recipe: Recipe, folder: Path, weight_name: str, prompts: list[str],
 def main(run: Path) -> None:
     from safetensors.torch import load_file
 
-    from dag.evaluate import FIRST_SAMPLE_ID
+    from dag.evaluation import FIRST_SAMPLE_ID
     from dag.models.sd import StableDiffusion
     from dag.prompts import load_prompts
     from dag.rollout import generate

@@ -20,17 +20,17 @@ LAYERS = (
     (1, ("dag.prompt_sets",)),
     (1, ("dag.schedule", "dag.prompts", "dag.metrics", "dag.balance")),
     (1, ("dag.protocols", "dag.run_folder")),
-    (2, ("dag.trajectory", "dag.state_flow", "dag.fidelity", "dag.accounting", "dag.ledger")),
+    (2, ("dag.trajectory", "dag.state_flow", "dag.fidelity", "dag.accounting", "dag.ledger", "dag.statistics")),
     (2, ("dag.units",)),
     (3, ("dag.models", "dag.rewards", "dag.objectives")),
     (4, ("dag.rollout", "dag.optim", "dag.checkpoint", "dag.plan", "dag.report")),
-    (4, ("dag.flow_fit", "dag.evaluate")),
+    (4, ("dag.flow_fit", "dag.evaluation")),
     (4, ("dag.learner",)),
     (4, ("dag.one_pass",)),
     (5, ("dag.parts", "dag.forecast")),
     (5, ("dag.trainer",)),
     (6, ("dag.published", "dag.flops", "dag.approximations")),
-    (6, ("train_dag", "dag.bench", "dag.sample", "dag.score", "dag.assets.build")),
+    (6, ("train_dag", "dag.bench", "dag.sample", "dag.score", "dag.evaluate", "dag.assets.build")),
 )
 ROW = {unit: row for row, (_, units) in enumerate(LAYERS) for unit in units}
 
@@ -185,7 +185,7 @@ def test_the_order_is_enforced(module: str, source: str, expected: list[str]) ->
 @pytest.mark.parametrize(
     ("module", "source", "expected"),
     [
-        ("dag.evaluate", "from transformers import CLIPModel", ["transformers"]),
+        ("dag.evaluation", "from transformers import CLIPModel", ["transformers"]),
         ("dag.rewards.image_text", "from transformers import CLIPModel", []),
         ("dag.rollout", "def f():\n    import diffusers.utils", ["diffusers"]),
         ("dag.schedule", "import triton.language as tl", ["triton"]),

@@ -11,7 +11,6 @@ from PIL import Image
 from tiny_rewards import options_of
 
 from dag.errors import RunError, UsageError
-from dag.evaluate import within_prompt_diversity
 from dag.rewards import REWARDS, build_reward, checked
 
 PROMPTS = ["a cat", "a dog", "a red star"]
@@ -125,11 +124,3 @@ def test_repeated_rewards_are_summed_apart(tmp_path: Path, images: torch.Tensor)
     total, parts = RewardSum(terms, torch.device("cpu")).detailed(images, PROMPTS)
     assert list(parts) == ["colourfulness", "compressibility", "colourfulness#2"]
     torch.testing.assert_close(total, 0.5 * parts["colourfulness"] + parts["compressibility"])
-
-
-def test_diversity_of_equal_and_of_orthogonal_features() -> None:
-    same = torch.tensor([[1.0, 0.0]]).repeat(4, 1)
-    assert within_prompt_diversity(same, 2) == pytest.approx(0.0)
-    crossed = torch.tensor([[1.0, 0.0], [0.0, 1.0], [1.0, 0.0], [0.0, 1.0]])
-    assert within_prompt_diversity(crossed, 2) == pytest.approx(1.0)
-    assert within_prompt_diversity(crossed[[0, 2, 1, 3]], 2) == pytest.approx(0.0)

@@ -1,0 +1,62 @@
+"""The fixed evaluation of a run: the same prompts and seeds before, during and after training."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from dag.fidelity import load_judge, noun_accuracy
+from dag.protocols import Policy
+from dag.recipe import Recipe
+from dag.rewards import RewardSum
+from dag.rewards.clip import feature_tower
+from dag.rollout import generate
+from dag.statistics import within_prompt_diversity
+
+# Sample ids of evaluations; training counts up from 0 and never gets here.
+FIRST_SAMPLE_ID = 1 << 40
+
+
+@dataclass(frozen=True)
+class EvaluationResult:
+    images: Tensor
+    """(N, 3, H, W) float32 in [0, 1], image i of prompt i // images_per_prompt."""
+    prompts: list[str]
+    """(N,)"""
+    reward: Tensor
+    """(N,)"""
+    metrics: dict[str, float]
+
+
+class Evaluator:
+    """Holds the towers that measure; built once per run.
+
+    Args:
+        prompts: those to evaluate on; the recipe says how many of them, from the first.
+        text:    (P, S, D) their embeddings.
+    """
+
+    def __init__(self, recipe: Recipe, prompts: Sequence[str], text: Tensor, device: torch.device) -> None:
+        config = recipe.evaluation
+        self.recipe, self.per_prompt = recipe, config.images_per_prompt
+        index = torch.arange(min(config.prompts, len(prompts))).repeat_interleave(self.per_prompt)
+        self.prompts, self.text = [prompts[i] for i in index.tolist()], text[index]
+        self.sample_id = FIRST_SAMPLE_ID + torch.arange(len(index))
+        self.tower = feature_tower("evaluation.diversity", config.diversity, device) if config.diversity else None
+        self.judge = load_judge() if config.fidelity else None
+
+    def __call__(self, policy: Policy, reward: RewardSum) -> EvaluationResult:
+        images = generate(policy, self.text, self.sample_id, self.recipe.seed, self.recipe.sampler)
+        values, parts = reward.detailed(images, self.prompts, self.sample_id.tolist())
+        metrics = {
+            "eval_reward_mean": float(values.mean()),
+            "eval_reward_std": float(values.std(correction=0)),
+        }
+        if len(parts) > 1:
+            metrics |= {f"eval_reward_{name}": float(part.mean()) for name, part in parts.items()}
+        if self.tower is not None:
+            metrics["diversity"] = within_prompt_diversity(self.tower.embed_images(images).cpu(), self.per_prompt)
+        if self.judge is not None:
+            metrics["fidelity_top1"], metrics["fidelity_top5"] = noun_accuracy(self.judge, images, self.prompts)
+        return EvaluationResult(images, self.prompts, values, metrics)

@@ -1,0 +1,69 @@
+"""Figures of sets of pictures, from their features: how different they are, and how far from other pictures.
+
+Legend: N pictures, D features. Features are float32 rows; every figure is computed in float64.
+"""
+
+import torch
+from torch import Tensor
+
+
+def within_prompt_diversity(features: Tensor, images_per_prompt: int) -> float:
+    """1 - mean pairwise cosine between different pictures of the same prompt.
+
+    Args:
+        features: (P * n, D) unit vectors, the n pictures of a prompt side by side.
+    """
+    grouped = features.reshape(-1, images_per_prompt, features.shape[-1])
+    cosine = torch.einsum("pid,pjd->pij", grouped, grouped)
+    different = ~torch.eye(images_per_prompt, dtype=torch.bool)
+    return float(1 - cosine[:, different].mean())
+
+
+def vendi_score(features: Tensor) -> float:
+    """The effective number of different pictures, 1 .. N (Friedman and Dieng, TMLR 2023, order 1).
+
+    exp of the entropy of the eigenvalues of K / N, K the cosines.
+
+    Args:
+        features: (N, D) unit vectors.
+    """
+    rows = features.double()
+    # K / N and its dual D x D have the same eigenvalues but for zeros; the smaller is solved.
+    gram = rows @ rows.T if len(rows) <= rows.shape[1] else rows.T @ rows
+    eigenvalues = torch.linalg.eigvalsh(gram / len(rows))
+    share = eigenvalues[eigenvalues > 0]
+    return float((-(share * share.log()).sum()).exp())
+
+
+def frechet_distance(a: Tensor, b: Tensor) -> float:
+    """|mean_a - mean_b|^2 + tr(C_a + C_b - 2 (C_a C_b)^(1/2)), unbiased covariances (Heusel et al. 2017, squared).
+
+    It falls with the number of pictures even between samples of one law: compare at equal numbers, and with such a pair.
+
+    Args:
+        a, b: (N, D), (M, D)
+    """
+    a, b = a.double(), b.double()
+    # C = X^T X, so tr (C_a C_b)^(1/2) is the sum of the singular values of X_a X_b^T: no square root of a singular matrix.
+    x_a, x_b = ((x - x.mean(0)) / (len(x) - 1) ** 0.5 for x in (a, b))
+    overlap = torch.linalg.svdvals(x_a @ x_b.T).sum()
+    spread = x_a.square().sum() + x_b.square().sum() - 2 * overlap
+    return float((a.mean(0) - b.mean(0)).square().sum() + spread)
+
+
+def kernel_distance(a: Tensor, b: Tensor) -> float:
+    """Squared MMD with the kernel (x.y / D + 1)^3, unbiased: zero in the mean for one law (Binkowski et al. 2018).
+
+    Args:
+        a, b: (N, D), (M, D)
+    """
+    a, b = a.double(), b.double()
+
+    def kernel(x: Tensor, y: Tensor) -> Tensor:
+        return (x @ y.T / x.shape[1] + 1) ** 3
+
+    def between_different(x: Tensor) -> Tensor:
+        k = kernel(x, x)
+        return (k.sum() - k.diagonal().sum()) / (len(x) * (len(x) - 1))
+
+    return float(between_different(a) + between_different(b) - 2 * kernel(a, b).mean())
