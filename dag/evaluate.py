@@ -135,9 +135,7 @@ def evaluate(
     source = features or ("embedded" if is_embedded else None)
     if source is None:
         raise UsageError("--features: name a CLIP model for this base model, e.g. openai/clip-vit-large-patch14")
-    measure = Measure(
-        task, _all_rewards(recipes, rewards, is_embedded), feature_tower("--features", source, device), device
-    )
+    measure = Measure(task, _all_rewards(recipes, rewards), feature_tower("--features", source, device), device)
     pictures = dict(_drawn(folders, recipes, chosen, task, device))
     report_data = {
         "features": source,
@@ -176,9 +174,9 @@ def _prompts_of(recipe: Recipe) -> Sequence[str]:
     return found.held_out if recipe.evaluation.held_out else found.training
 
 
-def _all_rewards(recipes: Sequence[Recipe], given: Sequence[RewardTerm], is_embedded: bool) -> list[RewardTerm]:
+def _all_rewards(recipes: Sequence[Recipe], given: Sequence[RewardTerm]) -> list[RewardTerm]:
     """Those trained on first, each name once."""
-    free = [parse_reward(name, []) for name in (*_ALWAYS, *(("image_text",) if is_embedded else ()))]
+    free = [parse_reward(name, []) for name in _ALWAYS]
     terms = [term for recipe in recipes for term in recipe.reward] + [*given, *free]
     return list({term.name: term for term in reversed(terms)}.values())[::-1]
 

@@ -59,7 +59,7 @@ def test_a_run_is_judged_beside_its_base_model(run: Path, tmp_path: Path, capsys
     data = report_of(out)
     base, again, trained, zero = data["models"]
     assert [row["model"] for row in data["models"]] == ["base", "base, other seeds", "run", "still"]
-    assert list(base["rewards"]) == ["colourfulness", "compressibility", "image_text"]
+    assert list(base["rewards"]) == ["colourfulness", "compressibility"]
     assert data["trained_on"] == [["colourfulness"], ["colourfulness"]]
     # An adapter that adds nothing draws the base model's pictures.
     assert {**zero, "model": "base"} == {**base, "frechet": pytest.approx(0, abs=1e-6), "kernel": zero["kernel"]}
