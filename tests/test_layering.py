@@ -20,7 +20,18 @@ LAYERS = (
     (1, ("dag.prompt_sets",)),
     (1, ("dag.schedule", "dag.prompts", "dag.metrics", "dag.balance")),
     (1, ("dag.protocols", "dag.run_folder")),
-    (2, ("dag.trajectory", "dag.state_flow", "dag.fidelity", "dag.accounting", "dag.ledger", "dag.statistics")),
+    (
+        2,
+        (
+            "dag.trajectory",
+            "dag.state_flow",
+            "dag.fidelity",
+            "dag.accounting",
+            "dag.ledger",
+            "dag.statistics",
+            "dag.curves",
+        ),
+    ),
     (2, ("dag.units",)),
     (3, ("dag.models", "dag.rewards", "dag.objectives")),
     (4, ("dag.rollout", "dag.optim", "dag.checkpoint", "dag.plan", "dag.report")),
@@ -29,8 +40,9 @@ LAYERS = (
     (4, ("dag.one_pass",)),
     (5, ("dag.parts", "dag.forecast")),
     (5, ("dag.trainer",)),
-    (6, ("dag.published", "dag.flops", "dag.approximations")),
-    (6, ("train_dag", "dag.bench", "dag.sample", "dag.score", "dag.evaluate", "dag.assets.build")),
+    (6, ("dag.published", "dag.flops", "dag.approximations", "dag.study", "dag.figures")),
+    (6, ("dag.evaluate",)),
+    (6, ("train_dag", "dag.bench", "dag.sample", "dag.score", "dag.reproduce", "dag.assets.build")),
 )
 ROW = {unit: row for row, (_, units) in enumerate(LAYERS) for unit in units}
 
@@ -45,7 +57,7 @@ HOMES = {
     "accelerate": ("train_dag",),
     "bitsandbytes": ("dag.optim", "dag.models"),
     "huggingface_hub": ("dag.hub",),
-    "matplotlib": ("dag.report", "dag_kernels"),
+    "matplotlib": ("dag.report", "dag.figures", "dag_kernels"),
     "pydantic": ("dag.section", "dag.reward_terms", "dag.recipe", "dag.recipe_file"),
     "pickle": (),
     "dill": (),

@@ -1,0 +1,218 @@
+"""Studies: the runs behind a figure, and running those of them that are missing.
+
+A study is a folder with a run folder for each (method, learning rate, seed). What is complete is never run again, what was
+interrupted is resumed, and a folder that holds another recipe's run is refused.
+"""
+
+import fcntl
+import os
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from dag.curves import ends, evaluated
+from dag.errors import RunError, UsageError
+from dag.recipe import Recipe
+from dag.recipe_file import load
+from dag.run_folder import RunFolder
+
+ROOT = Path(__file__).parent.parent
+
+
+@dataclass(frozen=True)
+class Method:
+    """One line of a figure."""
+
+    name: str
+    recipe: str
+    """File, relative to recipes/."""
+    overrides: tuple[str, ...] = ()
+    learning_rates: tuple[float, ...] = ()
+    """Tried on the first seed, before the others run with the best; none keeps the recipe's own."""
+
+
+@dataclass(frozen=True)
+class Study:
+    """What is compared with what."""
+
+    title: str
+    question: str
+    methods: tuple[Method, ...]
+    overrides: tuple[str, ...] = ()
+    """For every method."""
+    seeds: int = 3
+    prompts: int = 16
+    """How many of them the finished runs are judged on."""
+    images_per_prompt: int = 8
+
+
+@dataclass(frozen=True)
+class Case:
+    """One run of a study."""
+
+    method: Method
+    seed: int
+    learning_rate: float | None
+    study: Study
+    folder: Path
+
+    @property
+    def overrides(self) -> list[str]:
+        rate = [] if self.learning_rate is None else [f"train.learning_rate={self.learning_rate}"]
+        return [*self.study.overrides, *self.method.overrides, *rate, f"seed={self.seed}"]
+
+    @property
+    def file(self) -> Path:
+        return ROOT / "recipes" / self.method.recipe
+
+    @property
+    def log(self) -> Path:
+        """What the run printed."""
+        return self.folder.with_name(f"{self.folder.name}.log")
+
+    def recipe(self) -> Recipe:
+        return load(self.file, self.overrides)
+
+    def rows(self) -> list[dict[str, Any]]:
+        return RunFolder(self.folder).metrics.read()
+
+    def is_complete(self) -> bool:
+        """Raises UsageError if the folder holds a run of another recipe."""
+        if not (self.folder / "run.json").is_file():
+            return False
+        recipe = self.recipe()
+        if RunFolder(self.folder).read_recipe() != recipe:
+            raise UsageError(f"{self.folder}: holds a run of another recipe; choose another --out")
+        rows = self.rows()
+        return bool(rows) and rows[-1]["epoch"] == recipe.train.epochs and any((self.folder / "lora").glob("*"))
+
+
+def cases_of(study: Study, folder: Path, seeds: int, rates: dict[str, float | None]) -> list[Case]:
+    """Every seed of every method, at its learning rate."""
+    return [
+        case(study, method, folder, seed, rates.get(method.name)) for method in study.methods for seed in range(seeds)
+    ]
+
+
+def tuning_cases(study: Study, folder: Path) -> list[Case]:
+    """The first seed of every method at each of its learning rates."""
+    return [case(study, method, folder, 0, rate) for method in study.methods for rate in method.learning_rates]
+
+
+def case(study: Study, method: Method, folder: Path, seed: int, rate: float | None) -> Case:
+    name = method.name + ("" if rate is None else f"-lr{rate}") + f"-s{seed}"
+    return Case(method, seed, rate, study, folder / name)
+
+
+# -- results of a run ---------------------------------------------------------------------------------------------
+
+_FIDELITY_KEPT = 0.7
+
+
+def best_rates(tuned: Sequence[Case]) -> dict[str, float | None]:
+    """The learning rate of every tuned method: the highest reward of those that keep the judged noun in 70 % of pictures.
+
+    Where none does, the one that keeps it best; where nothing judges, the highest reward.
+    """
+    chosen: dict[str, float | None] = {}
+    for name in dict.fromkeys(case.method.name for case in tuned):
+        mine = [case for case in tuned if case.method.name == name]
+
+        def worth(case: Case) -> tuple[float, float]:
+            rows = case.rows()
+            kept = evaluated(rows)[-1].get("fidelity_top1")
+            return (min(_FIDELITY_KEPT, 1.0 if kept is None else kept), ends(rows)[1])
+
+        chosen[name] = max(mine, key=worth).learning_rate
+    return chosen
+
+
+# -- running ------------------------------------------------------------------------------------------------------
+
+
+def run_missing(cases: Sequence[Case], jobs: int) -> None:
+    """Train every case that is not complete, `jobs` at a time, each in a process of its own with its share of the cores.
+
+    Raises:
+        UsageError: a folder holds another recipe's run.
+        RunError: some runs failed; the others are complete.
+    """
+    missing = [case for case in dict.fromkeys(cases) if not case.is_complete()]
+    done = len(cases) - len(missing)
+    if done:
+        print(f"{done} of {len(cases)} runs are complete already", flush=True)
+    threads = max(1, len(os.sched_getaffinity(0)) // jobs)
+    children: set[subprocess.Popen[bytes]] = set()
+    stopping = threading.Event()
+    failed: list[Case] = []
+
+    def work(case: Case) -> None:
+        if stopping.is_set():
+            return
+        print(f"{case.folder.name}: {'resumed' if _can_resume(case) else 'started'}", flush=True)
+        with _locked(case.folder) as lock, case.log.open("ab") as log:
+            child = subprocess.Popen(
+                _command(case),
+                cwd=ROOT,
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                env={**os.environ, "OMP_NUM_THREADS": str(threads)},
+                # The lock lives as long as the child, should this process be killed.
+                pass_fds=[lock],
+            )
+            children.add(child)
+            code = child.wait()
+            children.discard(child)
+        if code == 0:
+            print(f"{case.folder.name}: reward {ends(case.rows())[1]:.3f}", flush=True)
+        elif not stopping.is_set():
+            failed.append(case)
+            print(f"{case.folder.name}: failed, see {case.folder.with_suffix('.log')}", flush=True)
+
+    with ThreadPoolExecutor(jobs) as pool:
+        futures = [pool.submit(work, case) for case in missing]
+        try:
+            for future in futures:
+                future.result()
+        except BaseException:
+            stopping.set()
+            for child in set(children):
+                child.terminate()
+            raise
+    if failed:
+        raise RunError(f"{len(failed)} of {len(missing)} runs failed: {', '.join(case.folder.name for case in failed)}")
+
+
+def _can_resume(case: Case) -> bool:
+    return (case.folder / "checkpoints" / "last").exists()
+
+
+def _command(case: Case) -> list[str]:
+    folder = case.folder
+    if not _can_resume(case) and folder.exists():
+        # Stopped before its first checkpoint: nothing to go on from, but nothing is thrown away either.
+        number = 1
+        while (aside := folder.with_name(f"{folder.name}.stopped{number}")).exists():
+            number += 1
+        folder.rename(aside)
+    chosen = [word for override in case.overrides for word in ("--set", override)]
+    place = ["--resume", str(folder)] if _can_resume(case) else ["--out", str(folder)]
+    return [sys.executable, str(ROOT / "train_dag.py"), "--recipe", str(case.file), *chosen, *place]
+
+
+@contextmanager
+def _locked(folder: Path) -> Iterator[int]:
+    """A file descriptor whose lock says that this run is being trained. Raises RunError if another process holds it."""
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with folder.with_name(f"{folder.name}.lock").open("w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            raise RunError(f"{folder}: another process is training it") from None
+        yield file.fileno()

@@ -1,0 +1,250 @@
+"""Studies on the embedded model: every run once, what is missing and nothing else, figures from what was measured."""
+
+import csv
+import fcntl
+import json
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from dag import reproduce
+from dag.curves import at_reward, ends
+from dag.errors import RunError, UsageError
+from dag.figures import Line, common_reward, draw, markdown, summary
+from dag.recipe_file import load
+from dag.study import Method, Study, best_rates, cases_of, run_missing, tuning_cases
+
+ROOT = Path(__file__).parent.parent
+SHORT = (
+    *("train.epochs=2", "train.trajectories=4", "train.micro_batch=4", "sampler.steps=3"),
+    *("evaluation.prompts=1", "evaluation.images_per_prompt=2", "evaluation.every=1", "checkpoint.every=1"),
+    *("regulariser.pretrained_kl=0",),
+)
+STUDY = Study(
+    title="A <small> study",
+    question="Does it run?",
+    methods=(
+        Method("dag_db", "tiny_cpu.yaml", ("flow.passes=0",), learning_rates=(0.001, 0.002)),
+        Method("ddpo", "tiny_cpu_ddpo.yaml"),
+    ),
+    overrides=SHORT,
+    prompts=2,
+    images_per_prompt=2,
+)
+
+
+# -- curves -------------------------------------------------------------------------------------------------------
+
+
+def rows_of(*points: tuple[float, float]) -> list[dict[str, Any]]:
+    """Rows with a fixed evaluation of (reward, diversity), and rollouts of the same reward after the first."""
+    return [
+        {
+            "epoch": epoch,
+            "trajectories": 10 * epoch,
+            "optimizer_step": epoch,
+            "eval_reward_mean": reward,
+            "diversity": diversity,
+            "seconds_update": 2.0,
+            **({"reward_mean": reward} if epoch else {}),
+        }
+        for epoch, (reward, diversity) in enumerate(points)
+    ]
+
+
+def test_diversity_is_read_where_a_reward_is_first_reached() -> None:
+    rows = rows_of((1.0, 0.9), (3.0, 0.5), (2.0, 0.8), (4.0, 0.1))
+    assert at_reward(rows, 2.0, "diversity") == pytest.approx(0.7)
+    assert at_reward(rows, 0.5, "diversity") == pytest.approx(0.9), "reached before training"
+    assert at_reward(rows, 3.5, "diversity") == pytest.approx(0.8 + (0.1 - 0.8) * 0.75)
+    assert at_reward(rows, 4.5, "diversity") is None
+    assert at_reward(rows, 2.0, "fidelity_top1") is None
+
+
+def test_a_summary_compares_methods_where_all_of_them_have_been() -> None:
+    lines = [
+        Line("quick", (rows_of((1, 0.9), (3, 0.5), (5, 0.3)), rows_of((1, 0.9), (2, 0.8), (6, 0.4)))),
+        Line("slow", (rows_of((1, 0.9), (2, 0.8), (3, 0.7)),)),
+    ]
+    assert common_reward(lines) == 3
+    quick, slow = summary(lines)
+    assert (quick["reward_first"], quick["reward_last_quarter"]) == (2.5, 5.5)
+    assert quick["reward_last_quarter_sd"] == pytest.approx(0.5**0.5)
+    assert quick["diversity_at_3.00"] == pytest.approx((0.5 + 0.7) / 2)
+    assert slow["diversity_at_3.00"] == pytest.approx(0.7)
+    assert slow["reward_last_quarter_sd"] is None, "one seed has no spread"
+    assert (slow["trajectories"], slow["updates"], slow["seconds"]) == (20, 2, 6.0)
+    assert markdown([quick, slow]).count("\n") == 3
+    assert ends(rows_of(*((reward, 0.5) for reward in range(9)))) == (1, 7.5)
+
+
+def test_what_was_not_measured_is_not_drawn(tmp_path: Path) -> None:
+    rows = rows_of((1, 0.9), (2, 0.8))
+    drawn = {path.stem for path in draw([Line("a", (rows, rows))], tmp_path)}
+    assert "reward_against_diversity" in drawn
+    assert "reward_against_fidelity" not in drawn
+    assert all((tmp_path / f"{name}.svg").exists() for name in drawn)
+
+
+# -- definitions --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("scale", list(reproduce.STUDIES))
+def test_every_run_of_every_study_has_a_valid_recipe_and_a_folder_of_its_own(scale: str, tmp_path: Path) -> None:
+    for studies in reproduce.STUDIES[scale].values():
+        for study in studies.values():
+            rates = {method.name: (method.learning_rates or (None,))[0] for method in study.methods}
+            cases = [*cases_of(study, tmp_path, 2, rates), *tuning_cases(study, tmp_path)]
+            assert len({case.folder for case in cases}) == len({(c.method, c.seed, c.learning_rate) for c in cases})
+            recipes = [case.recipe() for case in cases]
+            assert len({recipe.train.trajectories * recipe.train.epochs for recipe in recipes}) == 1
+            for case, recipe in zip(cases, recipes, strict=True):
+                assert recipe.seed == case.seed
+                assert case.learning_rate in (None, recipe.train.learning_rate)
+
+
+def test_the_comparison_differs_in_the_objective_alone() -> None:
+    """Same trajectories, updates, regulariser and tuning budget."""
+    study = reproduce.STUDIES["tiny"]["comparison"]["colourfulness"]
+    first, *others = (case.recipe() for case in cases_of(study, Path("x"), 1, {m.name: 0.004 for m in study.methods}))
+    assert first.regulariser.pretrained_kl == first.regulariser.sampling == 0
+    for other in others:
+        same = {"objective": first.objective, "flow": first.flow}
+        assert other.model_copy(update=same) == first
+    assert len({method.learning_rates for method in study.methods}) == 1
+
+
+# -- running ------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def done(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A study that has run: its folder."""
+    out = tmp_path_factory.mktemp("study")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(reproduce.STUDIES["tiny"], "comparison", {"short": STUDY})
+        assert reproduce.main(["comparison", "--seeds", "1", "--out", str(out)]) == 0
+    return out
+
+
+def again(done: Path, monkeypatch: pytest.MonkeyPatch, *options: str) -> int:
+    monkeypatch.setitem(reproduce.STUDIES["tiny"], "comparison", {"short": STUDY})
+    return reproduce.main(["comparison", "--seeds", "1", "--out", str(done), *options])
+
+
+def metrics(run: Path) -> list[dict[str, Any]]:
+    """Without what no two runs share."""
+    rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    return [{k: v for k, v in row.items() if not k.startswith(("seconds", "memory", "peak"))} for row in rows]
+
+
+def test_a_study_leaves_figures_tables_and_one_page(done: Path) -> None:
+    folder = done / "short"
+    assert {path.name for path in folder.glob("*-s0")} == {"dag_db-lr0.001-s0", "dag_db-lr0.002-s0", "ddpo-s0"}
+    with (folder / "table.csv").open() as file:
+        table = list(csv.DictReader(file))
+    assert [row["method"] for row in table] == ["dag_db", "ddpo"]
+    assert float(table[0]["learning_rate"]) in (0.001, 0.002)
+    assert all(float(row["frechet"]) > 0 and float(row["vendi"]) >= 1 for row in table)
+    with (folder / "curves.csv").open() as file:
+        assert {(row["method"], row["epoch"]) for row in csv.DictReader(file)} == {
+            (method, str(epoch)) for method in ("dag_db", "ddpo") for epoch in range(3)
+        }
+    page = (folder / "study.html").read_text()
+    assert "A &lt;small&gt; study" in page
+    assert page.count("data:image/png;base64,") == 6
+    assert "http" not in page.replace("http-equiv", ""), "everything is in the file"
+
+
+def test_what_is_done_is_not_done_again(
+    done: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = done / "short"
+    missing, kept = folder / "ddpo-s0", folder / "dag_db-lr0.001-s0"
+    before, untouched = metrics(missing), (kept / "metrics.jsonl").stat().st_mtime_ns
+    judged = (folder / "evaluation/evaluation.json").stat().st_mtime_ns
+    shutil.rmtree(missing)
+    assert again(done, monkeypatch) == 0
+    started = [line for line in capsys.readouterr().out.splitlines() if "started" in line or "resumed" in line]
+    assert started == ["ddpo-s0: started"]
+    assert metrics(missing) == before
+    assert (kept / "metrics.jsonl").stat().st_mtime_ns == untouched
+    assert (folder / "evaluation/evaluation.json").stat().st_mtime_ns == judged
+
+
+def test_a_study_killed_in_the_middle_goes_on_where_it_was(done: Path, tmp_path: Path) -> None:
+    program = (
+        "import sys; from dag import reproduce; sys.path.insert(0, 'tests'); from test_reproduce import STUDY\n"
+        "from dataclasses import replace\n"
+        "study = replace(STUDY, methods=STUDY.methods[1:], overrides=(*STUDY.overrides, 'train.epochs=12'))\n"
+        "reproduce.STUDIES['tiny']['comparison'] = {'short': study}\n"
+        f"sys.exit(reproduce.main(['comparison', '--seeds', '1', '--out', {str(tmp_path)!r}]))"
+    )
+    run = tmp_path / "short" / "ddpo-s0"
+    first = subprocess.Popen([sys.executable, "-c", program], cwd=ROOT, stdout=subprocess.PIPE, text=True)
+    while len((run / "metrics.jsonl").read_text().splitlines() if (run / "metrics.jsonl").exists() else ()) < 4:
+        assert first.poll() is None
+        time.sleep(0.05)
+    first.send_signal(signal.SIGTERM)
+    assert first.wait(timeout=60) == 128 + signal.SIGTERM
+    stopped = len(metrics(run))
+    assert stopped < 13
+    second = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert "ddpo-s0: resumed" in second.stdout
+    assert [row["epoch"] for row in metrics(run)] == list(range(13))
+    assert metrics(run)[1:3] == metrics(done / "short" / "ddpo-s0")[1:3], "the same run as without the stop"
+
+
+def test_a_run_that_is_being_trained_is_left_alone(tmp_path: Path) -> None:
+    case = cases_of(STUDY, tmp_path, 1, {"dag_db": 0.001})[0]
+    with (tmp_path / f"{case.folder.name}.lock").open("w") as held:
+        fcntl.flock(held, fcntl.LOCK_EX)
+        with pytest.raises(RunError, match="another process is training it"):
+            run_missing([case], 1)
+    assert not case.folder.exists()
+
+
+def test_a_folder_with_another_recipes_run_is_refused(
+    done: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert again(done, monkeypatch, "--set", "train.clip_norm=2") == 2
+    assert "holds a run of another recipe" in capsys.readouterr().err
+
+
+def test_a_failed_run_is_named_and_the_others_go_on(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    reward = tmp_path / "broken.py"
+    reward.write_text("def score(images, prompts):\n    raise ValueError('no')\n")
+    broken = Method("broken", "tiny_cpu_ddpo.yaml", (f"reward={{name: custom, path: '{reward}:score'}}",))
+    study = Study("t", "q", (broken,), SHORT)
+    with pytest.raises(RunError, match="1 of 1 runs failed: broken-s0"):
+        run_missing(cases_of(study, tmp_path / "study", 1, {}), 1)
+    assert "reward custom raised ValueError" in (tmp_path / "study/broken-s0.log").read_text()
+
+
+def test_tuning_takes_the_highest_reward_among_those_that_keep_the_subject(monkeypatch: pytest.MonkeyPatch) -> None:
+    rows = {0.001: (2.0, 0.9), 0.002: (5.0, 0.3)}
+
+    def read(case: Any) -> list[dict[str, Any]]:
+        reward, kept = rows[case.learning_rate]
+        return [{"reward_mean": reward, "eval_reward_mean": reward, "fidelity_top1": kept}]
+
+    monkeypatch.setattr("dag.study.Case.rows", read)
+    tuned = tuning_cases(STUDY, Path("x"))
+    assert best_rates(tuned) == {"dag_db": 0.001}
+    rows[0.002] = (5.0, 0.71)
+    assert best_rates(tuned) == {"dag_db": 0.002}
+    rows[0.001], rows[0.002] = (2.0, 0.2), (5.0, 0.1)
+    assert best_rates(tuned) == {"dag_db": 0.001}, "none keeps it: the one that keeps it best"
+
+
+def test_a_study_of_another_scale_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
+    assert reproduce.main(["ablations", "--scale", "paper"]) == 2
+    assert "ablations is not defined at this scale" in capsys.readouterr().err
+    with pytest.raises(UsageError):
+        load(ROOT / "recipes/tiny_cpu.yaml", ["train.nonsense=1"])
