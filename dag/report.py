@@ -1,5 +1,11 @@
-"""Pictures of a run: captioned sample grids and curves."""
+"""What a run shows of itself: captioned sample grids, curves, a line an epoch.
 
+`python -m dag.report RUN [--watch]` prints the lines of a run, with `--watch` as they come, and draws its curves anew.
+"""
+
+import argparse
+import sys
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -7,6 +13,9 @@ from typing import Any
 import numpy as np
 from PIL import Image, ImageDraw
 from torch import Tensor
+
+from dag.errors import RunError, UsageError
+from dag.run_folder import RunFolder
 
 _CAPTION_PX = 12
 _SMALLEST_CELL_PX = 96
@@ -89,3 +98,64 @@ def _plot_measured(axis: Any, rows: Sequence[dict[str, Any]], key: str, label: s
     points = [(row["trajectories"], row[key]) for row in rows if row.get(key) is not None]
     if points:
         axis.plot(*zip(*points, strict=True), marker="o", markersize=3, label=label)
+
+
+# -- lines --------------------------------------------------------------------------------------------------------
+
+
+def line(row: dict[str, Any], epochs: int) -> str:
+    """An epoch of metrics.jsonl in one line."""
+    parts = [f"epoch {row['epoch']}/{epochs}"]
+    if row.get("reward_mean") is not None:
+        parts.append(f"reward {row['reward_mean']:.3f} ± {row['reward_std']:.3f}")
+    for key, label in (
+        ("residual_rms", "residual rms"),
+        ("ratio_max_dev", "ratio dev"),
+        ("eval_reward_mean", "eval reward"),
+    ):
+        if row.get(key) is not None:
+            parts.append(f"{label} {row[key]:.4g}")
+    for key, label in (("diversity", "diversity"), ("fidelity_top1", "fidelity")):
+        if row.get(key) is not None:
+            parts.append(f"{label} {row[key]:.3f}")
+    seconds = sum(value for key, value in row.items() if key.startswith("seconds_"))
+    return "  ".join(parts) + (f"  {seconds:.1f} s" if seconds else "")
+
+
+def follow(run: RunFolder, is_watching: bool, interval: float = 2.0) -> None:
+    """Print a run's epochs; watching, until its last one. A resumed run may step back and is followed from there."""
+    epochs, shown = run.read_recipe().train.epochs, -1
+    while True:
+        rows = run.metrics.read()
+        if rows and rows[-1]["epoch"] < shown:
+            shown = rows[-1]["epoch"]
+        for row in rows:
+            if row["epoch"] > shown:
+                print(line(row, epochs), flush=True)
+                shown = row["epoch"]
+        if not is_watching or shown >= epochs:
+            return
+        time.sleep(interval)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m dag.report", description="The epochs of a run, and its curves.")
+    parser.add_argument("run", type=Path, metavar="RUN")
+    parser.add_argument("--watch", action="store_true", help="go on until the run's last epoch")
+    given = parser.parse_args(argv)
+    try:
+        run = RunFolder.open(given.run)
+        follow(run, given.watch)
+        if rows := run.metrics.read():
+            draw_curves(rows, run.path / "curves.png")
+            print(run.path / "curves.png")
+    except (UsageError, RunError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2 if isinstance(error, UsageError) else 1
+    except KeyboardInterrupt:
+        return 130
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

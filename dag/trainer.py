@@ -212,7 +212,7 @@ class Trainer:
             sheet = report.grid(measured.images, self._captions(measured), self.recipe.evaluation.images_per_prompt)
             sheet.save(self.run.samples / f"epoch_{epoch:04d}.png")
         report.draw_curves(self.run.metrics.read(), self.run.path / "curves.png")
-        tqdm.write(_line(epoch, self.recipe.train.epochs, row))
+        tqdm.write(report.line(row, self.recipe.train.epochs))
 
     def finish(self, before: EvaluationResult, after: EvaluationResult) -> None:
         """Export the weights and draw the same prompts and seeds before and after."""
@@ -261,22 +261,3 @@ class Trainer:
             unit="row",
             position=1 if phase == "score" else 0,
         )
-
-
-def _line(epoch: int, epochs: int, row: dict[str, Any]) -> str:
-    """An epoch in one line."""
-    parts = [f"epoch {epoch}/{epochs}"]
-    if "reward_mean" in row:
-        parts.append(f"reward {row['reward_mean']:.3f} ± {row['reward_std']:.3f}")
-    for key, label in (
-        ("residual_rms", "residual rms"),
-        ("ratio_max_dev", "ratio dev"),
-        ("eval_reward_mean", "eval reward"),
-    ):
-        if row.get(key) is not None:
-            parts.append(f"{label} {row[key]:.4g}")
-    for key, label in (("diversity", "diversity"), ("fidelity_top1", "fidelity")):
-        if row.get(key) is not None:
-            parts.append(f"{label} {row[key]:.3f}")
-    seconds = sum(value for key, value in row.items() if key.startswith("seconds_"))
-    return "  ".join(parts) + (f"  {seconds:.1f} s" if seconds else "")
