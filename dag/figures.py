@@ -186,7 +186,8 @@ _STYLE = (
     "body{font:15px/1.5 system-ui,sans-serif;max-width:1100px;margin:2em auto;padding:0 1em;color:#222}"
     "table{border-collapse:collapse;font-size:13px;display:block;overflow-x:auto}"
     "td,th{border:1px solid #ccc;padding:3px 7px;text-align:right}td:first-child,th:first-child{text-align:left}"
-    "img{max-width:100%}figure{margin:1.5em 0}figcaption{color:#555;font-size:13px}"
+    "img{max-width:100%}figcaption{color:#555;font-size:13px}"
+    "figure{display:inline-block;width:48%;margin:1em 1% 0 0;vertical-align:top}figure:last-child{width:100%}"
 )
 
 
@@ -210,10 +211,18 @@ def page(
 
 
 def _html_table(table: Sequence[dict[str, Any]]) -> str:
+    """One line a row, or a row a column where there are many columns and few rows."""
     if not table:
         return "<p>nothing</p>"
-    head = "".join(f"<th>{html.escape(name)}</th>" for name in table[0])
-    body = "".join(
-        "<tr>" + "".join(f"<td>{html.escape(_cell(value))}</td>" for value in row.values()) + "</tr>" for row in table
-    )
-    return f"<table><tr>{head}</tr>{body}</table>"
+    lines = [list(table[0]), *([_cell(value) for value in row.values()] for row in table)]
+    if len(lines[0]) > 2 * len(lines):
+        lines = [list(column) for column in zip(*lines, strict=True)]
+    head, *body = ("".join(f"<{tag}>{html.escape(cell)}</{tag}>" for cell in line) for line, tag in _tagged(lines))
+    return f"<table><tr>{head}</tr>{''.join(f'<tr>{row}</tr>' for row in body)}</table>"
+
+
+def _tagged(lines: list[list[str]]) -> Iterator[tuple[list[str], str]]:
+    """The first line is the head."""
+    yield lines[0], "th"
+    for line in lines[1:]:
+        yield line, "td"
