@@ -120,7 +120,10 @@ def train(config: Recipe, run: RunFolder, resume_from: Path | None) -> None:
     parts = build(config, accelerator.device)
     print(f"kernels: {parts.kernels.name} ({parts.kernels.reason})")
     print(f"attention: {parts.policy.describe()['attention']}", flush=True)
-    if resume_from is None:
+    if resume_from is not None:
+        # With what may change on the way: more epochs, other reports.
+        run.write_description({**run.read_description(), "recipe": config.model_dump(mode="json")})
+    else:
         run.write_description(describe_run(config, parts, accelerator.device))
     tracker = None
     if config.trackers:
@@ -166,6 +169,15 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 2
     except RunError as error:
         print(f"error: {error}", file=sys.stderr)
+        return 1
+    except Exception as error:
+        # torch's own, which is not imported here before the recipe is known to be right.
+        if type(error).__name__ != "OutOfMemoryError":
+            raise
+        print(
+            f"error: out of GPU memory outside sampling and gradients: {str(error).partition(chr(10))[0]}",
+            file=sys.stderr,
+        )
         return 1
     except KeyboardInterrupt:
         print("interrupted; continue from the last checkpoint with --resume", file=sys.stderr)

@@ -15,8 +15,8 @@ FLOP from the configs. `previews` and `storage` measure what cheaper decoders an
 
 import argparse
 import functools
+import gc
 import importlib.metadata
-import json
 import platform
 import sys
 import tempfile
@@ -42,7 +42,7 @@ from dag.reward_terms import RewardTerm, Tower
 from dag.rewards import RewardSum, build_term
 from dag.rewards.stand_in import StandIn
 from dag.rollout import Batch
-from dag.run_folder import RunFolder
+from dag.run_folder import RunFolder, write_json
 from dag.trainer import Trainer
 
 Row = dict[str, Any]
@@ -86,7 +86,7 @@ def measure(label: str, recipe: Recipe, device: torch.device, repeats: int) -> R
     """One row: `repeats` timed epochs after an untimed one, then one counted."""
     with tempfile.TemporaryDirectory() as folder:
         reward = RewardSum(recipe.reward, device, build=_without_download)
-        parts = build(recipe, device, warn=lambda text: None, reward=reward)
+        parts = build(recipe, device, warn=_warn, reward=reward)
         trainer = Trainer(recipe, RunFolder.create(Path(folder) / "run"), parts)
         epoch = _epoch_of(label, recipe, trainer)
         _timed_epoch(epoch, trainer)
@@ -109,8 +109,16 @@ def measure(label: str, recipe: Recipe, device: torch.device, repeats: int) -> R
         **{name: round(size / GIB, 4) for name, size in (memory | counted).items()},
     }
     if label != LITERAL:
-        row["predicted_gib"] = round(_predicted(recipe), 4)
+        # At the micro-batch that it came down to, where the card was too small for the recipe's.
+        train = recipe.train.model_copy(update={"micro_batch": parts.learner.micro_batch})
+        row["predicted_gib"] = round(_predicted(recipe.model_copy(update={"train": train})), 4)
     return row
+
+
+def _warn(text: str) -> None:
+    """Out of memory is worth a line; prompts that are cut are not."""
+    if "memory" in text:
+        print(text, flush=True)
 
 
 def _predicted(recipe: Recipe) -> float:
@@ -189,6 +197,23 @@ def _peak(ledger: Ledger, device: torch.device) -> dict[str, int]:
 
 def cases(path: str, given: Sequence[str], trajectories: int | None, is_ablation: bool) -> Iterator[tuple[str, Recipe]]:
     """(label, recipe) of each row after the published one."""
+    overrides = _common(path, given, trajectories)
+    recipe = load(path, overrides)
+    assert not isinstance(recipe.objective, PolicyGradient)
+    looking = recipe.objective.forward_looking
+    if not is_ablation:
+        scored = {"rollout": "scored once", "current": "scored in training", "none": "not scored"}[looking.source]
+        yield ("one pass" if recipe.train.rollout == "one_pass" else f"stored, {scored}"), recipe
+        return
+    for label, lever in ABLATION:
+        overrides += lever
+        if looking.decoder_path is not None and "objective.forward_looking.decoder=tiny" in lever:
+            overrides.append(f"objective.forward_looking.decoder_path={looking.decoder_path}")
+        yield label, load(path, overrides)
+
+
+def _common(path: str, given: Sequence[str], trajectories: int | None) -> list[str]:
+    """The overrides of every row."""
     overrides, recipe = list(given), load(path, given)
     if isinstance(recipe.objective, PolicyGradient):
         raise UsageError(f"{path}: the bench times objectives with a flow, not ddpo")
@@ -196,86 +221,94 @@ def cases(path: str, given: Sequence[str], trajectories: int | None, is_ablation
     if recipe.objective.beta.unit == "reward_sd":
         overrides.append("objective.beta.unit=reward")
     if recipe.objective.name == "dag_kl":
-        overrides.append("objective.baseline=running")
+        overrides += ["objective.baseline=running", "objective.normalise_advantage=false"]
     if local_folder(recipe.model.path) is None:
         overrides += ["model.path=random-sd15", "model.variant=null"]
-    overrides.append(f"train.trajectories={trajectories or max(2, recipe.train.micro_batch)}")
-    if not is_ablation:
-        yield ("one pass" if recipe.train.rollout == "one_pass" else "stored, scored once"), load(path, overrides)
-        return
-    tiny = recipe.objective.forward_looking.decoder_path
-    for label, lever in ABLATION:
-        overrides += lever
-        if tiny is not None and "objective.forward_looking.decoder=tiny" in lever:
-            overrides.append(f"objective.forward_looking.decoder_path={tiny}")
-        yield label, load(path, overrides)
+    return [*overrides, f"train.trajectories={trajectories or max(2, recipe.train.micro_batch)}"]
 
 
-def train_step(given: argparse.Namespace, device: torch.device) -> list[Row]:
-    """All rows, printed as they come."""
-    chosen = list(cases(given.recipe, given.set, given.trajectories, given.ablation))
+def train_step(given: argparse.Namespace, device: torch.device) -> Iterator[Row]:
+    """Rows, printed as they come; the published amount of work first."""
+    literal = None
+    if given.literal:
+        # Before the cap: the published loop may use the whole card.
+        literal = _measured(LITERAL, _published(given), device, given.repeats)
+        if literal is not None:
+            yield _with_ratio(literal, literal)
     if given.cap_gib is not None and device.type == "cuda":
         total = torch.cuda.get_device_properties(device).total_memory
         torch.cuda.set_per_process_memory_fraction(min(1.0, given.cap_gib * GIB / total))
-    rows = []
-    for label, recipe in chosen:
-        rows.append(measure(label, recipe, device, given.repeats))
-        _drop_caches()
-        if not given.literal:
-            print(_shown(rows[-1], None), flush=True)
-    if given.literal:
-        if device.type == "cuda":
-            torch.cuda.set_per_process_memory_fraction(1.0)  # the published loop may use the whole card
-        rows.insert(0, measure(LITERAL, chosen[0][1], device, given.repeats))
-        for row in rows:
-            row["times_published"] = round(row["trajectories_per_hour"] / rows[0]["trajectories_per_hour"], 3)
-            print(_shown(row, rows[0]), flush=True)
-    return rows
+    for label, recipe in cases(given.recipe, given.set, given.trajectories, given.ablation):
+        row = _measured(label, recipe, device, given.repeats)
+        if row is not None:
+            yield _with_ratio(row, literal)
 
 
-def count(given: argparse.Namespace, device: torch.device) -> list[Row]:
+def _measured(label: str, recipe: Recipe, device: torch.device, repeats: int) -> Row | None:
+    """A row, or None and a line where the card is too small for it."""
+    row = None
+    try:
+        row = measure(label, recipe, device, repeats)
+    except (torch.OutOfMemoryError, RunError) as error:
+        print(f"{label:30} not measured: {str(error).partition(chr(10))[0]}", flush=True)
+    if device.type == "cuda":
+        gc.collect()
+        torch.cuda.empty_cache()
+    return row
+
+
+def _published(given: argparse.Namespace) -> Recipe:
+    """The recipe's model, reward and sizes, with no lever on."""
+    common = _common(given.recipe, given.set, given.trajectories)
+    return load(given.recipe, [*common, *_STORED, "memory.checkpointing=none"])
+
+
+def _with_ratio(row: Row, literal: Row | None) -> Row:
+    if literal is not None:
+        row["times_published"] = round(row["trajectories_per_hour"] / literal["trajectories_per_hour"], 3)
+    print(_shown(row, literal), flush=True)
+    return row
+
+
+def count(given: argparse.Namespace, device: torch.device) -> Iterator[Row]:
     """FLOP of every case, from configs alone."""
-    chosen = list(cases(given.recipe, given.set, None, is_ablation=True))
-    work = [(LITERAL, flops.of_published(chosen[0][1]))] + [
-        (label, flops.of_recipe(recipe)) for label, recipe in chosen
-    ]
-    published, rows = sum(work[0][1].values()), []
-    for label, parts in work:
+    literal = flops.of_published(load(given.recipe, [*_common(given.recipe, given.set, None), *_STORED]))
+    published = sum(literal.values())
+    work: dict[str, Callable[[], flops.Work]] = {LITERAL: lambda: literal}
+    for label, recipe in cases(given.recipe, given.set, None, is_ablation=True):
+        work[label] = functools.partial(flops.of_recipe, recipe)
+    for label, counted in work.items():
+        parts = counted()
         ratio = published / sum(parts.values())
-        rows.append({"label": label, "gflop": {kind: round(value, 2) for kind, value in parts.items()}, "ratio": ratio})
+        yield {"label": label, "gflop": {kind: round(value, 2) for kind, value in parts.items()}, "ratio": ratio}
         shown = " + ".join(f"{kind} {value:.2f}" for kind, value in parts.items() if value >= 0.005)
         print(f"{label:30} {sum(parts.values()):9.2f} GFLOP a transition, published / this = {ratio:.2f}  ({shown})")
-    return rows
 
 
-def previews(given: argparse.Namespace, device: torch.device) -> list[Row]:
+def previews(given: argparse.Namespace, device: torch.device) -> Iterator[Row]:
     """Rewards of x0_hat by decoder and stride, against the full VAE at every state."""
     trainer, batch = _rolled_by(given, ["objective.forward_looking.decoder=tiny"], device)
-    rows = []
     with trainer.parts.scoring():
         for row in approximations.previews(trainer.parts, trainer.recipe, batch, trainer.tile_scorer(batch)):
-            rows.append(row)
+            yield row
             print(
                 f"decoder {row['decoder']:5} stride {row['stride']}  bias {row['bias']:+.3f} sd  rms {row['rms']:.3f} sd  "
                 f"correlation within a step {row['correlation']:.3f}",
                 flush=True,
             )
-    return rows
 
 
-def storage(given: argparse.Namespace, device: torch.device) -> list[Row]:
+def storage(given: argparse.Namespace, device: torch.device) -> Iterator[Row]:
     """Chains by dtype: bytes, and how far log P_F moves between sampling and training."""
     trainer, batch = _rolled_by(given, [], device)
-    rows = []
     for row in approximations.storage(trainer.parts, trainer.recipe, batch):
-        rows.append(row)
+        yield row
         print(
             f"chain {row['chain']}, log P_F at the {row['log_pf_at']:9} state  {row['bytes']:8} bytes a trajectory  "
             f"log P_F off by {row['log_pf_error']:.3g} nats  ratio by {row['ratio_error']:.3g}, of means by "
             f"{row['ratio_error_of_means']:.3g}",
             flush=True,
         )
-    return rows
 
 
 def _rolled_by(given: argparse.Namespace, overrides: list[str], device: torch.device) -> tuple[Trainer, Batch]:
@@ -288,11 +321,6 @@ def _rolled_by(given: argparse.Namespace, overrides: list[str], device: torch.de
     with tempfile.TemporaryDirectory() as folder:
         trainer = Trainer(recipe, RunFolder.create(Path(folder) / "run"), parts)
     return trainer, trainer.batch(0)
-
-
-def _drop_caches() -> None:
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()
 
 
 def _shown(row: Row, literal: Row | None) -> str:
@@ -345,14 +373,20 @@ def main(arguments: Sequence[str] | None = None) -> int:
     given = parser.parse_args(arguments)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     commands_of = {"train-step": train_step, "count": count, "previews": previews, "storage": storage}
+    rows: list[Row] = []
     try:
-        rows = commands_of[given.command](given, device)
+        if getattr(given, "repeats", 1) < 1:
+            raise UsageError(f"--repeats {given.repeats}: at least 1")
+        if given.json is not None and not given.json.parent.is_dir():
+            raise UsageError(f"--json {given.json}: {given.json.parent} is no folder")
+        for row in commands_of[given.command](given, device):
+            rows.append(row)
+            if given.json is not None:
+                write_json(given.json, {"environment": environment(device), "rows": rows})
     except (UsageError, RunError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2 if isinstance(error, UsageError) else 1
-    if given.json is not None:
-        given.json.write_text(json.dumps({"environment": environment(device), "rows": rows}, indent=1) + "\n")
-    return 0
+    return 0 if rows else 1
 
 
 if __name__ == "__main__":

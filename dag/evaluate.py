@@ -8,6 +8,7 @@ Writes evaluation.json, evaluation.md and pictures.png.
 """
 
 import argparse
+import hashlib
 import importlib.metadata
 import json
 import sys
@@ -43,6 +44,7 @@ _FIRST_SAMPLE_ID, _OTHER_SAMPLE_ID = 1 << 42, 1 << 43
 # Rewards that cost nothing to add, whatever was trained on.
 _ALWAYS = ("colourfulness", "compressibility")
 _SHOWN_PROMPTS, _SHOWN_IMAGES = 8, 4
+_FEATURES_AT_ONCE = 16
 
 
 @dataclass(frozen=True)
@@ -65,7 +67,10 @@ class Measure:
 
     def __init__(self, task: Task, rewards: Sequence[RewardTerm], tower: ClipTower, device: torch.device) -> None:
         self.task, self.tower = task, tower
-        self.rewards: dict[str, Reward] = {term.name: build_term(term, device) for term in rewards}
+        self.rewards: dict[str, Reward] = {}
+        for term in rewards:
+            repeated = sum(name.split("#")[0] == term.name for name in self.rewards)
+            self.rewards[f"{term.name}#{repeated + 1}" if repeated else term.name] = build_term(term, device)
         is_known = all(expected(prompt) is not None for prompt in task.prompts)
         self.judge: Judge | None = load_judge() if is_known else None
         self.base: tuple[Tensor, dict[str, Tensor]] | None = None
@@ -73,7 +78,7 @@ class Measure:
     def row(self, name: str, images: Tensor) -> Row:
         """Figures of one model's pictures (N, 3, H, W); the first call's are the base."""
         prompts, count = self.task.prompts, self.task.images_per_prompt
-        features = self.tower.embed_images(images).cpu()
+        features = torch.cat([self.tower.embed_images(part).cpu() for part in images.split(_FEATURES_AT_ONCE)])
         rewards: dict[str, Tensor] = {
             key: checked(key, reward, images, prompts) for key, reward in self.rewards.items()
         }
@@ -128,7 +133,7 @@ def evaluate(
     _refuse_different(runs, recipes)
     if images_per_prompt < 2 or num_prompts < 1:
         raise UsageError("--images must be at least 2 (diversity is between pictures) and --prompts at least 1")
-    first = recipes[0]
+    hashes, first = weights_of(runs), recipes[0]
     chosen = list(prompts or _prompts_of(first)[:num_prompts])
     task = Task([prompt for prompt in chosen for _ in range(images_per_prompt)], images_per_prompt, first.seed)
     is_embedded = local_folder(first.model.path) == EMBEDDED
@@ -142,6 +147,7 @@ def evaluate(
         "prompts": chosen,
         "images_per_prompt": images_per_prompt,
         "seed": task.seed,
+        "weights": hashes,
         "trained_on": [[term.name for term in recipe.reward] for recipe in recipes],
         "versions": {name: importlib.metadata.version(name) for name in ("torch", "diffusers", "transformers")},
         "models": [measure.row(name, images) for name, images in pictures.items()],
@@ -149,12 +155,27 @@ def evaluate(
     return report_data, pictures
 
 
+def weights_of(runs: Sequence[Path]) -> dict[str, str]:
+    """SHA-256 of the trained weights, by run. Raises RunError if a run has none."""
+    names, found = _names(list(runs)), {}
+    for name, run in zip(names, runs, strict=True):
+        path = run / "checkpoints" / "last" / "policy.safetensors"
+        try:
+            found[name] = hashlib.sha256(path.read_bytes()).hexdigest()
+        except OSError as error:
+            raise RunError(f"{path}: cannot be read: {error.strerror}") from None
+    return found
+
+
 def _refuse_different(runs: Sequence[Path], recipes: Sequence[Recipe]) -> None:
     """Pictures of different base models or samplers are no comparison of training."""
     keys = (
         "model.path",
         "model.revision",
+        "model.variant",
+        "model.dtype",
         "model.resolution",
+        "memory.base",
         "sampler.steps",
         "sampler.eta",
         "sampler.guidance_scale",
@@ -175,10 +196,14 @@ def _prompts_of(recipe: Recipe) -> Sequence[str]:
 
 
 def _all_rewards(recipes: Sequence[Recipe], given: Sequence[RewardTerm]) -> list[RewardTerm]:
-    """Those trained on first, each name once."""
+    """Those trained on first, each once."""
     free = [parse_reward(name, []) for name in _ALWAYS]
     terms = [term for recipe in recipes for term in recipe.reward] + [*given, *free]
-    return list({term.name: term for term in reversed(terms)}.values())[::-1]
+    # With other options it is another reward; a weight only matters in a sum.
+    unique: dict[str, RewardTerm] = {}
+    for term in terms:
+        unique.setdefault(repr(term.model_copy(update={"weight": 1.0})), term)
+    return list(unique.values())
 
 
 def _drawn(
@@ -187,14 +212,18 @@ def _drawn(
     """(name, pictures) of the base model, of it again with other seeds, and of each run."""
     names = _names([folder.path for folder in folders])
     for index, (folder, recipe, name) in enumerate(zip(folders, recipes, names, strict=True)):
-        policy = StableDiffusion(recipe.model, recipe.adapter, recipe.sampler, device, recipe.seed)
+        policy = StableDiffusion(recipe.model, recipe.adapter, recipe.sampler, device, recipe.seed, recipe.memory)
         text = policy.encode(list(chosen)).repeat_interleave(task.images_per_prompt, dim=0)
+        policy.free_text_encoder()
         same, other = (first + torch.arange(len(text)) for first in (_FIRST_SAMPLE_ID, _OTHER_SAMPLE_ID))
-        if index == 0:
-            yield BASE, generate(policy, text, same, task.seed, recipe.sampler)
-            yield BASE_AGAIN, generate(policy, text, other, task.seed, recipe.sampler)
-        policy.load_state_dict(checkpoint.load_tensors(folder.checkpoints / "last", "policy"))
-        yield name, generate(policy, text, same, task.seed, recipe.sampler)
+        with policy.decoder.at_work():
+            if index == 0:
+                yield BASE, generate(policy, text, same, task.seed, recipe.sampler)
+                yield BASE_AGAIN, generate(policy, text, other, task.seed, recipe.sampler)
+            policy.load_state_dict(checkpoint.load_tensors(folder.checkpoints / "last", "policy"))
+            yield name, generate(policy, text, same, task.seed, recipe.sampler)
+        # Before the next one is built.
+        del policy
 
 
 def _names(paths: Sequence[Path]) -> list[str]:
@@ -252,9 +281,10 @@ def sheet(drawn: dict[str, Tensor], task_prompts: Sequence[str], images_per_prom
 
 def write(folder: Path, data: dict[str, Any], drawn: dict[str, Tensor]) -> None:
     folder.mkdir(parents=True, exist_ok=True)
-    write_json(folder / "evaluation.json", data)
     (folder / "evaluation.md").write_text(table(data) + "\n", encoding="utf-8")
     sheet(drawn, data["prompts"], data["images_per_prompt"]).save(folder / "pictures.png")
+    # Last: where it is, the rest is.
+    write_json(folder / "evaluation.json", data)
 
 
 def _free(folder: Path) -> Path:
@@ -293,7 +323,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     out = given.out or _free(given.run)
     try:
-        if out.exists() and any(out.iterdir()):
+        for run in (given.run, *given.against):
+            RunFolder.open(run)
+        try:
+            out.mkdir(parents=True, exist_ok=True)
+            is_empty = not any(out.iterdir())
+        except OSError as error:
+            raise UsageError(f"--out {out}: cannot write there: {error.strerror}") from None
+        if not is_empty:
             raise UsageError(f"--out {out}: the folder is not empty; choose another")
         own = read_prompt_file(given.prompt_file, "--prompt-file") if given.prompt_file else None
         data, drawn = evaluate(
@@ -301,6 +338,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         )
         write(out, data, drawn)
     except (UsageError, RunError) as error:
+        if out.is_dir() and not any(out.iterdir()):
+            out.rmdir()
         print(f"error: {error}", file=sys.stderr)
         return 2 if isinstance(error, UsageError) else 1
     print(table(data))

@@ -6,7 +6,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from dag.fidelity import load_judge, noun_accuracy
+from dag.errors import UsageError
+from dag.fidelity import expected, load_judge, noun_accuracy
 from dag.protocols import Policy
 from dag.recipe import Recipe
 from dag.rewards import RewardSum
@@ -45,9 +46,15 @@ class Evaluator:
         self.sample_id = FIRST_SAMPLE_ID + torch.arange(len(index))
         self.tower = feature_tower("evaluation.diversity", config.diversity, device) if config.diversity else None
         self.judge = load_judge() if config.fidelity else None
+        unknown = [prompt for prompt in self.prompts if self.judge is not None and expected(prompt) is None]
+        if unknown:
+            raise UsageError(
+                f"evaluation.fidelity: the judge knows no single thing in the prompt {unknown[0]!r}; use false"
+            )
 
-    def __call__(self, policy: Policy, reward: RewardSum) -> EvaluationResult:
-        images = generate(policy, self.text, self.sample_id, self.recipe.seed, self.recipe.sampler)
+    def __call__(self, policy: Policy, reward: RewardSum, tile: int | None = None) -> EvaluationResult:
+        """Draw, `tile` pictures at a time (default: the sampler's), and measure."""
+        images = generate(policy, self.text, self.sample_id, self.recipe.seed, self.recipe.sampler, tile)
         values, parts = reward.detailed(images, self.prompts, self.sample_id.tolist())
         metrics = {
             "eval_reward_mean": float(values.mean()),

@@ -20,6 +20,7 @@ from dag.units import Scalars
 
 # Share of a new rollout in the running means per step.
 _RUNNING_RATE = 0.3
+_ROWS_AT_ONCE = 64
 
 
 class FlowFit:
@@ -68,7 +69,10 @@ class FlowFit:
     def residuals(self, trajectories: Trajectories, scalars: Scalars, rows: Tensor) -> Tensor:
         """(B, T) residuals of some trajectories at the sampling-time policy and the current flow."""
         steps = range(self.schedule.num_transitions)
-        table = torch.stack([self.log_F_tilde(trajectories, rows, k) for k in steps], dim=1)
+        parts = rows.split(_ROWS_AT_ONCE)
+        table = torch.cat(
+            [torch.stack([self.log_F_tilde(trajectories, part, k) for k in steps], dim=1) for part in parts]
+        )
         return balance.residual_table(
             table, scalars.looking[rows], scalars.log_pf[rows], scalars.log_pb[rows], scalars.log_reward[rows]
         )

@@ -21,6 +21,7 @@ from dag.models.sd import StableDiffusion
 from dag.models.source import local_folder
 from dag.protocols import Prediction
 from dag.recipe import ForwardLooking, OptimizerKind, PolicyGradient, Recipe
+from dag.recipe_file import parse_reward
 from dag.rewards.footprint import footprint
 from dag.rollout import CHAIN_DTYPES, is_scored
 from dag.state_flow import StateFlow
@@ -111,8 +112,9 @@ class Simulation:
             with META:
                 channels, width = self.policy.latent_shape[0], self.policy.text_width
                 self.flow = StateFlow(channels, width, self.T, recipe.flow.channels)
-        self.rewards = [footprint(term) for term in recipe.reward if getattr(term, "device", "auto") != "cpu"]
-        self.offloaded = [bool(getattr(term, "offload", False)) for term in recipe.reward]
+        there = [term for term in recipe.reward if getattr(term, "device", "auto") != "cpu"]
+        self.rewards = [footprint(term) for term in there]
+        self.offloaded = [bool(getattr(term, "offload", False)) for term in there]
         self.is_one_pass = recipe.train.rollout == "one_pass"
         self._peaks: dict[str, int] = {}
 
@@ -137,8 +139,10 @@ class Simulation:
             kinds["gradients"] += [torch.empty_like(p) for p in weights]
             kinds["optimizer"] += optimizer_states(weights, self.recipe.flow.optimizer)
         kinds["reward"] = [
-            _bytes(f.weights) for f, is_off in zip(self.rewards, self.offloaded, strict=False) if not is_off
+            _bytes(f.weights) for f, is_off in zip(self.rewards, self.offloaded, strict=True) if not is_off
         ]
+        if self.recipe.evaluation.diversity not in (None, "embedded"):
+            kinds["evaluation"] = [_bytes(footprint(parse_reward("clip_score", [])).weights)]
         return kinds
 
     def quantised_away(self) -> int:
@@ -181,13 +185,15 @@ class Simulation:
         return self._peaks[phase]
 
     def _walked(self, phase: str) -> int:
-        standing, fetched = self.standing(), self._fetched_for_scoring()
-        chains = [] if self.recipe.memory.chains == "cpu" else self.chain(self.recipe.train.trajectories)
+        standing, fetched, train = self.standing(), self._fetched_for_scoring(), self.recipe.train
+        chains = [] if self.recipe.memory.chains == "cpu" else self.chain(train.trajectories)
         held = [tensor for tensors in standing.values() for tensor in tensors]
         # An update begins by dropping them, and makes its own.
         ungraded = [tensor for kind, tensors in standing.items() if kind != "gradients" for tensor in tensors]
         if phase == "one pass":
-            return peak_of(self.one_pass, [*ungraded, *fetched])
+            # Flow-only passes need the chains: those of the epoch, and of the update at hand as they are sampled.
+            kept = chains + self.chain(train.trajectories // train.updates) if self.recipe.flow.passes > 0 else []
+            return peak_of(self.one_pass, [*ungraded, *fetched, *kept])
         if phase == "update":
             with_decoder = self.looking is not None and self.looking.source == "current"
             return peak_of(self.update, [*ungraded, *(fetched if with_decoder else []), *chains])
@@ -196,7 +202,7 @@ class Simulation:
         return peak_of(self.rollout, [*held, *fetched, *chains])
 
     def _fetched_for_scoring(self) -> list[Tensor]:
-        offloaded = [_bytes(f.weights) for f, is_off in zip(self.rewards, self.offloaded, strict=False) if is_off]
+        offloaded = [_bytes(f.weights) for f, is_off in zip(self.rewards, self.offloaded, strict=True) if is_off]
         return offloaded + (_held(self.policy.decoder.vae) if self.policy.decoder.offloads else [])
 
     def rollout(self) -> None:

@@ -9,6 +9,7 @@ Legend: N trajectories, B rows of a micro-batch, T transitions.
 
 import math
 from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any, TypeVar
 
@@ -150,8 +151,13 @@ class Learner:
 
     # -- one update --------------------------------------------------------------------------------------------------
 
-    def update(self, accumulate: Callable[["Outcome"], Result], outcome: "Outcome") -> Result:
-        """One optimizer step on the gradients that `accumulate` leaves; returns what it returned.
+    def update(
+        self,
+        accumulate: Callable[["Outcome"], Result],
+        outcome: "Outcome",
+        timed: Callable[[str], AbstractContextManager[None]] = lambda phase: nullcontext(),
+    ) -> Result:
+        """One optimizer step on the gradients that `accumulate` leaves; returns what it returned. The step is `timed`.
 
         Where a GPU runs out of memory it starts over with half the micro-batch: the gradient is the same.
         """
@@ -168,8 +174,9 @@ class Learner:
             # Not in the handler, where the traceback still holds the graph.
             self._halve_micro_batch()
         outcome.extend(share)
-        self._unscale_flow()
-        outcome.end_update({stepper.name: stepper.step() for stepper in self.steppers()})
+        with timed("update"):
+            self._unscale_flow()
+            outcome.end_update({stepper.name: stepper.step() for stepper in self.steppers()})
         self.optimizer_step += 1
         return result
 

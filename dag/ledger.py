@@ -36,6 +36,8 @@ class CudaMeter:
         torch.cuda.reset_peak_memory_stats(self.device)
 
     def peak(self) -> int:
+        # What a phase has queued is its own time too.
+        torch.cuda.synchronize(self.device)
         return torch.cuda.max_memory_allocated(self.device)
 
     def peak_held(self) -> int:
@@ -98,8 +100,8 @@ class Ledger:
         try:
             yield
         finally:
-            self.seconds[name] += time.perf_counter() - start
             self.peaks[name] = max(self.peaks.get(name, 0), self.read())
+            self.seconds[name] += time.perf_counter() - start
 
     def read(self) -> int:
         """Bytes in use at most since the last call, which also count for the epoch, whatever the phase."""

@@ -98,7 +98,7 @@ class OnePass:
         size = count // self.learner.recipe.train.updates
         store = ChainStore(num_states if self.keeps_chain else 0, count, self.device)
         for group in batch.tiles(size):
-            tiles = self.learner.update(partial(self._group, group, epoch, scorer, timed, on_rows), outcome)
+            tiles = self.learner.update(partial(self._group, group, epoch, scorer, timed, on_rows), outcome, timed)
             with timed("update"):
                 for tile in tiles:
                     store.put(torch.stack(tile.states)[: store.num_states])
@@ -160,7 +160,8 @@ class OnePass:
             with timed("update"), torch.set_grad_enabled(k in weights):
                 prediction = self.policy.predict(x_t, self.schedule.timesteps[k].expand(len(x_t)), tile.text)
                 log_F_tilde = self._log_F_tilde(tile, x_t, k)
-            step = take_step(self.schedule, x_t, prediction, k, self.seed, tile.sample_id, self.sampler)
+            with timed("update"):
+                step = take_step(self.schedule, x_t, prediction, k, self.seed, tile.sample_id, self.sampler)
             with timed("reward"):
                 looking = self._look(tile, x_t, prediction, step, k, epoch)
             with timed("update"):

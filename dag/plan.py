@@ -55,6 +55,8 @@ def make_plan(recipe: Recipe) -> Plan:
     steps = max(1, math.ceil(train.step_fraction * T))
     branches = 2 if recipe.sampler.guidance_scale > 1 else 1
     trained_rows = train.trajectories * steps * train.inner_epochs
+    # In one pass the sampling pass is the training pass.
+    sampled_rows = train.trajectories * T + (trained_rows if train.rollout == "stored" else 0)
     extra = 0
     if recipe.regulariser.pretrained_kl > 0:
         extra += trained_rows
@@ -62,7 +64,11 @@ def make_plan(recipe: Recipe) -> Plan:
     beta_eff = None
     if not isinstance(objective, PolicyGradient):
         source = objective.forward_looking.source
-        looks = 0 if source == "none" else train.trajectories * T
+        looks = 0
+        if source != "none":
+            stride = objective.forward_looking.stride
+            # As `dag.rollout.is_scored` says: every stride-th state, and the last three.
+            looks = train.trajectories * sum(k % stride == 0 or k >= T - 3 for k in range(T))
         if source == "current":
             extra += trained_rows
             looks += 2 * trained_rows - train.trajectories * train.inner_epochs
@@ -73,7 +79,7 @@ def make_plan(recipe: Recipe) -> Plan:
         trajectories=train.epochs * train.trajectories,
         updates=(train.epochs - warmup) * train.updates * train.inner_epochs,
         transitions_per_update=train.trajectories // train.updates * steps,
-        unet_rows_per_epoch=branches * (train.trajectories * T + trained_rows + extra),
+        unet_rows_per_epoch=branches * (sampled_rows + extra),
         rewards_per_epoch=train.trajectories + looks,
         beta_eff=beta_eff,
     )
@@ -105,7 +111,7 @@ def describe(recipe: Recipe, num_prompts: int) -> str:
         beta = recipe.objective.beta
         unit = "sd of the first rollout's reward" if beta.unit == "reward_sd" else "unit of reward"
         lines.append(f"beta          {beta.value:g}, effective inverse temperature {plan.beta_eff:g} nats per {unit}")
-    if train.micro_batch != sampler.tile:
+    if train.micro_batch != sampler.tile and train.rollout == "stored":
         lines.append(
             f"ratio         micro-batch {train.micro_batch} is not the tile {sampler.tile}: log P_F is recomputed up to float "
             "rounding; set them equal for a first ratio of exactly 1"

@@ -362,6 +362,8 @@ def _one_pass_problems(recipe: Recipe) -> list[str]:
         problems.append("train.rollout=one_pass: sampler.log_pf_at=unrounded has no meaning without a stored chain")
     if recipe.memory.offload_vae:
         problems.append("train.rollout=one_pass: memory.offload_vae gains nothing, every step decodes; use false")
+    if any(getattr(term, "offload", False) for term in recipe.reward):
+        problems.append("train.rollout=one_pass: reward.offload gains nothing, every step scores; use false")
     if recipe.memory.chains == "cpu":
         problems.append("train.rollout=one_pass: memory.chains=cpu has no chains to move; use device")
     if objective.beta.unit == "reward_sd" and recipe.flow.warmup_epochs == 0:

@@ -11,6 +11,7 @@ table.csv, and study.html, which holds everything in one file.
 """
 
 import argparse
+import gc
 import json
 import signal
 import sys
@@ -38,13 +39,20 @@ _TINY = (
     Method("dag_kl", "tiny_cpu_kl.yaml"),
     Method("ddpo", "tiny_cpu_ddpo.yaml"),
 )
-_PAPER = (
-    Method("dag_db", "paper/aesthetic.yaml"),
-    Method("dag_kl", "paper/aesthetic_kl.yaml"),
-    Method("ddpo", "paper/aesthetic.yaml", _DDPO_AT_PAPER_SCALE),
-)
+
+
+def _paper(name: str) -> tuple[Method, ...]:
+    """The published recipes on a reward's prompts: animals for networks, ImageNet's classes for JPEG."""
+    file = "compressibility" if "compressibility" in name else "aesthetic"
+    return (
+        Method("dag_db", f"paper/{file}.yaml"),
+        Method("dag_kl", f"paper/{file}_kl.yaml"),
+        Method("ddpo", f"paper/{file}.yaml", _DDPO_AT_PAPER_SCALE),
+    )
+
+
 # The published micro-batch of 8 asks for more than 24 GB; the gradient does not depend on it.
-_ON_24_GB = ("train.micro_batch=4", "memory.budget_gib=21")
+_ON_24_GB = ("train.micro_batch=4", "memory.budget_gib=21", "evaluation.diversity=openai/clip-vit-large-patch14")
 _TRIED = (0.002, 0.004, 0.008)
 
 
@@ -53,7 +61,7 @@ def _reward(name: str, title: str, scale: str) -> Study:
     return Study(
         title=f"{title}, {'embedded model' if is_tiny else 'Stable Diffusion 1.5'}",
         question="Reward against trajectories of DAG-DB, DAG-KL and DDPO, with each recipe's own settings.",
-        methods=_TINY if is_tiny else _PAPER,
+        methods=_TINY if is_tiny else _paper(name),
         overrides=(f"reward={{name: {name}}}", "evaluation.every=4" if is_tiny else "evaluation.every=10")
         + (() if is_tiny else _ON_24_GB),
     )
@@ -118,10 +126,11 @@ def reproduce(study: Study, folder: Path, seeds: int, jobs: int) -> None:
     """Everything that is missing of a study: tuning, runs, evaluation, figures."""
     folder.mkdir(parents=True, exist_ok=True)
     tuned = tuning_cases(study, folder)
-    run_missing(tuned, jobs)
+    run_missing(tuned, jobs)  # a rate that breaks is not chosen
     rates = best_rates(tuned)
     cases = cases_of(study, folder, seeds, rates)
-    run_missing(cases, jobs)
+    if failed := run_missing(cases, jobs):
+        raise RunError(f"{len(failed)} of {len(cases)} runs failed: {', '.join(case.folder.name for case in failed)}")
     lines = [
         Line(method.name, tuple(case.rows() for case in cases if case.method == method)) for method in study.methods
     ]
@@ -131,11 +140,12 @@ def reproduce(study: Study, folder: Path, seeds: int, jobs: int) -> None:
 
 def _judged(study: Study, cases: Sequence[Case], folder: Path) -> list[dict[str, Any]]:
     """Rows of `dag.evaluate` for the base model and every run; made once for a set of runs."""
-    file, names = folder / "evaluation" / "evaluation.json", [case.folder.name for case in cases]
+    file = folder / "evaluation" / "evaluation.json"
     if file.is_file():
-        models = json.loads(file.read_text(encoding="utf-8"))["models"]
-        if [row["model"] for row in models if not row["model"].startswith(evaluate.BASE)] == names:
-            return models
+        known = json.loads(file.read_text(encoding="utf-8"))
+        is_as_asked = (len(known["prompts"]), known["images_per_prompt"]) == (study.prompts, study.images_per_prompt)
+        if is_as_asked and known["weights"] == evaluate.weights_of([case.folder for case in cases]):
+            return known["models"]
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     print(f"{len(cases)} runs are judged", flush=True)
     features = None if cases[0].recipe().model.path == "embedded" else "openai/clip-vit-large-patch14"
@@ -151,6 +161,10 @@ def _judged(study: Study, cases: Sequence[Case], folder: Path) -> list[dict[str,
         for name in drawn
         if name == evaluate.BASE or name in {case.folder.name for case in cases if case.seed == 0}
     }
+    if device.type == "cuda":
+        # The next study's runs are other processes on the same card.
+        gc.collect()
+        torch.cuda.empty_cache()
     evaluate.write(file.parent, data, {name: images for name, images in drawn.items() if name in shown})
     return data["models"]
 
@@ -204,6 +218,14 @@ def _ended(case: Case) -> dict[str, Any]:
     }
 
 
+def _refuse_fixed(study: Study, given: Sequence[str]) -> None:
+    """Keys that a study sets itself, run by run."""
+    fixed = {"seed"} | ({"train.learning_rate"} if any(method.learning_rates for method in study.methods) else set())
+    for override in given:
+        if (key := override.partition("=")[0].strip()) in fixed:
+            raise UsageError(f"--set {key}: the study sets it itself, run by run")
+
+
 def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="python -m dag.reproduce", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -231,8 +253,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         if given.jobs < 1 or (given.seeds is not None and given.seeds < 1):
             raise UsageError("--jobs and --seeds must be at least 1")
         for name, study in studies.items():
-            changed = replace(study, overrides=(*study.overrides, *given.set))
-            reproduce(changed, out / name, given.seeds or study.seeds, given.jobs)
+            _refuse_fixed(study, given.set)
+            changed = replace(study, given=tuple(given.set))
+            reproduce(changed, out.resolve() / name, given.seeds or study.seeds, given.jobs)
     except (UsageError, RunError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2 if isinstance(error, UsageError) else 1

@@ -196,10 +196,17 @@ def assemble(
     )
 
 
-def generate(policy: Policy, text: Tensor, sample_id: Sequence[int] | Tensor, seed: int, sampler: Sampler) -> Tensor:
-    """(N, 3, H, W) images in [0, 1] for (N, S, D) embeddings, by the sampler that training uses."""
-    ids = torch.as_tensor(sample_id, dtype=torch.int64)
-    tiles = zip(text.split(sampler.tile), ids.split(sampler.tile), strict=True)
+def generate(
+    policy: Policy,
+    text: Tensor,
+    sample_id: Sequence[int] | Tensor,
+    seed: int,
+    sampler: Sampler,
+    tile: int | None = None,
+) -> Tensor:
+    """(N, 3, H, W) images in [0, 1] for (N, S, D) embeddings, by the sampler that training uses; `tile` at a time."""
+    ids, tile = torch.as_tensor(sample_id, dtype=torch.int64), tile or sampler.tile
+    tiles = zip(text.split(tile), ids.split(tile), strict=True)
     return torch.cat(
         [policy.decode(sample_tile(policy, part, part_ids, seed, sampler).x_0).cpu() for part, part_ids in tiles]
     )

@@ -46,6 +46,8 @@ class Study:
     methods: tuple[Method, ...]
     overrides: tuple[str, ...] = ()
     """For every method."""
+    given: tuple[str, ...] = ()
+    """The user's own, which come last."""
     seeds: int = 3
     prompts: int = 16
     """How many of them the finished runs are judged on."""
@@ -65,7 +67,7 @@ class Case:
     @property
     def overrides(self) -> list[str]:
         rate = [] if self.learning_rate is None else [f"train.learning_rate={self.learning_rate}"]
-        return [*self.study.overrides, *self.method.overrides, *rate, f"seed={self.seed}"]
+        return [*self.study.overrides, *self.method.overrides, *rate, f"seed={self.seed}", *self.study.given]
 
     @property
     def file(self) -> Path:
@@ -118,11 +120,18 @@ _FIDELITY_KEPT = 0.7
 def best_rates(tuned: Sequence[Case]) -> dict[str, float | None]:
     """The learning rate of every tuned method: the highest reward of those that keep the judged noun in 70 % of pictures.
 
-    Where none does, the one that keeps it best; where nothing judges, the highest reward.
+    Where none does, the one that keeps it best; where nothing judges, the highest reward. A rate that broke is no choice.
+
+    Raises:
+        RunError: every rate of a method broke.
     """
     chosen: dict[str, float | None] = {}
     for name in dict.fromkeys(case.method.name for case in tuned):
         mine = [case for case in tuned if case.method.name == name]
+
+        if not any(case.is_complete() for case in mine):
+            raise RunError(f"no learning rate of {name} was trained to the end; see {mine[0].log}")
+        mine = [case for case in mine if case.is_complete()]
 
         def worth(case: Case) -> tuple[float, float]:
             rows = case.rows()
@@ -136,12 +145,15 @@ def best_rates(tuned: Sequence[Case]) -> dict[str, float | None]:
 # -- running ------------------------------------------------------------------------------------------------------
 
 
-def run_missing(cases: Sequence[Case], jobs: int) -> None:
+def run_missing(cases: Sequence[Case], jobs: int) -> list[Case]:
     """Train every case that is not complete, `jobs` at a time, each in a process of its own with its share of the cores.
 
     Raises:
         UsageError: a folder holds another recipe's run.
-        RunError: some runs failed; the others are complete.
+        RunError: another process is training one of them.
+
+    Returns:
+        the runs that failed; the others are complete.
     """
     missing = [case for case in dict.fromkeys(cases) if not case.is_complete()]
     done = len(cases) - len(missing)
@@ -155,11 +167,16 @@ def run_missing(cases: Sequence[Case], jobs: int) -> None:
     def work(case: Case) -> None:
         if stopping.is_set():
             return
+        with _locked(case.folder) as lock:
+            if case.is_complete():  # by another process, since it was looked for
+                return
+            train(case, lock)
+
+    def train(case: Case, lock: int) -> None:
         print(f"{case.folder.name}: {'resumed' if _can_resume(case) else 'started'}", flush=True)
-        with _locked(case.folder) as lock, case.log.open("ab") as log:
+        with case.log.open("ab") as log:
             child = subprocess.Popen(
                 _command(case),
-                cwd=ROOT,
                 stdout=log,
                 stderr=subprocess.STDOUT,
                 env={**os.environ, "OMP_NUM_THREADS": str(threads)},
@@ -173,7 +190,7 @@ def run_missing(cases: Sequence[Case], jobs: int) -> None:
             print(f"{case.folder.name}: reward {ends(case.rows())[1]:.3f}", flush=True)
         elif not stopping.is_set():
             failed.append(case)
-            print(f"{case.folder.name}: failed, see {case.folder.with_suffix('.log')}", flush=True)
+            print(f"{case.folder.name}: failed, see {case.log}", flush=True)
 
     with ThreadPoolExecutor(jobs) as pool:
         futures = [pool.submit(work, case) for case in missing]
@@ -185,8 +202,7 @@ def run_missing(cases: Sequence[Case], jobs: int) -> None:
             for child in set(children):
                 child.terminate()
             raise
-    if failed:
-        raise RunError(f"{len(failed)} of {len(missing)} runs failed: {', '.join(case.folder.name for case in failed)}")
+    return failed
 
 
 def _can_resume(case: Case) -> bool:

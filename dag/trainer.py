@@ -3,7 +3,7 @@
 from collections.abc import Callable
 from contextlib import nullcontext
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -19,6 +19,8 @@ from dag.recipe import ForwardLooking, PolicyGradient, Recipe
 from dag.rollout import Batch, Score, assemble, is_scored, sample_tile, score_tile
 from dag.run_folder import RunFolder
 from dag.trajectory import ChainStore, Trajectories, concatenate
+
+Result = TypeVar("Result")
 
 
 class Trainer:
@@ -60,12 +62,14 @@ class Trainer:
             else:
                 trajectories = self.sample(epoch)
                 metrics = self.update(trajectories, epoch)
+            rolled = self.summary(trajectories)
+            del trajectories  # its chain would stay through the evaluation and the next rollout
             done, is_last = epoch + 1, epoch + 1 == self.recipe.train.epochs
             measured = None
             if is_last or done % self.recipe.evaluation.every == 0:
                 measured = result = self.evaluate()
                 metrics |= measured.metrics
-            self.record(done, self.summary(trajectories) | metrics, measured)
+            self.record(done, rolled | metrics, measured)
             if is_last or done % self.recipe.checkpoint.every == 0:
                 self.save_checkpoint(done)
         if start == self.recipe.train.epochs:
@@ -79,15 +83,21 @@ class Trainer:
 
         Where a GPU runs out of memory it starts over with half the tile; counter-based noise gives the same chains.
         """
+        try:
+            return self._tiled(lambda: self._sample(epoch))
+        except RunError:
+            self.save_checkpoint(epoch)
+            raise
+
+    def _tiled(self, draw: Callable[[], Result]) -> Result:
+        """What `draw` returns, with half the tile where a GPU ran out of memory."""
         while True:
             try:
-                return self._sample(epoch)
+                return draw()
             except torch.OutOfMemoryError:
                 if self.tile == 1:
                     raise RunError("out of GPU memory while sampling one picture; lower model.resolution") from None
-            except RunError:
-                self.save_checkpoint(epoch)
-                raise
+            # Not in the handler, where the traceback still holds the tensors.
             self.tile //= 2
             torch.cuda.empty_cache()
             tqdm.write(f"out of GPU memory while sampling: {self.tile} at a time from here on")
@@ -172,8 +182,11 @@ class Trainer:
             return dict(self.parts.learner.learn(trajectories, epoch, score, bar.update))
 
     def evaluate(self) -> EvaluationResult:
-        with self.parts.scoring(), self.ledger.phase("evaluation"):
-            return self.parts.evaluator(self.parts.policy, self.parts.reward)
+        def draw() -> EvaluationResult:
+            with self.parts.scoring(), self.ledger.phase("evaluation"):
+                return self.parts.evaluator(self.parts.policy, self.parts.reward, self.tile)
+
+        return self._tiled(draw)
 
     def _scorer(self, prompt_id: Tensor, sample_id: Tensor) -> Score:
         """A reward of (images, rows), rows indexing these trajectories."""

@@ -91,7 +91,9 @@ class ChainStore:
             return
         self.stream.wait_stream(torch.cuda.current_stream(tile.device))
         with torch.cuda.stream(self.stream):
-            target.copy_(tile, non_blocking=True)
+            # State by state: only where both ends are contiguous is a copy to pinned memory asynchronous.
+            for state, place in zip(tile, target, strict=True):
+                place.copy_(state, non_blocking=True)
         # The allocator must not hand the tile out while it is being read.
         tile.record_stream(self.stream)
 

@@ -122,6 +122,10 @@ def test_plan_counts_what_a_recipe_asks_for(file: Path) -> None:
     assert plan_of("train.inner_epochs=2")["updates"] == 2 * base["updates"]
     assert plan_of("train.step_fraction=0.25")["transitions_per_update"] == 4 * 3
     assert plan_of("objective.forward_looking.source=none")["rewards_per_epoch"] == 8
+    # In one pass the states are sampled and trained at once; 10 steps, of which 0, 4, 7, 8, 9 are scored.
+    one_pass = plan_of("train.rollout=one_pass", "objective.forward_looking.stride=4")
+    assert one_pass["unet_rows_per_epoch"] == base["unet_rows_per_epoch"] / 2
+    assert one_pass["rewards_per_epoch"] == 8 * (1 + 5)
     mean = plan_of("objective.log_prob_reduction=mean", "model.path=owner/name", "model.resolution=512")
     assert mean["beta_eff"] == 10 * 4 * 64 * 64
     ddpo = plan_of("objective={name: ddpo}")

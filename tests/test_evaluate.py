@@ -127,3 +127,35 @@ def test_wrong_options_end_in_one_line(
 def test_no_run_there(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert evaluate.main(["--run", str(tmp_path)]) == 2
     assert "no run there" in capsys.readouterr().err
+
+
+def test_a_reward_with_other_options_is_another_reward(run: Path, tmp_path: Path) -> None:
+    more = ["--reward", "clip_score,path=embedded,scale=2.0", "--reward", "clip_score,path=embedded"]
+    assert evaluate.main(["--run", str(run), *FEW, "--out", str(tmp_path / "o"), *more]) == 0
+    rewards = report_of(tmp_path / "o")["models"][0]["rewards"]
+    assert list(rewards) == ["colourfulness", "clip_score", "clip_score#2", "compressibility"]
+    assert rewards["clip_score"]["mean"] == pytest.approx(2 * rewards["clip_score#2"]["mean"], rel=1e-5)
+
+
+def test_a_run_without_weights_is_noticed_before_anything_is_drawn(
+    run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shutil.copy(run / "run.json", tmp_path / "run.json")
+    monkeypatch.setattr(evaluate, "generate", lambda *given: pytest.fail("drawn"))
+    assert evaluate.main(["--run", str(tmp_path), *FEW, "--out", str(tmp_path / "o")]) == 1
+    assert "policy.safetensors: cannot be read" in capsys.readouterr().err
+
+
+def test_out_that_is_a_file(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "file").write_text("mine")
+    assert evaluate.main(["--run", str(run), "--out", str(tmp_path / "file")]) == 2
+    assert "cannot write there" in capsys.readouterr().err
+    assert (tmp_path / "file").read_text() == "mine"
+
+
+def test_prompts_that_the_judge_cannot_judge_are_refused_before_training(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = ["--recipe", str(ROOT / "recipes/tiny_cpu.yaml"), "--set", "prompts={texts: [a spaceship]}"]
+    assert train_dag.main([*arguments, "--out", str(tmp_path / "run")]) == 2
+    assert "evaluation.fidelity: the judge knows no single thing in the prompt 'a spaceship'" in capsys.readouterr().err

@@ -229,6 +229,37 @@ def test_out_of_memory_halves_the_micro_batch_and_keeps_the_update(
     assert max(float((a - b).abs().max()) for a, b in zip(*found, strict=True)) < 1e-4 * scale
 
 
+def test_out_of_memory_in_a_reward_halves_too(make_recipe: MakeRecipe, run: RunFolder) -> None:
+    trainer = trainer_of(make_recipe(train={"rollout": "one_pass", "micro_batch": 4}, sampler={"tile": 4}), run)
+    ((name, weight, reward),) = trainer.parts.reward.parts
+
+    def limited(images: torch.Tensor, prompts: Any) -> torch.Tensor:
+        if len(images) > 2:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return reward(images, prompts)
+
+    trainer.parts.reward.parts = [(name, weight, limited)]
+    trainer.one_pass(1)
+    assert trainer.parts.learner.micro_batch == 2
+
+
+def test_out_of_memory_in_the_evaluation_halves_the_tile(
+    make_recipe: MakeRecipe, run: RunFolder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trainer = trainer_of(make_recipe(sampler={"tile": 4}), run)
+    expected, decode = trainer.evaluate().images, trainer.parts.policy.decode
+
+    def limited(x_0: torch.Tensor) -> torch.Tensor:
+        if len(x_0) > 2:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return decode(x_0)
+
+    monkeypatch.setattr(trainer.parts.policy, "decode", limited)
+    found = trainer.evaluate().images
+    assert trainer.tile == 2
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-4)
+
+
 def test_out_of_memory_at_one_row_ends_in_a_sentence(
     make_recipe: MakeRecipe, run: RunFolder, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -255,6 +286,7 @@ def test_out_of_memory_at_one_row_ends_in_a_sentence(
         ({"sampler": {"log_pf_at": "unrounded"}}, "sampler.log_pf_at=unrounded"),
         ({"objective": {**DB, "beta": {"value": 1.0, "unit": "reward_sd"}}}, "set flow.warmup_epochs"),
         ({"memory": {"offload_vae": True}}, "memory.offload_vae"),
+        ({"reward": {"name": "image_text", "offload": True}}, "reward.offload"),
         ({"memory": {"chains": "cpu"}}, "memory.chains=cpu"),
     ],
     ids=str,

@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -222,9 +223,13 @@ def test_a_failed_run_is_named_and_the_others_go_on(tmp_path: Path, capsys: pyte
     reward.write_text("def score(images, prompts):\n    raise ValueError('no')\n")
     broken = Method("broken", "tiny_cpu_ddpo.yaml", (f"reward={{name: custom, path: '{reward}:score'}}",))
     study = Study("t", "q", (broken,), SHORT)
-    with pytest.raises(RunError, match="1 of 1 runs failed: broken-s0"):
-        run_missing(cases_of(study, tmp_path / "study", 1, {}), 1)
-    assert "reward custom raised ValueError" in (tmp_path / "study/broken-s0.log").read_text()
+    whole = Method("whole", "tiny_cpu_ddpo.yaml")
+    cases = cases_of(replace(study, methods=(broken, whole)), tmp_path / "study", 1, {})
+    assert run_missing(cases, 1) == cases[:1]
+    assert cases[1].is_complete()
+    log = tmp_path / "study" / "broken-s0.log"
+    assert f"broken-s0: failed, see {log}" in capsys.readouterr().out
+    assert "reward custom raised ValueError" in log.read_text()
 
 
 def test_tuning_takes_the_highest_reward_among_those_that_keep_the_subject(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -235,12 +240,37 @@ def test_tuning_takes_the_highest_reward_among_those_that_keep_the_subject(monke
         return [{"reward_mean": reward, "eval_reward_mean": reward, "fidelity_top1": kept}]
 
     monkeypatch.setattr("dag.study.Case.rows", read)
+    monkeypatch.setattr("dag.study.Case.is_complete", lambda case: case.learning_rate in rows)
     tuned = tuning_cases(STUDY, Path("x"))
     assert best_rates(tuned) == {"dag_db": 0.001}
     rows[0.002] = (5.0, 0.71)
     assert best_rates(tuned) == {"dag_db": 0.002}
     rows[0.001], rows[0.002] = (2.0, 0.2), (5.0, 0.1)
     assert best_rates(tuned) == {"dag_db": 0.001}, "none keeps it: the one that keeps it best"
+    del rows[0.001]
+    assert best_rates(tuned) == {"dag_db": 0.002}, "a rate that broke is no choice"
+    rows.clear()
+    with pytest.raises(RunError, match="no learning rate of dag_db was trained to the end"):
+        best_rates(tuned)
+
+
+def test_keys_that_a_study_sets_itself_are_refused(
+    done: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for override in ("seed=5", "train.learning_rate=1e-3"):
+        assert again(done, monkeypatch, "--set", override) == 2
+        assert "the study sets it itself" in capsys.readouterr().err
+    case = cases_of(replace(STUDY, given=("train.epochs=1",)), done, 1, {})[1]
+    assert case.recipe().train.epochs == 1, "the user's own come last"
+
+
+def test_judgement_belongs_to_the_weights(done: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    file = done / "short" / "evaluation" / "evaluation.json"
+    judged = json.loads(file.read_text())
+    judged["weights"]["ddpo-s0"] = "of another training"
+    file.write_text(json.dumps({**judged, "models": []}))
+    assert again(done, monkeypatch) == 0
+    assert len(json.loads(file.read_text())["models"]) == 4
 
 
 def test_a_study_of_another_scale_is_refused(capsys: pytest.CaptureFixture[str]) -> None:

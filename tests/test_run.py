@@ -15,6 +15,7 @@ import train_dag
 from dag.ledger import PHASES
 from dag.recipe import Recipe
 from dag.rollout import generate
+from dag.run_folder import RunFolder
 from dag.sample import main as sample_main
 
 MakeRecipe = Callable[..., Recipe]
@@ -82,6 +83,7 @@ def test_resume_is_exact(make_recipe: MakeRecipe, tmp_path: Path, objective: dic
     assert train_dag.main(["--recipe", recipe(2), "--out", str(parted)]) == 0
     assert train_dag.main(["--recipe", recipe(4), "--resume", str(parted)]) == 0
     assert rows(whole) == rows(parted)
+    assert RunFolder.open(parted).read_recipe().train.epochs == 4, "run.json tells what runs now"
     ours, theirs = (load_file(run / "lora/pytorch_lora_weights.safetensors") for run in (whole, parted))
     assert ours.keys() == theirs.keys()
     assert all(torch.equal(ours[name], theirs[name]) for name in ours)

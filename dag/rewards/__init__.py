@@ -100,7 +100,8 @@ def checked(
     try:
         with torch.no_grad():
             values = reward(images, prompts)
-    except (RunError, UsageError):
+    except (RunError, UsageError, torch.OutOfMemoryError):
+        # Out of memory is for the caller, who can ask for fewer at a time.
         raise
     except Exception as error:
         first = f"sample {sample_ids[0]}, " if sample_ids else ""
