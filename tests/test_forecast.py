@@ -12,7 +12,7 @@ from torch import Tensor
 
 import train_dag
 from dag.accounting import LiveBytes
-from dag.forecast import forecast, optimizer_states, savings
+from dag.forecast import LEVERS, forecast, optimizer_states, savings
 from dag.optim import build_optimizer
 from dag.recipe import Recipe
 from dag.recipe_file import load, parse
@@ -115,6 +115,8 @@ def test_a_budget_refuses_before_anything_is_loaded(
 ) -> None:
     """For a model of the hub nothing is downloaded; it is taken for what its name stands for here, an SD 1.5."""
     monkeypatch.chdir(tmp_path)
+    # Each costs seconds to follow; two are enough to see them named.
+    monkeypatch.setattr("dag.forecast.LEVERS", LEVERS[:2])
     recipe = str(ROOT / "recipes/aesthetic_24gb.yaml")
     arguments = ["--recipe", recipe, "--out", "run", "--set", "memory.budget_gib=4"]
     assert train_dag.main(arguments) == 2
