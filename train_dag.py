@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from dag import plan, prompts
-from dag.errors import RunError, UsageError
+from dag.errors import RunError, UsageError, exit_code
 from dag.recipe import Recipe
 from dag.recipe_file import load
 from dag.run_folder import RunFolder, default_path, newest_run
@@ -106,6 +106,7 @@ def check_memory(config: Recipe) -> None:
 
 def train(config: Recipe, run: RunFolder, resume_from: Path | None) -> None:
     # Here, not above: these imports take seconds, and --plan and mistakes need none of them.
+    import torch
     from accelerate import Accelerator
 
     from dag.parts import build, describe_run
@@ -131,7 +132,11 @@ def train(config: Recipe, run: RunFolder, resume_from: Path | None) -> None:
             "dag", config={key: str(value) for key, value in _flat(config.model_dump(mode="json")).items()}
         )
         tracker = accelerator.log
-    Trainer(config, run, parts, tracker).fit(resume_from)
+    try:
+        Trainer(config, run, parts, tracker).fit(resume_from)
+    except torch.OutOfMemoryError as error:
+        first = str(error).partition("\n")[0]
+        raise RunError(f"out of GPU memory outside sampling and gradients: {first}") from None
     accelerator.end_training()
 
 
@@ -164,21 +169,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         run, resume_from = open_run(arguments, config)
         print(f"run folder {run.path}", flush=True)
         train(config, run, resume_from)
-    except UsageError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except RunError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    except Exception as error:
-        # torch's own, which is not imported here before the recipe is known to be right.
-        if type(error).__name__ != "OutOfMemoryError":
-            raise
-        print(
-            f"error: out of GPU memory outside sampling and gradients: {str(error).partition(chr(10))[0]}",
-            file=sys.stderr,
-        )
-        return 1
+    except (UsageError, RunError) as error:
+        return exit_code(error)
     except KeyboardInterrupt:
         print("interrupted; continue from the last checkpoint with --resume", file=sys.stderr)
         return 130

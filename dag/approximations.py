@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from dag.parts import Parts
-from dag.recipe import ForwardLooking, Recipe
-from dag.rollout import CHAIN_DTYPES, Batch, SampledTile, Score, assemble, is_scored, sample_tile
+from dag.recipe import ForwardLooking, Recipe, is_scored
+from dag.rollout import CHAIN_DTYPES, Batch, SampledTile, Score, assemble, sample_tile
 from dag.trajectory import ChainStore, Trajectories
 
 Row = dict[str, Any]

@@ -29,7 +29,7 @@ import torch
 
 from dag import approximations, flops
 from dag.accounting import LiveBytes
-from dag.errors import RunError, UsageError
+from dag.errors import RunError, UsageError, exit_code
 from dag.forecast import GIB, forecast
 from dag.ledger import Ledger
 from dag.models.source import local_folder
@@ -384,8 +384,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             if given.json is not None:
                 write_json(given.json, {"environment": environment(device), "rows": rows})
     except (UsageError, RunError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2 if isinstance(error, UsageError) else 1
+        return exit_code(error)
     return 0 if rows else 1
 
 

@@ -21,16 +21,15 @@ import torch
 from torch import Tensor
 
 from dag import checkpoint, report
-from dag.errors import RunError, UsageError
+from dag.errors import RunError, UsageError, exit_code
 from dag.fidelity import Judge, expected, load_judge, noun_accuracy
 from dag.models.sd import StableDiffusion
 from dag.models.source import EMBEDDED, local_folder
 from dag.prompts import load_prompts, read_prompt_file
-from dag.protocols import Reward
 from dag.recipe import Recipe
 from dag.recipe_file import parse_reward
 from dag.reward_terms import RewardTerm
-from dag.rewards import build_term, checked
+from dag.rewards import RewardSum
 from dag.rewards.clip import ClipTower, feature_tower
 from dag.rollout import generate
 from dag.run_folder import RunFolder, write_json
@@ -67,10 +66,7 @@ class Measure:
 
     def __init__(self, task: Task, rewards: Sequence[RewardTerm], tower: ClipTower, device: torch.device) -> None:
         self.task, self.tower = task, tower
-        self.rewards: dict[str, Reward] = {}
-        for term in rewards:
-            repeated = sum(name.split("#")[0] == term.name for name in self.rewards)
-            self.rewards[f"{term.name}#{repeated + 1}" if repeated else term.name] = build_term(term, device)
+        self.rewards = RewardSum(rewards, device)
         is_known = all(expected(prompt) is not None for prompt in task.prompts)
         self.judge: Judge | None = load_judge() if is_known else None
         self.base: tuple[Tensor, dict[str, Tensor]] | None = None
@@ -79,9 +75,8 @@ class Measure:
         """Figures of one model's pictures (N, 3, H, W); the first call's are the base."""
         prompts, count = self.task.prompts, self.task.images_per_prompt
         features = torch.cat([self.tower.embed_images(part).cpu() for part in images.split(_FEATURES_AT_ONCE)])
-        rewards: dict[str, Tensor] = {
-            key: checked(key, reward, images, prompts) for key, reward in self.rewards.items()
-        }
+        with self.rewards.at_work():
+            rewards = self.rewards.detailed(images, prompts)[1]
         base_features, base_rewards = self.base = self.base or (features, rewards)
         is_base = features is base_features
         row: Row = {
@@ -340,8 +335,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (UsageError, RunError) as error:
         if out.is_dir() and not any(out.iterdir()):
             out.rmdir()
-        print(f"error: {error}", file=sys.stderr)
-        return 2 if isinstance(error, UsageError) else 1
+        return exit_code(error)
     print(table(data))
     print(json.dumps({"written": str(out)}))
     return 0

@@ -3,7 +3,6 @@
 import base64
 import csv
 import html
-import io
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -204,10 +203,9 @@ def page(
         parts.append(
             f'<figure><img alt="{name}" src="data:image/png;base64,{data}"><figcaption>{name}</figcaption></figure>'
         )
-    out = io.StringIO()
-    out.write(f'<!doctype html><html lang="en"><meta charset="utf-8"><title>{html.escape(title)}</title>')
-    out.write(f"<style>{_STYLE}</style><body>{''.join(parts)}</body></html>\n")
-    path.write_text(out.getvalue(), encoding="utf-8")
+    head = f'<meta charset="utf-8"><title>{html.escape(title)}</title><style>{_STYLE}</style>'
+    body = f"<body>{''.join(parts)}</body>"
+    path.write_text(f'<!doctype html><html lang="en">{head}{body}</html>\n', encoding="utf-8")
 
 
 def _html_table(table: Sequence[dict[str, Any]]) -> str:
@@ -217,12 +215,8 @@ def _html_table(table: Sequence[dict[str, Any]]) -> str:
     lines = [list(table[0]), *([_cell(value) for value in row.values()] for row in table)]
     if len(lines[0]) > 2 * len(lines):
         lines = [list(column) for column in zip(*lines, strict=True)]
-    head, *body = ("".join(f"<{tag}>{html.escape(cell)}</{tag}>" for cell in line) for line, tag in _tagged(lines))
-    return f"<table><tr>{head}</tr>{''.join(f'<tr>{row}</tr>' for row in body)}</table>"
-
-
-def _tagged(lines: list[list[str]]) -> Iterator[tuple[list[str], str]]:
-    """The first line is the head."""
-    yield lines[0], "th"
-    for line in lines[1:]:
-        yield line, "td"
+    tags = ["th", *["td"] * (len(lines) - 1)]
+    rows = (
+        "".join(f"<{tag}>{html.escape(cell)}</{tag}>" for cell in line) for tag, line in zip(tags, lines, strict=True)
+    )
+    return f"<table>{''.join(f'<tr>{row}</tr>' for row in rows)}</table>"

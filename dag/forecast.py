@@ -20,10 +20,10 @@ from dag.errors import UsageError
 from dag.models.sd import StableDiffusion
 from dag.models.source import local_folder
 from dag.protocols import Prediction
-from dag.recipe import ForwardLooking, OptimizerKind, PolicyGradient, Recipe
+from dag.recipe import ForwardLooking, OptimizerKind, PolicyGradient, Recipe, is_scored
 from dag.recipe_file import parse_reward
 from dag.rewards.footprint import footprint
-from dag.rollout import CHAIN_DTYPES, is_scored
+from dag.rollout import CHAIN_DTYPES
 from dag.state_flow import StateFlow
 
 GIB = 2**30

@@ -25,8 +25,8 @@ from dag.balance import residual_table
 from dag.flow_fit import FlowFit, describe_residuals
 from dag.learner import Learner, Outcome
 from dag.protocols import Prediction
-from dag.recipe import ForwardLooking, PolicyGradient, Sampler
-from dag.rollout import Batch, Score, clean_latents, first_state, is_scored, last_latents, noise_dtype, take_step
+from dag.recipe import ForwardLooking, PolicyGradient, Sampler, is_scored
+from dag.rollout import Batch, Score, clean_latents, first_state, last_latents, noise_dtype, take_step
 from dag.trajectory import ChainStore, Trajectories, concatenate
 
 # A timer of a named phase.
@@ -157,10 +157,10 @@ class OnePass:
         tile.states.append(x_t)
         pending: _Pending | None = None
         for k in range(self.schedule.num_transitions):
-            with timed("update"), torch.set_grad_enabled(k in weights):
-                prediction = self.policy.predict(x_t, self.schedule.timesteps[k].expand(len(x_t)), tile.text)
-                log_F_tilde = self._log_F_tilde(tile, x_t, k)
             with timed("update"):
+                with torch.set_grad_enabled(k in weights):
+                    prediction = self.policy.predict(x_t, self.schedule.timesteps[k].expand(len(x_t)), tile.text)
+                    log_F_tilde = self._log_F_tilde(tile, x_t, k)
                 step = take_step(self.schedule, x_t, prediction, k, self.seed, tile.sample_id, self.sampler)
             with timed("reward"):
                 looking = self._look(tile, x_t, prediction, step, k, epoch)

@@ -5,7 +5,7 @@ import math
 from dataclasses import dataclass
 
 from dag.models.source import local_folder
-from dag.recipe import PolicyGradient, Recipe
+from dag.recipe import PolicyGradient, Recipe, is_scored
 
 # When the model's files are not at hand: SD 1.x / 2.x have 4 latent channels and a VAE of factor 8.
 _ASSUMED_CHANNELS, _ASSUMED_FACTOR, _ASSUMED_RESOLUTION = 4, 8, 512
@@ -66,9 +66,7 @@ def make_plan(recipe: Recipe) -> Plan:
         source = objective.forward_looking.source
         looks = 0
         if source != "none":
-            stride = objective.forward_looking.stride
-            # As `dag.rollout.is_scored` says: every stride-th state, and the last three.
-            looks = train.trajectories * sum(k % stride == 0 or k >= T - 3 for k in range(T))
+            looks = train.trajectories * sum(is_scored(k, T, objective.forward_looking.stride) for k in range(T))
         if source == "current":
             extra += trained_rows
             looks += 2 * trained_rows - train.trajectories * train.inner_epochs

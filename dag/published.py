@@ -49,9 +49,7 @@ class Published:
             for stepper in self.learner.steppers():
                 stepper.zero_grad()
             for tile in tiles:
-                for rows in torch.arange(len(tile.reward)).split(self.recipe.train.micro_batch):
-                    for k in range(self.schedule.num_transitions):
-                        self._backward(tile, rows, k, len(batch.sample_id))
+                self._backward_all(tile, len(batch.sample_id))
             for stepper in self.learner.steppers():
                 stepper.step()
 
@@ -73,6 +71,11 @@ class Published:
             reward = self.scorer(batch)(images, torch.arange(len(ids)))
         stored = [torch.stack(column) for column in zip(*triples, strict=True)]
         return _Stored(batch, stored[0], stored[1], stored[2], reward.to(self.device))
+
+    def _backward_all(self, tile: _Stored, num_trajectories: int) -> None:
+        for rows in torch.arange(len(tile.reward)).split(self.recipe.train.micro_batch):
+            for k in range(self.schedule.num_transitions):
+                self._backward(tile, rows, k, num_trajectories)
 
     def _backward(self, tile: _Stored, rows: Tensor, k: int, num_trajectories: int) -> None:
         """One micro-batch of one step."""

@@ -112,6 +112,11 @@ class ForwardLooking(Section):
     """Folder or hub id of the AutoencoderTiny; null takes the embedded model's, or TAESD for any other model."""
 
 
+def is_scored(k: int, num_transitions: int, stride: int) -> bool:
+    """Whether state k's own x0_hat is scored: every `stride`-th and the last three."""
+    return k % stride == 0 or k >= num_transitions - 3
+
+
 class _Balance(Section):
     beta: Beta
     log_prob_reduction: Literal["sum", "mean"] = "sum"

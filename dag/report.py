@@ -14,7 +14,8 @@ import numpy as np
 from PIL import Image, ImageDraw
 from torch import Tensor
 
-from dag.errors import RunError, UsageError
+from dag.curves import trained
+from dag.errors import RunError, UsageError, exit_code
 from dag.run_folder import RunFolder
 
 _CAPTION_PX = 12
@@ -76,9 +77,9 @@ def draw_curves(rows: Sequence[dict[str, Any]], path: Path) -> None:
     from matplotlib import pyplot
 
     figure, (left, right) = pyplot.subplots(1, 2, figsize=(10, 3.6))
-    trained = [row for row in rows if row.get("reward_mean") is not None]
-    x = [row["trajectories"] for row in trained]
-    mean, spread = (np.array([row[key] for row in trained]) for key in ("reward_mean", "reward_std"))
+    drawn = trained(rows)
+    x = [row["trajectories"] for row in drawn]
+    mean, spread = (np.array([row[key] for row in drawn]) for key in ("reward_mean", "reward_std"))
     left.plot(x, mean, label="rollouts (mean, 1 sd)")
     left.fill_between(x, mean - spread, mean + spread, alpha=0.2)
     _plot_measured(left, rows, "eval_reward_mean", "fixed evaluation")
@@ -150,8 +151,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             draw_curves(rows, run.path / "curves.png")
             print(run.path / "curves.png")
     except (UsageError, RunError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2 if isinstance(error, UsageError) else 1
+        return exit_code(error)
     except KeyboardInterrupt:
         return 130
     return 0

@@ -24,7 +24,7 @@ import torch
 
 from dag import evaluate, figures
 from dag.curves import ends, evaluated
-from dag.errors import RunError, UsageError
+from dag.errors import RunError, UsageError, exit_code
 from dag.figures import Line
 from dag.study import Case, Method, Study, best_rates, cases_of, run_missing, tuning_cases
 
@@ -32,7 +32,6 @@ _DDPO_AT_PAPER_SCALE = (
     "objective={name: ddpo, clip_range: 1e-4, advantage_clip: 5, per_prompt: 32}",
     "sampler.log_pf_at=stored",
     "regulariser.sampling=0",
-    "flow={}",
 )
 _TINY = (
     Method("dag_db", "tiny_cpu.yaml"),
@@ -67,20 +66,16 @@ def _reward(name: str, title: str, scale: str) -> Study:
     )
 
 
-def _ablation(name: str, *overrides: str, recipe: str = "tiny_cpu.yaml") -> Method:
-    return Method(name, recipe, overrides)
-
-
 _ABLATIONS = (
-    _ablation("dag_db"),
-    _ablation("no_forward_looking", "objective.forward_looking.source=none"),
-    _ablation("current_x0_hat", "objective.forward_looking.source=current"),
-    _ablation("one_pass", "train.rollout=one_pass"),
-    _ablation("dag_kl", "train.learning_rate=5e-3", "regulariser.pretrained_kl=1.2e-4", recipe="tiny_cpu_kl.yaml"),
-    _ablation("beta_quarter", "objective.beta.value=250"),
-    _ablation("beta_fourfold", "objective.beta.value=4000"),
-    _ablation("next_flow_trained", "objective.detach_next=false"),
-    _ablation("mean_log_probs", "objective.log_prob_reduction=mean"),
+    Method("dag_db", "tiny_cpu.yaml"),
+    Method("no_forward_looking", "tiny_cpu.yaml", ("objective.forward_looking.source=none",)),
+    Method("current_x0_hat", "tiny_cpu.yaml", ("objective.forward_looking.source=current",)),
+    Method("one_pass", "tiny_cpu.yaml", ("train.rollout=one_pass",)),
+    Method("dag_kl", "tiny_cpu_kl.yaml", ("train.learning_rate=5e-3", "regulariser.pretrained_kl=1.2e-4")),
+    Method("beta_quarter", "tiny_cpu.yaml", ("objective.beta.value=250",)),
+    Method("beta_fourfold", "tiny_cpu.yaml", ("objective.beta.value=4000",)),
+    Method("next_flow_trained", "tiny_cpu.yaml", ("objective.detach_next=false",)),
+    Method("mean_log_probs", "tiny_cpu.yaml", ("objective.log_prob_reduction=mean",)),
 )
 
 STUDIES: dict[str, dict[str, dict[str, Study]]] = {
@@ -135,7 +130,7 @@ def reproduce(study: Study, folder: Path, seeds: int, jobs: int) -> None:
         Line(method.name, tuple(case.rows() for case in cases if case.method == method)) for method in study.methods
     ]
     judged = _judged(study, cases, folder)
-    write(study, folder, lines, tuned, rates, judged)
+    write(study, folder, lines, tuned, cases, judged)
 
 
 def _judged(study: Study, cases: Sequence[Case], folder: Path) -> list[dict[str, Any]]:
@@ -174,16 +169,17 @@ def write(
     folder: Path,
     lines: Sequence[Line],
     tuned: Sequence[Case],
-    rates: dict[str, float | None],
+    cases: Sequence[Case],
     judged: Sequence[dict[str, Any]],
 ) -> None:
     """Figures, tables and the page."""
-    table = figures.summary(lines)
+    table, by_name = figures.summary(lines), {one["model"]: one for one in judged}
     for row in table:
-        row["learning_rate"] = rates.get(row["method"])
-        mine = [one for one in judged if one["model"].rsplit("-s", 1)[0].split("-lr")[0] == row["method"]]
+        mine = [case for case in cases if case.method.name == row["method"]]
+        row["learning_rate"] = mine[0].recipe().train.learning_rate
+        pictures_of = [by_name[case.folder.name] for case in mine]
         for key in ("vendi", "frechet", "kernel", "alignment"):
-            row[key] = sum(one[key] for one in mine) / len(mine)
+            row[key] = sum(one[key] for one in pictures_of) / len(mine)
     tables: dict[str, Sequence[dict[str, Any]]] = {"Methods": table}
     if tuned:
         tables["Learning rates tried"] = [
@@ -257,8 +253,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             changed = replace(study, given=tuple(given.set))
             reproduce(changed, out.resolve() / name, given.seeds or study.seeds, given.jobs)
     except (UsageError, RunError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2 if isinstance(error, UsageError) else 1
+        return exit_code(error)
     except KeyboardInterrupt:
         print("stopped; the same command goes on", file=sys.stderr)
         return 130

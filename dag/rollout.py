@@ -15,7 +15,7 @@ from dag_kernels import SampledStep
 from torch import Tensor
 
 from dag.protocols import Policy, Prediction
-from dag.recipe import ForwardLooking, Sampler
+from dag.recipe import ForwardLooking, Sampler, is_scored
 from dag.schedule import INITIAL_NOISE, Schedule, x0_coefficients
 from dag.trajectory import Trajectories, draw_noise
 
@@ -88,11 +88,6 @@ def sample_tile(
         on_step()
     x_0 = last_latents(policy, x_t, text)
     return SampledTile(torch.stack(chain), torch.stack(log_pf, 1), torch.stack(log_pb, 1), x0_hat, x_0)
-
-
-def is_scored(k: int, num_transitions: int, stride: int) -> bool:
-    """Whether state k's own x0_hat is scored: every `stride`-th and the last three."""
-    return k % stride == 0 or k >= num_transitions - 3
 
 
 def first_state(policy: Policy, sample_id: Tensor, seed: int, sampler: Sampler) -> Tensor:

@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 
 from dag import checkpoint, report
-from dag.errors import RunError, UsageError
+from dag.errors import RunError, UsageError, exit_code
 from dag.models.sd import StableDiffusion
 from dag.prompts import load_prompts
 from dag.rollout import generate
@@ -72,8 +72,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         print(draw(arguments))
     except (UsageError, RunError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2 if isinstance(error, UsageError) else 1
+        return exit_code(error)
     return 0
 
 

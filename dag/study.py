@@ -127,11 +127,10 @@ def best_rates(tuned: Sequence[Case]) -> dict[str, float | None]:
     """
     chosen: dict[str, float | None] = {}
     for name in dict.fromkeys(case.method.name for case in tuned):
-        mine = [case for case in tuned if case.method.name == name]
-
-        if not any(case.is_complete() for case in mine):
-            raise RunError(f"no learning rate of {name} was trained to the end; see {mine[0].log}")
-        mine = [case for case in mine if case.is_complete()]
+        tried = [case for case in tuned if case.method.name == name]
+        mine = [case for case in tried if case.is_complete()]
+        if not mine:
+            raise RunError(f"no learning rate of {name} was trained to the end; see {tried[0].log}")
 
         def worth(case: Case) -> tuple[float, float]:
             rows = case.rows()

@@ -15,8 +15,8 @@ from dag.evaluation import EvaluationResult
 from dag.ledger import Ledger
 from dag.one_pass import OnePass
 from dag.parts import Parts
-from dag.recipe import ForwardLooking, PolicyGradient, Recipe
-from dag.rollout import Batch, Score, assemble, is_scored, sample_tile, score_tile
+from dag.recipe import ForwardLooking, PolicyGradient, Recipe, is_scored
+from dag.rollout import Batch, Score, assemble, sample_tile, score_tile
 from dag.run_folder import RunFolder
 from dag.trajectory import ChainStore, Trajectories, concatenate
 

@@ -1,7 +1,6 @@
 """Seconds and memory by phase: what belongs to which phase, and what a machine cannot tell."""
 
 import json
-import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -91,7 +90,6 @@ def test_a_system_that_tells_nothing_gives_null(monkeypatch: pytest.MonkeyPatch)
 
 
 @needs_proc
-@pytest.mark.skipif(sys.platform != "linux", reason="/proc")
 def test_resident_memory_rises_with_what_a_phase_holds_and_falls_again() -> None:
     book, size = Ledger(CPU), 256 << 20
     with book.phase("sample"):

@@ -13,8 +13,7 @@ from torch.autograd.graph import saved_tensors_hooks
 
 from dag.errors import UsageError
 from dag.parts import Parts
-from dag.recipe import Recipe
-from dag.rollout import is_scored
+from dag.recipe import Recipe, is_scored
 from dag.run_folder import RunFolder
 from dag.trajectory import ChainStore
 

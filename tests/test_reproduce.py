@@ -16,9 +16,8 @@ import pytest
 
 from dag import reproduce
 from dag.curves import at_reward, ends
-from dag.errors import RunError, UsageError
+from dag.errors import RunError
 from dag.figures import Line, common_reward, draw, markdown, summary
-from dag.recipe_file import load
 from dag.study import Method, Study, best_rates, cases_of, run_missing, tuning_cases
 
 ROOT = Path(__file__).parent.parent
@@ -276,5 +275,3 @@ def test_judgement_belongs_to_the_weights(done: Path, monkeypatch: pytest.Monkey
 def test_a_study_of_another_scale_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
     assert reproduce.main(["ablations", "--scale", "paper"]) == 2
     assert "ablations is not defined at this scale" in capsys.readouterr().err
-    with pytest.raises(UsageError):
-        load(ROOT / "recipes/tiny_cpu.yaml", ["train.nonsense=1"])
