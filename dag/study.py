@@ -1,6 +1,6 @@
 """Studies: the runs behind a figure, and running those of them that are missing.
 
-A study is a folder with a run folder for each (method, learning rate, seed). What is complete is never run again, what was
+A study is a folder with a run folder for each (method, setting, seed). What is complete is never run again, what was
 interrupted is resumed, and a folder that holds another recipe's run is refused.
 """
 
@@ -9,7 +9,7 @@ import os
 import subprocess
 import sys
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -26,6 +26,25 @@ ROOT = Path(__file__).parent.parent
 
 
 @dataclass(frozen=True)
+class Setting:
+    """What is tuned."""
+
+    learning_rate: float
+    pretrained_kl: float | None = None
+    """Strength of the regulariser; None keeps the recipe's."""
+
+    @property
+    def name(self) -> str:
+        return f"lr{self.learning_rate}" + ("" if self.pretrained_kl is None else f"-kl{self.pretrained_kl}")
+
+    @property
+    def overrides(self) -> dict[str, float]:
+        """Values of recipe keys."""
+        strength = {} if self.pretrained_kl is None else {"regulariser.pretrained_kl": self.pretrained_kl}
+        return {"train.learning_rate": self.learning_rate, **strength}
+
+
+@dataclass(frozen=True)
 class Method:
     """One line of a figure."""
 
@@ -33,8 +52,8 @@ class Method:
     recipe: str
     """File, relative to recipes/."""
     overrides: tuple[str, ...] = ()
-    learning_rates: tuple[float, ...] = ()
-    """Tried on the first seed, before the others run with the best; none keeps the recipe's own."""
+    tried: tuple[Setting, ...] = ()
+    """On the first seed, before the others run with the best; none keeps the recipe's own."""
 
 
 @dataclass(frozen=True)
@@ -60,14 +79,15 @@ class Case:
 
     method: Method
     seed: int
-    learning_rate: float | None
+    setting: Setting | None
     study: Study
     folder: Path
 
     @property
     def overrides(self) -> list[str]:
-        rate = [] if self.learning_rate is None else [f"train.learning_rate={self.learning_rate}"]
-        return [*self.study.overrides, *self.method.overrides, *rate, f"seed={self.seed}", *self.study.given]
+        tuned = {} if self.setting is None else self.setting.overrides
+        chosen = [f"{key}={value}" for key, value in tuned.items()]
+        return [*self.study.overrides, *self.method.overrides, *chosen, f"seed={self.seed}", *self.study.given]
 
     @property
     def file(self) -> Path:
@@ -95,21 +115,23 @@ class Case:
         return bool(rows) and rows[-1]["epoch"] == recipe.train.epochs and any((self.folder / "lora").glob("*"))
 
 
-def cases_of(study: Study, folder: Path, seeds: int, rates: dict[str, float | None]) -> list[Case]:
-    """Every seed of every method, at its learning rate."""
+def cases_of(study: Study, folder: Path, seeds: int, settings: Mapping[str, Setting | None]) -> list[Case]:
+    """Every seed of every method, as tuned."""
     return [
-        case(study, method, folder, seed, rates.get(method.name)) for method in study.methods for seed in range(seeds)
+        case(study, method, folder, seed, settings.get(method.name))
+        for method in study.methods
+        for seed in range(seeds)
     ]
 
 
 def tuning_cases(study: Study, folder: Path) -> list[Case]:
-    """The first seed of every method at each of its learning rates."""
-    return [case(study, method, folder, 0, rate) for method in study.methods for rate in method.learning_rates]
+    """The first seed of every method with each setting that is tried."""
+    return [case(study, method, folder, 0, setting) for method in study.methods for setting in method.tried]
 
 
-def case(study: Study, method: Method, folder: Path, seed: int, rate: float | None) -> Case:
-    name = method.name + ("" if rate is None else f"-lr{rate}") + f"-s{seed}"
-    return Case(method, seed, rate, study, folder / name)
+def case(study: Study, method: Method, folder: Path, seed: int, setting: Setting | None) -> Case:
+    name = method.name + ("" if setting is None else f"-{setting.name}") + f"-s{seed}"
+    return Case(method, seed, setting, study, folder / name)
 
 
 # -- results of a run ---------------------------------------------------------------------------------------------
@@ -117,27 +139,27 @@ def case(study: Study, method: Method, folder: Path, seed: int, rate: float | No
 _FIDELITY_KEPT = 0.7
 
 
-def best_rates(tuned: Sequence[Case]) -> dict[str, float | None]:
-    """The learning rate of every tuned method: the highest reward of those that keep the judged noun in 70 % of pictures.
+def best_settings(tuned: Sequence[Case]) -> dict[str, Setting | None]:
+    """The setting of every tuned method: the highest reward of those that keep the judged noun in 70 % of pictures.
 
-    Where none does, the one that keeps it best; where nothing judges, the highest reward. A rate that broke is no choice.
+    Where none does, the one that keeps it best; where nothing judges, the highest reward. One that broke is no choice.
 
     Raises:
-        RunError: every rate of a method broke.
+        RunError: every setting of a method broke.
     """
-    chosen: dict[str, float | None] = {}
+    chosen: dict[str, Setting | None] = {}
     for name in dict.fromkeys(case.method.name for case in tuned):
         tried = [case for case in tuned if case.method.name == name]
         mine = [case for case in tried if case.is_complete()]
         if not mine:
-            raise RunError(f"no learning rate of {name} was trained to the end; see {tried[0].log}")
+            raise RunError(f"no setting of {name} was trained to the end; see {tried[0].log}")
 
         def worth(case: Case) -> tuple[float, float]:
             rows = case.rows()
             kept = evaluated(rows)[-1].get("fidelity_top1")
             return (min(_FIDELITY_KEPT, 1.0 if kept is None else kept), ends(rows)[1])
 
-        chosen[name] = max(mine, key=worth).learning_rate
+        chosen[name] = max(mine, key=worth).setting
     return chosen
 
 

@@ -18,7 +18,7 @@ from dag import reproduce
 from dag.curves import at_reward, ends
 from dag.errors import RunError
 from dag.figures import Line, common_reward, draw, markdown, summary
-from dag.study import Method, Study, best_rates, cases_of, run_missing, tuning_cases
+from dag.study import Method, Setting, Study, best_settings, cases_of, run_missing, tuning_cases
 
 ROOT = Path(__file__).parent.parent
 SHORT = (
@@ -30,7 +30,7 @@ STUDY = Study(
     title="A <small> study",
     question="Does it run?",
     methods=(
-        Method("dag_db", "tiny_cpu.yaml", ("flow.passes=0",), learning_rates=(0.001, 0.002)),
+        Method("dag_db", "tiny_cpu.yaml", ("flow.passes=0",), tried=(Setting(0.001), Setting(0.002))),
         Method("ddpo", "tiny_cpu_ddpo.yaml"),
     ),
     overrides=SHORT,
@@ -99,25 +99,31 @@ def test_what_was_not_measured_is_not_drawn(tmp_path: Path) -> None:
 def test_every_run_of_every_study_has_a_valid_recipe_and_a_folder_of_its_own(scale: str, tmp_path: Path) -> None:
     for studies in reproduce.STUDIES[scale].values():
         for study in studies.values():
-            rates = {method.name: (method.learning_rates or (None,))[0] for method in study.methods}
-            cases = [*cases_of(study, tmp_path, 2, rates), *tuning_cases(study, tmp_path)]
-            assert len({case.folder for case in cases}) == len({(c.method, c.seed, c.learning_rate) for c in cases})
+            settings = {method.name: (method.tried or (None,))[0] for method in study.methods}
+            cases = [*cases_of(study, tmp_path, 2, settings), *tuning_cases(study, tmp_path)]
+            assert len({case.folder for case in cases}) == len({(c.method, c.seed, c.setting) for c in cases})
             recipes = [case.recipe() for case in cases]
             assert len({recipe.train.trajectories * recipe.train.epochs for recipe in recipes}) == 1
             for case, recipe in zip(cases, recipes, strict=True):
                 assert recipe.seed == case.seed
-                assert case.learning_rate in (None, recipe.train.learning_rate)
+                if case.setting is not None:
+                    assert case.setting.learning_rate == recipe.train.learning_rate
+                    assert case.setting.pretrained_kl in (None, recipe.regulariser.pretrained_kl)
 
 
-def test_the_comparison_differs_in_the_objective_alone() -> None:
-    """Same trajectories, updates, regulariser and tuning budget."""
-    study = reproduce.STUDIES["tiny"]["comparison"]["colourfulness"]
-    first, *others = (case.recipe() for case in cases_of(study, Path("x"), 1, {m.name: 0.004 for m in study.methods}))
-    assert first.regulariser.pretrained_kl == first.regulariser.sampling == 0
-    for other in others:
-        same = {"objective": first.objective, "flow": first.flow}
-        assert other.model_copy(update=same) == first
-    assert len({method.learning_rates for method in study.methods}) == 1
+@pytest.mark.parametrize("name", ["unregularised", "regularised"])
+def test_a_comparison_differs_in_the_objective_alone(name: str) -> None:
+    """Same trajectories, updates, and settings tried."""
+    study = reproduce.STUDIES["tiny"]["comparison"][name]
+    for setting in study.methods[0].tried:
+        settings = {method.name: setting for method in study.methods}
+        first, *others = (case.recipe() for case in cases_of(study, Path("x"), 1, settings))
+        assert first.regulariser.pretrained_kl == (setting.pretrained_kl or 0)
+        assert first.regulariser.sampling == 0
+        for other in others:
+            same = {"objective": first.objective, "flow": first.flow}
+            assert other.model_copy(update=same) == first
+    assert len({method.tried for method in study.methods}) == 1
 
 
 # -- running ------------------------------------------------------------------------------------------------------
@@ -202,7 +208,7 @@ def test_a_study_killed_in_the_middle_goes_on_where_it_was(done: Path, tmp_path:
 
 
 def test_a_run_that_is_being_trained_is_left_alone(tmp_path: Path) -> None:
-    case = cases_of(STUDY, tmp_path, 1, {"dag_db": 0.001})[0]
+    case = cases_of(STUDY, tmp_path, 1, {"dag_db": Setting(0.001)})[0]
     with (tmp_path / f"{case.folder.name}.lock").open("w") as held:
         fcntl.flock(held, fcntl.LOCK_EX)
         with pytest.raises(RunError, match="another process is training it"):
@@ -235,22 +241,22 @@ def test_tuning_takes_the_highest_reward_among_those_that_keep_the_subject(monke
     rows = {0.001: (2.0, 0.9), 0.002: (5.0, 0.3)}
 
     def read(case: Any) -> list[dict[str, Any]]:
-        reward, kept = rows[case.learning_rate]
+        reward, kept = rows[case.setting.learning_rate]
         return [{"reward_mean": reward, "eval_reward_mean": reward, "fidelity_top1": kept}]
 
     monkeypatch.setattr("dag.study.Case.rows", read)
-    monkeypatch.setattr("dag.study.Case.is_complete", lambda case: case.learning_rate in rows)
+    monkeypatch.setattr("dag.study.Case.is_complete", lambda case: case.setting.learning_rate in rows)
     tuned = tuning_cases(STUDY, Path("x"))
-    assert best_rates(tuned) == {"dag_db": 0.001}
+    assert best_settings(tuned) == {"dag_db": Setting(0.001)}
     rows[0.002] = (5.0, 0.71)
-    assert best_rates(tuned) == {"dag_db": 0.002}
+    assert best_settings(tuned) == {"dag_db": Setting(0.002)}
     rows[0.001], rows[0.002] = (2.0, 0.2), (5.0, 0.1)
-    assert best_rates(tuned) == {"dag_db": 0.001}, "none keeps it: the one that keeps it best"
+    assert best_settings(tuned) == {"dag_db": Setting(0.001)}, "none keeps it: the one that keeps it best"
     del rows[0.001]
-    assert best_rates(tuned) == {"dag_db": 0.002}, "a rate that broke is no choice"
+    assert best_settings(tuned) == {"dag_db": Setting(0.002)}, "one that broke is no choice"
     rows.clear()
-    with pytest.raises(RunError, match="no learning rate of dag_db was trained to the end"):
-        best_rates(tuned)
+    with pytest.raises(RunError, match="no setting of dag_db was trained to the end"):
+        best_settings(tuned)
 
 
 def test_keys_that_a_study_sets_itself_are_refused(
