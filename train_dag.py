@@ -15,14 +15,17 @@ import logging
 import os
 import sys
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
-from typing import Any
 
 from dag import plan, prompts
-from dag.errors import RunError, UsageError, exit_code
+from dag.errors import RunError, StoppedError, UsageError, exit_code
 from dag.recipe import Recipe
-from dag.recipe_file import load
+from dag.recipe_file import flat, load
 from dag.run_folder import RunFolder, default_path, newest_run
+
+# As torchrun, and accelerate's launcher for several GPUs, tell each of the processes they start.
+NUM_PROCESSES = int(os.environ.get("WORLD_SIZE", "1"))
 
 
 def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
@@ -45,23 +48,21 @@ def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 
-def open_run(arguments: argparse.Namespace, config: Recipe) -> tuple[RunFolder, Path | None]:
-    """(run folder, checkpoint to resume from or None)."""
+def open_run(arguments: argparse.Namespace, config: Recipe) -> tuple[RunFolder, bool]:
+    """(run folder, whether it is resumed)."""
     name = Path(arguments.recipe).stem
     if arguments.resume is None:
-        return RunFolder.create(Path(arguments.out) if arguments.out else default_path(name)), None
+        return RunFolder.create(Path(arguments.out) if arguments.out else default_path(name)), False
     run = RunFolder.open(Path(arguments.resume or arguments.out or newest_run(name)))
     _check_same_recipe(run.read_recipe(), config, run.path)
-    last = run.checkpoints / "last"
-    if not last.exists():
-        raise UsageError(f"--resume: {run.path} has no checkpoint yet; start it again in another folder")
-    return run, last.resolve()
+    return run, True
 
 
 def _check_same_recipe(old: Recipe, new: Recipe, path: Path) -> None:
     """A resumed run may train for more epochs and report more often; anything else would be another run."""
-    before, after = (_flat(r.model_dump(mode="json")) for r in (old, new))
-    free = {"train.epochs", "evaluation.every", "checkpoint.every", "checkpoint.keep", "trackers"}
+    before, after = (flat(r.model_dump(mode="json")) for r in (old, new))
+    free = {"train.epochs", "evaluation.every", "trackers"}
+    free |= {"checkpoint.every", "checkpoint.minutes", "checkpoint.keep"}
     if after.get("objective.beta.anneal", "none") != "none":
         free.remove("train.epochs")  # beta's schedule depends on the number of epochs
     changed = [
@@ -70,14 +71,6 @@ def _check_same_recipe(old: Recipe, new: Recipe, path: Path) -> None:
     if changed:
         shown = "; ".join(f"{key}: {before.get(key)!r} then, {after.get(key)!r} now" for key in changed)
         raise UsageError(f"--resume: {path} was started with another recipe: {shown}")
-
-
-def _flat(data: Any, prefix: str = "") -> dict[str, Any]:
-    if not isinstance(data, dict):
-        return {prefix: data}
-    return {
-        key: value for name, part in data.items() for key, value in _flat(part, f"{prefix}.{name}".lstrip(".")).items()
-    }
 
 
 def plan_memory(config: Recipe) -> None:
@@ -90,67 +83,22 @@ def plan_memory(config: Recipe) -> None:
 
 
 def check_memory(config: Recipe) -> None:
-    """Refuse a recipe beyond its budget, and hold the GPU's allocator to it."""
-    budget = config.memory.budget_gib
-    if budget is None:
-        return
-    import torch
+    """Refuse a recipe beyond its budget."""
+    if config.memory.budget_gib is not None:
+        from dag import forecast
 
-    from dag import forecast
-
-    forecast.check_budget(config)
-    if torch.cuda.is_available():
-        total = torch.cuda.get_device_properties(0).total_memory
-        torch.cuda.set_per_process_memory_fraction(min(1.0, budget * forecast.GIB / total))
+        forecast.check_budget(config)
 
 
-def train(config: Recipe, run: RunFolder, resume_from: Path | None) -> None:
+def train(config: Recipe, arguments: argparse.Namespace) -> None:
+    """Open the run's folder and train in it."""
+    opener = partial(open_run, arguments, config)
+    # One process answers a mistake at once; several must be connected before the main one makes a folder.
+    opened = opener() if NUM_PROCESSES == 1 else None
     # Here, not above: these imports take seconds, and --plan and mistakes need none of them.
-    import torch
-    from accelerate import Accelerator
+    from dag import launch
 
-    from dag.parts import build, describe_run
-    from dag.trainer import Trainer
-
-    accelerator = Accelerator(mixed_precision="no", log_with=list(config.trackers) or None, project_dir=str(run.path))
-    if accelerator.num_processes > 1:
-        raise UsageError(
-            f"launched with {accelerator.num_processes} processes; this version trains in one: accelerate launch --num_processes 1"
-        )
-    _use_all_threads(accelerator.device.type)
-    parts = build(config, accelerator.device)
-    print(f"kernels: {parts.kernels.name} ({parts.kernels.reason})")
-    print(f"attention: {parts.policy.describe()['attention']}", flush=True)
-    if resume_from is not None:
-        # With what may change on the way: more epochs, other reports.
-        run.write_description({**run.read_description(), "recipe": config.model_dump(mode="json")})
-    else:
-        run.write_description(describe_run(config, parts, accelerator.device))
-    tracker = None
-    if config.trackers:
-        accelerator.init_trackers(
-            "dag", config={key: str(value) for key, value in _flat(config.model_dump(mode="json")).items()}
-        )
-        tracker = accelerator.log
-    try:
-        Trainer(config, run, parts, tracker).fit(resume_from)
-    except torch.OutOfMemoryError as error:
-        first = str(error).partition("\n")[0]
-        raise RunError(f"out of GPU memory outside sampling and gradients: {first}") from None
-    accelerator.end_training()
-
-
-def _use_all_threads(device_type: str) -> None:
-    """Undo the launcher's OMP_NUM_THREADS=1, which it sets for any number of CPU processes, also for one."""
-    import torch
-
-    is_launched = "ACCELERATE_DYNAMO_BACKEND" in os.environ
-    if device_type == "cpu" and is_launched and torch.get_num_threads() == 1:
-        threads = len(os.sched_getaffinity(0))
-        torch.set_num_threads(threads)
-        print(
-            f"{threads} threads (accelerate's launcher had set 1; start with python train_dag.py to choose)", flush=True
-        )
+    launch.train(config, lambda: opened or opener())
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -166,13 +114,11 @@ def main(argv: Sequence[str] | None = None) -> int:
             return 0
         prompts.load_prompts(config.prompts)
         check_memory(config)
-        run, resume_from = open_run(arguments, config)
-        print(f"run folder {run.path}", flush=True)
-        train(config, run, resume_from)
-    except (UsageError, RunError) as error:
+        train(config, arguments)
+    except (UsageError, RunError, StoppedError) as error:
         return exit_code(error)
     except KeyboardInterrupt:
-        print("interrupted; continue from the last checkpoint with --resume", file=sys.stderr)
+        print("interrupted before training began", file=sys.stderr)
         return 130
     return 0
 

@@ -105,6 +105,6 @@ def _stored(parts: Parts, recipe: Recipe, batch: Batch, drawn: SampledTile) -> T
     """What the trainer would keep of a tile."""
     nothing = torch.zeros_like(drawn.log_pf)
     kept = assemble(drawn, nothing, nothing[:, 0], batch, recipe.seed, recipe.sampler)
-    store = ChainStore(len(drawn.chain), len(batch.sample_id), drawn.chain.device)
+    store = ChainStore(len(drawn.chain), len(batch.sample_id), drawn.chain.device, drawn.chain.device)
     store.put(drawn.chain)
     return Trajectories(**{**vars(kept), "chain": store.finish()})

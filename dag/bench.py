@@ -29,6 +29,7 @@ import torch
 
 from dag import approximations, flops
 from dag.accounting import LiveBytes
+from dag.durable import write_json
 from dag.errors import RunError, UsageError, exit_code
 from dag.forecast import GIB, forecast
 from dag.ledger import Ledger
@@ -42,7 +43,7 @@ from dag.reward_terms import RewardTerm, Tower
 from dag.rewards import RewardSum, build_term
 from dag.rewards.stand_in import StandIn
 from dag.rollout import Batch
-from dag.run_folder import RunFolder, write_json
+from dag.run_folder import RunFolder
 from dag.trainer import Trainer
 
 Row = dict[str, Any]

@@ -1,122 +1,253 @@
 """Checkpoints that a run resumes from exactly: safetensors and JSON, never pickle.
 
-A checkpoint is a folder written under a temporary name and renamed when complete. All randomness is counter-based,
-so the counters in state.json are the state of every generator.
+A checkpoint is a folder `epoch_EEEE`, or `epoch_EEEE_RRRRRR` inside the epoch after EEEE completed ones. It is written under
+another name, forced to disk and renamed; its manifest tells the size and the hash of every file, so that an incomplete
+or damaged one is known. All randomness is counter-based: the counters in state.json are the state of every generator.
 """
 
+import errno
 import json
 import os
+import re
 import shutil
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from dag import durable
 from dag.errors import RunError
-from dag.run_folder import write_json
 
-FORMAT = 1
+FORMAT = 2
+MANIFEST, STATE = "manifest.json", "state.json"
+_NAME = re.compile(r"epoch_(\d{4,})(?:_(\d{6,}))?")
+_TEMPORARY = ".tmp-"
+Groups = Mapping[str, Mapping[str, Tensor]]
+
+
+@dataclass(frozen=True, order=True)
+class Position:
+    """Where in a run a checkpoint was taken; later is larger."""
+
+    epoch: int
+    """Completed epochs."""
+    rests: int = 0
+    """Points passed within the next epoch at which it could have been taken; 0 between two epochs."""
+
+    @property
+    def name(self) -> str:
+        return f"epoch_{self.epoch:04d}" + (f"_{self.rests:06d}" if self.rests else "")
+
+    @classmethod
+    def of(cls, folder: Path) -> "Position | None":
+        """None if the folder's name is no checkpoint's."""
+        match = _NAME.fullmatch(folder.name)
+        return match and cls(int(match[1]), int(match[2] or 0))
+
+
+# -- writing ------------------------------------------------------------------------------------------------------
 
 
 def save(
-    folder: Path,
-    epoch: int,
-    tensors: dict[str, dict[str, Tensor]],
-    optimizers: dict[str, torch.optim.Optimizer],
-    state: dict[str, Any],
-    keep: int,
+    folder: Path, position: Position, groups: Groups, state: dict[str, Any], keep: int, texts: Mapping[str, str]
 ) -> Path:
-    """Write folder/epoch_NNNN, point folder/last at it, and drop all but the newest `keep`.
+    """Write a checkpoint into `folder` and drop all but the newest `keep`. One that is there complete is left alone.
 
     Args:
-        epoch:      completed epochs.
-        tensors:    named groups of weights, one safetensors file each.
-        optimizers: by name; their tensors and numbers are stored apart.
-        state:      JSON-able rest.
+        groups: named groups of tensors, one safetensors file each.
+        state:  JSON-able rest.
+        texts:  further files, by name.
+
+    Raises:
+        RunError: a number is not finite, or the disk refuses, also after all checkpoints but the newest complete one
+            have made room. What was complete before still is.
     """
-    final = folder / f"epoch_{epoch:04d}"
-    temporary = folder / f".{final.name}.tmp"
-    shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir(parents=True)
-    numbers = {}
-    for name, optimizer in optimizers.items():
-        tensors = {**tensors, f"optimizer_{name}": _optimizer_tensors(optimizer)}
-        numbers[name] = _optimizer_numbers(optimizer)
-    for name, group in tensors.items():
-        save_file(
-            {key: value.detach().cpu().contiguous() for key, value in group.items()},
-            temporary / f"{name}.safetensors",
-        )
-    write_json(temporary / "state.json", {"format": FORMAT, "epoch": epoch, "optimizers": numbers, **state})
-    shutil.rmtree(final, ignore_errors=True)
-    os.replace(temporary, final)
-    link = folder / ".last.tmp"
-    link.unlink(missing_ok=True)
-    link.symlink_to(final.name)
-    os.replace(link, folder / "last")
-    for old in sorted(folder.glob("epoch_*"))[:-keep]:
-        shutil.rmtree(old)
+    final = folder / position.name
+    if final.exists() and flaw(final) is None:
+        return final
+    _check_finite(groups, position)
+    folder.mkdir(parents=True, exist_ok=True)
+    clean(folder)
+    try:
+        _write(final, groups, state, texts)
+    except (OSError, SafetensorError) as error:
+        clean(folder)
+        if not _is_full(error):
+            raise RunError(f"{final}: cannot be written: {_reason(error)}{_still_good(folder)}") from None
+        _drop(folder, keep=1)
+        try:
+            _write(final, groups, state, texts)
+        except (OSError, SafetensorError) as again:
+            clean(folder)
+            raise RunError(f"{final}: cannot be written: {_reason(again)}{_still_good(folder)}") from None
+    _drop(folder, keep)
     return final
 
 
-def load_state(folder: Path) -> dict[str, Any]:
-    """state.json of a checkpoint. Raises RunError if it is missing, unreadable or of another format."""
+def _write(final: Path, groups: Groups, state: dict[str, Any], texts: Mapping[str, str]) -> None:
+    temporary = final.with_name(f"{_TEMPORARY}{final.name}")
+    temporary.mkdir()
+    for name, group in groups.items():
+        save_file({key: _alone(value) for key, value in group.items()}, temporary / f"{name}.safetensors")
+    for name, text in {STATE: json.dumps(state, indent=1, allow_nan=False), **texts}.items():
+        (temporary / name).write_text(text, encoding="utf-8")
+    files = sorted(temporary.iterdir())
+    for path in files:
+        durable.sync(path)
+    content = {path.name: {"bytes": path.stat().st_size, "sha256": durable.sha256(path)} for path in files}
+    durable.write_json(temporary / MANIFEST, {"format": FORMAT, "files": content})
+    if final.exists():  # damaged, or it would not be written again
+        _remove(final)
+    os.replace(temporary, final)
+    durable.sync(final.parent)
+
+
+def _alone(tensor: Tensor) -> Tensor:
+    """On the CPU, contiguous, and sharing no memory, as safetensors wants it."""
+    tensor = tensor.detach().cpu().contiguous()
+    return tensor if tensor.untyped_storage().nbytes() == tensor.nbytes else tensor.clone()
+
+
+def clean(folder: Path) -> None:
+    """Remove what an interrupted `save` left."""
+    for path in folder.glob(f"{_TEMPORARY}*"):
+        shutil.rmtree(path)
+
+
+def _drop(folder: Path, keep: int) -> None:
+    """All but the newest `keep` complete checkpoints; damaged ones go with the old."""
+    kept = 0
+    for path in candidates(folder):
+        if kept == keep:
+            _remove(path)
+        elif flaw(path, is_thorough=False) is None:
+            kept += 1
+
+
+def _remove(folder: Path) -> None:
+    """Under another name first: half a checkpoint must never look like one."""
+    doomed = folder.with_name(f"{_TEMPORARY}{folder.name}-old")
+    os.replace(folder, doomed)
+    shutil.rmtree(doomed)
+
+
+def _check_finite(groups: Groups, position: Position) -> None:
+    for name, group in groups.items():
+        for key, value in group.items():
+            if value.is_floating_point() and not bool(value.isfinite().all()):
+                raise RunError(
+                    f"{position.name}: not saved, {name} {key} is not finite; the checkpoint before it stays"
+                )
+
+
+def _is_full(error: Exception) -> bool:
+    """safetensors wraps the system's errors in text."""
+    full = (errno.ENOSPC, errno.EDQUOT)
+    return (
+        error.errno in full if isinstance(error, OSError) else any(f"code: {number}," in str(error) for number in full)
+    )
+
+
+def _reason(error: Exception) -> str:
+    if isinstance(error, OSError):
+        return error.strerror or str(error)
+    found = re.search(r'message: "([^"]+)"', str(error))
+    return found[1] if found else str(error)
+
+
+def _still_good(folder: Path) -> str:
+    good = next((path.name for path in candidates(folder) if flaw(path) is None), None)
+    return f"; {good} is complete, --resume goes on from there" if good else ""
+
+
+# -- reading ------------------------------------------------------------------------------------------------------
+
+
+def candidates(folder: Path) -> list[Path]:
+    """Everything that looks like a checkpoint, newest first."""
+    found = [(position, path) for path in folder.glob("epoch_*") if (position := Position.of(path)) and path.is_dir()]
+    return [path for _, path in sorted(found, reverse=True)]
+
+
+def flaw(folder: Path, is_thorough: bool = True) -> str | None:
+    """Why a checkpoint cannot be used, or None.
+
+    Args:
+        is_thorough: compare the files' hashes, not their sizes alone.
+    """
     try:
-        state = json.loads((folder / "state.json").read_text(encoding="utf-8"))
-    except (OSError, json.JSONDecodeError) as error:
-        raise RunError(f"{folder}: not a complete checkpoint: {error}") from None
-    if state.get("format") != FORMAT:
-        raise RunError(f"{folder}: checkpoint format {state.get('format')}; this version reads {FORMAT}")
-    return state
+        manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
+        if manifest["format"] != FORMAT:
+            return f"has format {manifest['format']!r}; this version reads {FORMAT}"
+        files = {name: (int(told["bytes"]), str(told["sha256"])) for name, told in manifest["files"].items()}
+    except FileNotFoundError:
+        return f"{MANIFEST} is missing"
+    except (OSError, ValueError, TypeError, KeyError, AttributeError):
+        return f"{MANIFEST} cannot be read"
+    for name, (size, digest) in files.items():
+        path = folder / name
+        if path.parent != folder or path.is_symlink():
+            return f"{MANIFEST} names {name!r}, which is no file of it"
+        if not path.is_file():
+            return f"{name} is missing"
+        if (found := path.stat().st_size) != size:
+            return f"{name} has {found} bytes of {size}"
+        if is_thorough and durable.sha256(path) != digest:
+            return f"{name} is not what was written"
+    return None if STATE in files else f"{STATE} is missing"
+
+
+def newest(folder: Path, objection: Callable[[dict[str, Any]], str | None]) -> tuple[Path | None, list[str]]:
+    """(the newest complete checkpoint, or None if there is none at all; one line for each newer one that is skipped).
+
+    Args:
+        objection: why a complete checkpoint's state.json is not to be used, or None.
+
+    Raises:
+        RunError: there are checkpoints, and none can be used.
+    """
+    skipped: list[str] = []
+    for path in candidates(folder):
+        reason = flaw(path) or objection(load_state(path))
+        if reason is None:
+            return path, skipped
+        skipped.append(f"{path.name}: {reason}")
+    if skipped:
+        raise RunError(f"{folder}: no checkpoint can be used: {'; '.join(skipped)}")
+    return None, []
+
+
+def chosen(folder: Path, name: str | None = None) -> Path:
+    """A checkpoint by its name, or the newest complete one. Raises RunError if there is none or it is damaged."""
+    if name is None:
+        found, _ = newest(folder, lambda state: None)
+        if found is None:
+            raise RunError(f"{folder}: no checkpoint there yet")
+        return found
+    names = [path.name for path in candidates(folder)]
+    if name not in names:
+        raise RunError(f"{folder}: no checkpoint {name!r}; there are: {', '.join(names) or 'none'}")
+    if (reason := flaw(folder / name)) is not None:
+        raise RunError(f"{folder / name}: {reason}")
+    return folder / name
+
+
+def load_state(folder: Path) -> dict[str, Any]:
+    """state.json of a complete checkpoint. Raises RunError if it cannot be read."""
+    try:
+        return json.loads((folder / STATE).read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise RunError(f"{folder / STATE}: cannot be read: {error}") from None
 
 
 def load_tensors(folder: Path, name: str) -> dict[str, Tensor]:
-    """One group of weights. Raises RunError if its file is missing or corrupt."""
+    """One group. Raises RunError if its file is missing or corrupt."""
     path = folder / f"{name}.safetensors"
     try:
         return load_file(path)
     except (OSError, SafetensorError) as error:
         raise RunError(f"{path}: cannot be read: {error}") from None
-
-
-def load_optimizer(folder: Path, name: str, optimizer: torch.optim.Optimizer, numbers: dict[str, Any]) -> None:
-    """Restore what `save` stored of an optimizer over the same parameters."""
-    values = {**numbers["state"], **load_tensors(folder, f"optimizer_{name}")}
-    states = {int(index): state for index, state in _nested(values).items()}
-    current = optimizer.state_dict()["param_groups"]
-    groups = [{**group, **stored} for group, stored in zip(current, numbers["groups"], strict=True)]
-    optimizer.load_state_dict({"state": states, "param_groups": groups})
-
-
-def _optimizer_tensors(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
-    return {key: value for key, value in _flat(optimizer.state_dict()["state"]).items() if isinstance(value, Tensor)}
-
-
-def _optimizer_numbers(optimizer: torch.optim.Optimizer) -> dict[str, Any]:
-    """The plain numbers of the state and the groups' learning rates; everything else comes from the recipe."""
-    stored = optimizer.state_dict()
-    numbers = {key: value for key, value in _flat(stored["state"]).items() if isinstance(value, int | float)}
-    return {"state": numbers, "groups": [{"lr": group["lr"]} for group in stored["param_groups"]]}
-
-
-def _flat(tree: dict[Any, Any], prefix: str = "") -> dict[str, Any]:
-    """{"0/exp_avg": ...}: 8-bit optimizers nest their state one level deeper than torch's do."""
-    leaves: dict[str, Any] = {}
-    for key, value in tree.items():
-        path = f"{prefix}/{key}" if prefix else str(key)
-        leaves |= _flat(value, path) if isinstance(value, dict) else {path: value}
-    return leaves
-
-
-def _nested(leaves: dict[str, Any]) -> dict[str, Any]:
-    tree: dict[str, Any] = {}
-    for path, value in leaves.items():
-        *parents, last = path.split("/")
-        node = tree
-        for name in parents:
-            node = node.setdefault(name, {})
-        node[last] = value
-    return tree

@@ -8,7 +8,6 @@ Writes evaluation.json, evaluation.md and pictures.png.
 """
 
 import argparse
-import hashlib
 import importlib.metadata
 import json
 import sys
@@ -20,7 +19,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dag import checkpoint, report
+from dag import checkpoint, durable, report
+from dag.durable import write_json
 from dag.errors import RunError, UsageError, exit_code
 from dag.fidelity import Judge, expected, load_judge, noun_accuracy
 from dag.models.sd import StableDiffusion
@@ -32,7 +32,7 @@ from dag.reward_terms import RewardTerm
 from dag.rewards import RewardSum
 from dag.rewards.clip import ClipTower, feature_tower
 from dag.rollout import generate
-from dag.run_folder import RunFolder, write_json
+from dag.run_folder import RunFolder
 from dag.statistics import frechet_distance, kernel_distance, vendi_score, within_prompt_diversity
 
 Row = dict[str, Any]
@@ -154,11 +154,7 @@ def weights_of(runs: Sequence[Path]) -> dict[str, str]:
     """SHA-256 of the trained weights, by run. Raises RunError if a run has none."""
     names, found = _names(list(runs)), {}
     for name, run in zip(names, runs, strict=True):
-        path = run / "checkpoints" / "last" / "policy.safetensors"
-        try:
-            found[name] = hashlib.sha256(path.read_bytes()).hexdigest()
-        except OSError as error:
-            raise RunError(f"{path}: cannot be read: {error.strerror}") from None
+        found[name] = durable.sha256(checkpoint.chosen(run / "checkpoints") / "policy.safetensors")
     return found
 
 
@@ -215,7 +211,7 @@ def _drawn(
             if index == 0:
                 yield BASE, generate(policy, text, same, task.seed, recipe.sampler)
                 yield BASE_AGAIN, generate(policy, text, other, task.seed, recipe.sampler)
-            policy.load_state_dict(checkpoint.load_tensors(folder.checkpoints / "last", "policy"))
+            policy.load_state_dict(checkpoint.load_tensors(checkpoint.chosen(folder.checkpoints), "policy"))
             yield name, generate(policy, text, same, task.seed, recipe.sampler)
         # Before the next one is built.
         del policy

@@ -1,6 +1,6 @@
 """The fixed evaluation of a run: the same prompts and seeds before, during and after training."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -8,6 +8,7 @@ from torch import Tensor
 
 from dag.errors import UsageError
 from dag.fidelity import expected, load_judge, noun_accuracy
+from dag.processes import ALONE, Processes
 from dag.protocols import Policy
 from dag.recipe import Recipe
 from dag.rewards import RewardSum
@@ -38,7 +39,15 @@ class Evaluator:
         text:    (P, S, D) their embeddings.
     """
 
-    def __init__(self, recipe: Recipe, prompts: Sequence[str], text: Tensor, device: torch.device) -> None:
+    def __init__(
+        self,
+        recipe: Recipe,
+        prompts: Sequence[str],
+        text: Tensor,
+        device: torch.device,
+        world: Processes = ALONE,
+    ) -> None:
+        self.world = world
         config = recipe.evaluation
         self.recipe, self.per_prompt = recipe, config.images_per_prompt
         index = torch.arange(min(config.prompts, len(prompts))).repeat_interleave(self.per_prompt)
@@ -54,7 +63,25 @@ class Evaluator:
 
     def __call__(self, policy: Policy, reward: RewardSum, tile: int | None = None) -> EvaluationResult:
         """Draw, `tile` pictures at a time (default: the sampler's), and measure."""
-        images = generate(policy, self.text, self.sample_id, self.recipe.seed, self.recipe.sampler, tile)
+        return self.measure(self.together(self.draw(policy, tile)), reward)
+
+    def draw(self, policy: Policy, tile: int | None = None, on_tile: Callable[[], object] = lambda: None) -> Tensor:
+        """(n, 3, H, W) this process's share of the pictures, all processes' being equal."""
+        index = self.world.mine(self._padded())
+        ids = self.sample_id[index]
+        return generate(policy, self.text[index], ids, self.recipe.seed, self.recipe.sampler, tile, on_tile)
+
+    def together(self, images: Tensor) -> Tensor:
+        """(N, 3, H, W) all pictures, in every process."""
+        return self.world.everyones(images)[: len(self.prompts)]
+
+    def _padded(self) -> Tensor:
+        """Rows of the evaluation, the last one repeated until every process has as many."""
+        count, size = len(self.prompts), self.world.size
+        return torch.arange(-(-count // size) * size).clamp(max=count - 1)
+
+    def measure(self, images: Tensor, reward: RewardSum) -> EvaluationResult:
+        """Reward, diversity and fidelity of the pictures (N, 3, H, W)."""
         values, parts = reward.detailed(images, self.prompts, self.sample_id.tolist())
         metrics = {
             "eval_reward_mean": float(values.mean()),

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from dag import balance
 from dag.optim import Stepper
+from dag.processes import ALONE, Processes
 from dag.schedule import Schedule
 from dag.state_flow import StateFlow
 from dag.trajectory import Trajectories
@@ -101,16 +102,29 @@ class FlowFit:
         penalty: Callable[[Tensor], Tensor],
         batch: int,
         generator: torch.Generator,
+        world: Processes = ALONE,
+        groups: int = 1,
     ) -> None:
-        """One shuffled pass over every transition: an update per `batch` of them on the mean penalty of delta / s."""
-        N, T = scalars.log_pf.shape
-        order = torch.randperm(N * T, generator=generator).to(scalars.log_pf.device)
+        """One shuffled pass over every transition: an update per `batch` of them on the mean penalty of delta / s.
+
+        All processes shuffle alike, and each answers for the transitions that are its own.
+        """
+        N, T = world.size * len(scalars.log_pf), scalars.log_pf.shape[1]
+        device = scalars.log_pf.device
+        place = torch.full((N,), -1, device=device)
+        place[world.mine(torch.arange(N, device=device), groups)] = torch.arange(N // world.size, device=device)
+        order = torch.randperm(N * T, generator=generator).to(device)
         for index in order.split(batch):
-            rows, k = index // T, index % T
-            delta = self._residual_of(trajectories, scalars, rows, k)
+            rows, k = place[index // T], index % T
+            rows, k = rows[rows >= 0], k[rows >= 0]
             self.stepper.zero_grad()
-            (self.step_weights()[k] * penalty(delta / self.residual_scale[k])).mean().backward()
+            if len(rows):
+                delta = self._residual_of(trajectories, scalars, rows, k)
+                losses = self.step_weights()[k] * penalty(delta / self.residual_scale[k])
+                (losses.sum() / len(index)).backward()
+            world.sum_gradients(self.stepper.parameters)
             self.stepper.step()
+            self.stepper.check()
 
     def _residual_of(self, trajectories: Trajectories, scalars: Scalars, rows: Tensor, k: Tensor) -> Tensor:
         """(B,) residuals of single transitions with the gradient of log F; log F' is a constant target."""

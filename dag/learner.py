@@ -10,8 +10,9 @@ Legend: N trajectories, B rows of a micro-batch, T transitions.
 import math
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import asdict, dataclass, field, replace
-from typing import Any, TypeVar
+from dataclasses import asdict, dataclass, replace
+from functools import partial
+from typing import Any
 
 import torch
 from dag_kernels import TransitionLogProbs, penalty
@@ -19,18 +20,21 @@ from torch import Tensor
 
 from dag.balance import Transition
 from dag.errors import RunError
+from dag.faults import NotFiniteError, Suspects, not_finite
 from dag.flow_fit import FlowFit, describe_residuals
 from dag.objectives import Objective, ObjectiveOutput
 from dag.optim import Stepper
+from dag.processes import ALONE, Processes
+from dag.progress import Outcome, Progress
 from dag.protocols import Policy, Prediction
 from dag.recipe import PolicyGradient, Recipe
+from dag.rest import Rest
 from dag.rollout import look_ahead
 from dag.trajectory import Trajectories
 from dag.units import RewardScale, Scalars, Units
 
 # Flow-only minibatches are this many micro-batches large: the flow net is far cheaper than the UNet.
 _FLOW_BATCHES = 8
-Result = TypeVar("Result")
 # Rewards of (images, trajectory rows).
 Score = Callable[[Tensor, Tensor], Tensor]
 
@@ -43,6 +47,8 @@ class Rollout:
     scalars: Scalars | None
     """None for objectives without a flow."""
     epoch: int
+    groups: int
+    """Updates that share the trajectories."""
     score: Score | None = None
     """Rewards of images of trajectory rows; only `forward_looking.source: current` calls it."""
 
@@ -54,6 +60,11 @@ class Learner:
         flow_fit: None for objectives without a flow.
         text:     (P, S, D) embeddings of the recipe's prompts.
         warn:     hears of a micro-batch that had to be halved.
+        world:    the processes that share each update's trajectories.
+
+    Attributes:
+        rest:     where the updates can be interrupted; the trainer's, once there is one.
+        progress: of the epoch's updates while they are under way; what a checkpoint inside an epoch keeps.
     """
 
     def __init__(
@@ -65,8 +76,9 @@ class Learner:
         flow_fit: FlowFit | None,
         text: Tensor,
         warn: Callable[[str], object] = print,
+        world: Processes = ALONE,
     ) -> None:
-        self.recipe, self.policy, self.objective = recipe, policy, objective
+        self.recipe, self.policy, self.objective, self.world = recipe, policy, objective, world
         self.stepper, self.flow_fit, self.text = stepper, flow_fit, text
         self.schedule = policy.schedule
         self.device = self.schedule.timesteps.device
@@ -74,6 +86,9 @@ class Learner:
         self.optimizer_step = 0
         self.micro_batch = recipe.train.micro_batch
         self.warn = warn
+        self.rest = Rest(world)
+        self.progress: Progress | None = None
+        self.suspects = Suspects()
         balanced = recipe.objective.step_weight == "balanced"
         T = self.schedule.num_transitions
         self.policy_weight = self.schedule.balanced_weights() if balanced else torch.ones(T, device=self.device)
@@ -93,29 +108,50 @@ class Learner:
         score: Score | None = None,
         on_rows: Callable[[int], object] = lambda n: None,
     ) -> dict[str, float | list[float]]:
-        """All updates of one rollout; returns its metrics. `on_rows` hears of finished policy transitions."""
+        """All updates of one rollout, or those that `progress` has left; returns its metrics.
+
+        `on_rows` hears of finished policy transitions.
+        """
+        rollout, train = self.rollout(trajectories, epoch, score, self.recipe.train.updates), self.recipe.train
+        if self.progress is None:
+            self.progress = self._begin(rollout)
+        progress = self.progress
+        groups = torch.arange(trajectories.num_trajectories, device=self.device).chunk(train.updates)
+        if self.flow_fit is None or epoch >= self.recipe.flow.warmup_epochs:
+            for number in range(progress.outcome.updates, train.inner_epochs * len(groups)):
+                self._update(rollout, groups[number % len(groups)], progress, on_rows)
+        metrics, self.progress = progress.metrics | self.metrics(progress.outcome), None
+        return metrics
+
+    def _begin(self, rollout: Rollout) -> Progress:
+        """What comes before a rollout's first update: the flow alone, and what is formed from the whole rollout."""
         metrics: dict[str, float | list[float]] = {}
-        rollout = self.rollout(trajectories, epoch, score)
+        trajectories, groups = rollout.trajectories, rollout.groups
         if self.flow_fit is not None and rollout.scalars is not None:
             everything = torch.arange(trajectories.num_trajectories, device=self.device)
-            residuals = self.flow_fit.residuals(trajectories, rollout.scalars, everything)
+            mine = self.flow_fit.residuals(trajectories, rollout.scalars, everything)
+            residuals = self.world.everyones(mine, groups)
             metrics |= describe_residuals(residuals)
             self.flow_fit.calibrate(residuals)
             self.train_flow(rollout)
-        per_trajectory = self.objective.observe(trajectories.reward.cpu(), trajectories.prompt_id)
-        if self.flow_fit is not None and epoch < self.recipe.flow.warmup_epochs:
-            return metrics
-        outcome, train = Outcome(), self.recipe.train
-        groups = torch.arange(trajectories.num_trajectories, device=self.device).chunk(train.updates)
-        for _ in range(train.inner_epochs):
-            for rows in groups:
-                self._update(rollout, rows, self._advantages(rollout, rows, per_trajectory), outcome, on_rows)
-        return metrics | outcome.metrics()
+        reward = self.world.everyones(trajectories.reward.cpu(), groups)
+        observed = self.objective.observe(reward, self.world.everyones(trajectories.prompt_id, groups))
+        advantages = None if observed is None else self.world.mine(observed, groups)
+        return Progress(metrics=metrics, per_trajectory=advantages)
 
-    def rollout(self, trajectories: Trajectories, epoch: int, score: Score | None = None) -> Rollout:
-        """Trajectories with their numbers in the objective's units."""
-        scalars = None if self.flow_fit is None else self.units.scalars(trajectories, epoch)
-        return Rollout(trajectories, scalars, epoch, score)
+    def rollout(self, trajectories: Trajectories, epoch: int, score: Score | None = None, groups: int = 1) -> Rollout:
+        """Trajectories of so many updates with their numbers in the objective's units.
+
+        Raises:
+            NotFiniteError: a number of theirs is not.
+        """
+        odd = not_finite(trajectories)
+        if self.world.any((odd is not None,))[0]:
+            raise NotFiniteError(odd or "a number of another process is not finite")
+        if self.flow_fit is None:
+            return Rollout(trajectories, None, epoch, groups, score)
+        self.units.see(self.world.everyones(trajectories.reward, groups))
+        return Rollout(trajectories, self.units.scalars(trajectories, epoch), epoch, groups, score)
 
     def train_flow(self, rollout: Rollout) -> None:
         """`flow.passes` flow-only passes, each shuffled by its own seed."""
@@ -125,60 +161,86 @@ class Learner:
         for number in range(self.recipe.flow.passes):
             shuffle = torch.Generator().manual_seed((self.recipe.seed * 1_000_003 + rollout.epoch) * 101 + number)
             self.flow_fit.train(
-                rollout.trajectories, rollout.scalars, lambda delta: penalty(delta, huber), batch, shuffle
+                rollout.trajectories,
+                rollout.scalars,
+                lambda delta: penalty(delta, huber),
+                batch,
+                shuffle,
+                self.world,
+                rollout.groups,
             )
 
-    def _update(
+    def _update(self, rollout: Rollout, rows: Tensor, progress: Progress, on_rows: Callable[[int], object]) -> None:
+        """One optimizer step over the transitions of `rows`, and of the other processes'."""
+        advantages = self._advantages(rollout, rows, progress.per_trajectory)
+        count = self.world.size * len(rows)
+        self.suspects.trajectories = rollout.trajectories
+
+        def accumulate() -> None:
+            steps = self.choose_steps()
+            work = [(tile, k, weight) for tile in rows.split(self.micro_batch) for k, weight in steps]
+            for tile, k, weight in work[progress.micro_batches :]:
+                self.rest.attempt(
+                    partial(self._micro_batch, rollout, tile, k, weight, advantages, count, progress.share)
+                )
+                progress.micro_batches += 1
+                on_rows(len(tile))
+                self.rest.point()
+
+        self.update(accumulate, progress)
+
+    def _micro_batch(
         self,
         rollout: Rollout,
         rows: Tensor,
+        k: int,
+        weight: float,
         advantages: Tensor | None,
-        outcome: "Outcome",
-        on_rows: Callable[[int], object],
+        count: int,
+        share: Outcome,
     ) -> None:
-        """One optimizer step over the transitions of `rows`."""
-
-        def accumulate(share: Outcome) -> None:
-            for tile in rows.split(self.micro_batch):
-                for k, weight in self.choose_steps():
-                    output, regulariser = self.rows_loss(rollout, tile, k, advantages)
-                    self.backward(output, regulariser, weight, len(rows), share)
-                    # Or what hangs on the graph stays through the next forward pass.
-                    del output, regulariser
-                    on_rows(len(tile))
-
-        self.update(accumulate, outcome)
+        output, regulariser = self.rows_loss(rollout, rows, k, advantages)
+        self.suspects.add(k, rollout.trajectories.sample_id[rows], output)
+        self.backward(output, regulariser, weight, count, share)
 
     # -- one update --------------------------------------------------------------------------------------------------
 
     def update(
         self,
-        accumulate: Callable[["Outcome"], Result],
-        outcome: "Outcome",
+        accumulate: Callable[[], None],
+        progress: Progress,
         timed: Callable[[str], AbstractContextManager[None]] = lambda phase: nullcontext(),
-    ) -> Result:
-        """One optimizer step on the gradients that `accumulate` leaves; returns what it returned. The step is `timed`.
+    ) -> None:
+        """One optimizer step on the gradients that `accumulate` leaves, or that it goes on with. The step is `timed`.
 
         Where a GPU runs out of memory it starts over with half the micro-batch: the gradient is the same.
         """
+        if progress.micro_batches == 0:
+            self.discard_update(progress)
         while True:
-            share, is_out = Outcome(updates=outcome.updates), False
-            for stepper in self.steppers():
-                stepper.zero_grad()
             try:
-                result = accumulate(share)
-            except torch.OutOfMemoryError:
-                is_out = True
-            if not is_out:
+                accumulate()
                 break
-            # Not in the handler, where the traceback still holds the graph.
-            self._halve_micro_batch()
-        outcome.extend(share)
+            except torch.OutOfMemoryError:
+                self.discard_update(progress)
+                self._halve_micro_batch()
         with timed("update"):
+            for stepper in self.steppers():
+                self.world.sum_gradients(stepper.parameters)
             self._unscale_flow()
-            outcome.end_update({stepper.name: stepper.step() for stepper in self.steppers()})
+            norms = {stepper.name: stepper.step() for stepper in self.steppers()}
+            for stepper in self.steppers():
+                stepper.check(self.suspects)
+            progress.end_update(norms)
+            self.suspects.clear()
         self.optimizer_step += 1
-        return result
+
+    def discard_update(self, progress: Progress) -> None:
+        """Forget the gradients of the update under way."""
+        progress.restart_update()
+        self.suspects.clear()
+        for stepper in self.steppers():
+            stepper.zero_grad()
 
     def _halve_micro_batch(self) -> None:
         if self.micro_batch == 1:
@@ -227,17 +289,17 @@ class Learner:
         return [(k, (T - 1) / (count - 1)) for k in others] + [(T - 1, 1.0)]
 
     def _advantages(self, rollout: Rollout, rows: Tensor, per_trajectory: Tensor | None) -> Tensor | None:
-        """(N, T) advantages, filled in for `rows`, or None."""
+        """(N, T) advantages, filled in for `rows`, or None. Formed over the rows of all processes."""
         if per_trajectory is not None:
             return per_trajectory.to(self.device)[:, None].expand(-1, self.schedule.num_transitions)
         if self.flow_fit is None or rollout.scalars is None:
             return None
-        residuals = self.flow_fit.residuals(rollout.trajectories, rollout.scalars, rows)
+        residuals = self.world.everyones(self.flow_fit.residuals(rollout.trajectories, rollout.scalars, rows))
         advantages = self.objective.advantages(residuals, self.flow_fit.residual_scale, self.flow_fit.baseline)
         if advantages is None:
             return None
         table = torch.zeros_like(rollout.scalars.log_pf)
-        table[rows] = advantages
+        table[rows] = self.world.mine(advantages)
         return table
 
     # -- one micro-batch -----------------------------------------------------------------------------------------
@@ -345,6 +407,18 @@ class Learner:
             total = total + weights.pretrained_kl * now.kl
         return total
 
+    def metrics(self, outcome: Outcome) -> dict[str, Any]:
+        """Of all processes; empty without an update."""
+        if outcome.updates == 0:
+            return {}
+        measured: dict[str, Any] = {
+            "loss": float(self.world.sum(torch.stack(outcome.loss).sum())) / outcome.updates,
+            "ratio_max_dev": float(self.world.largest(torch.stack(outcome.ratio_dev).max())),
+        }
+        if outcome.clipped:
+            measured["clip_frac"] = float(self.world.sum(torch.stack(outcome.clipped).mean())) / self.world.size
+        return measured | {f"grad_norm_{name}": sum(norms) / len(norms) for name, norms in outcome.norms.items()}
+
     # -- what a checkpoint keeps ---------------------------------------------------------------------------------
 
     def tensors(self) -> dict[str, Tensor]:
@@ -356,56 +430,22 @@ class Learner:
         """Plain numbers, for JSON; weights, optimizers and `tensors` are kept apart."""
         return {
             "optimizer_step": self.optimizer_step,
+            "micro_batch": self.micro_batch,
             "is_calibrated": self.flow_fit is not None and self.flow_fit.is_calibrated,
             "reward_scale": asdict(self.units.reward_scale),
             "objective": self.objective.state_dict(),
             "scaler": self.stepper.scaler.state_dict(),
+            "skipped": {stepper.name: stepper.skipped for stepper in self.steppers()},
         }
 
     def load_state_dict(self, state: dict[str, Any], tensors: dict[str, Tensor]) -> None:
-        self.optimizer_step = state["optimizer_step"]
+        self.optimizer_step, self.micro_batch = state["optimizer_step"], state["micro_batch"]
         self.units.reward_scale = RewardScale(**state["reward_scale"])
         self.objective.load_state_dict(state["objective"])
         self.stepper.scaler.load_state_dict(state["scaler"])
+        for stepper in self.steppers():
+            stepper.skipped = state["skipped"][stepper.name]
         if self.flow_fit is not None:
             self.flow_fit.is_calibrated = state["is_calibrated"]
             self.flow_fit.residual_scale = tensors["residual_scale"].to(self.device)
             self.flow_fit.baseline = tensors["baseline"].to(self.device)
-
-
-@dataclass
-class Outcome:
-    """Sums over the micro-batches of one rollout."""
-
-    loss: list[Tensor] = field(default_factory=list)
-    clipped: list[Tensor] = field(default_factory=list)
-    ratio_dev: list[Tensor] = field(default_factory=list)
-    updates: int = 0
-    norms: dict[str, list[float]] = field(default_factory=dict)
-
-    def extend(self, other: "Outcome") -> None:
-        """Add an update's micro-batches."""
-        self.loss += other.loss
-        self.clipped += other.clipped
-        self.ratio_dev += other.ratio_dev
-
-    def add(self, output: ObjectiveOutput, loss: Tensor) -> None:
-        self.loss.append(loss)
-        if self.updates == 0:  # later ones have moved the policy
-            self.ratio_dev.append((output.ratio - 1).abs().max())
-        if output.clipped is not None:
-            self.clipped.append(output.clipped.float().mean())
-
-    def end_update(self, norms: dict[str, float]) -> None:
-        self.updates += 1
-        for name, norm in norms.items():
-            self.norms.setdefault(name, []).append(norm)
-
-    def metrics(self) -> dict[str, float | list[float]]:
-        measured: dict[str, float | list[float]] = {
-            "loss": float(torch.stack(self.loss).sum()) / self.updates,
-            "ratio_max_dev": float(torch.stack(self.ratio_dev).max()),
-        }
-        if self.clipped:
-            measured["clip_frac"] = float(torch.stack(self.clipped).mean())
-        return measured | {f"grad_norm_{name}": sum(norms) / len(norms) for name, norms in self.norms.items()}

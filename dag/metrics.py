@@ -2,8 +2,11 @@
 
 import json
 import math
+import os
 from pathlib import Path
 from typing import Any
+
+from dag import durable
 
 Value = float | int | str | None | list[Any]
 
@@ -25,17 +28,20 @@ class MetricsFile:
         line = json.dumps({name: finite(value) for name, value in row.items()}, allow_nan=False)
         with self.path.open("a", encoding="utf-8") as file:
             file.write(line + "\n")
+            file.flush()
+            os.fsync(file.fileno())
+
+    def text(self) -> str:
+        """The complete rows; what follows the last newline was cut short by a crash."""
+        if not self.path.exists():
+            return ""
+        complete, newline, _ = self.path.read_text(encoding="utf-8").rpartition("\n")
+        return complete + newline
 
     def read(self) -> list[dict[str, Any]]:
-        if not self.path.exists():
-            return []
-        # What follows the last newline was cut short by a crash.
-        complete, _, _ = self.path.read_text(encoding="utf-8").rpartition("\n")
-        return [json.loads(line) for line in complete.splitlines() if line]
+        return [json.loads(line) for line in self.text().splitlines() if line]
 
-    def keep_before(self, epoch: int) -> None:
-        """Drop the rows of `epoch` and later, which a resumed run will write again."""
-        rows = [row for row in self.read() if row["epoch"] < epoch]
-        replacement = self.path.with_suffix(".tmp")
-        replacement.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-        replacement.replace(self.path)
+    def restore(self, text: str) -> None:
+        """Go back to what `text` told; what came after it will be written again."""
+        with durable.replacing(self.path) as temporary:
+            temporary.write_text(text, encoding="utf-8")

@@ -23,11 +23,12 @@ from torch import Tensor
 
 from dag.balance import residual_table
 from dag.flow_fit import FlowFit, describe_residuals
-from dag.learner import Learner, Outcome
+from dag.learner import Learner
+from dag.progress import Outcome, Progress
 from dag.protocols import Prediction
 from dag.recipe import ForwardLooking, PolicyGradient, Sampler, is_scored
 from dag.rollout import Batch, Score, clean_latents, first_state, last_latents, noise_dtype, take_step
-from dag.trajectory import ChainStore, Trajectories, concatenate
+from dag.trajectory import Trajectories, concatenate
 
 # A timer of a named phase.
 Timer = Callable[[str], AbstractContextManager[None]]
@@ -88,33 +89,37 @@ class OnePass:
         timed: Timer = lambda phase: nullcontext(),
         on_rows: Callable[[int], object] = lambda n: None,
     ) -> tuple[Trajectories, dict[str, Any]]:
-        """All updates of an epoch on fresh trajectories.
+        """All updates of an epoch on fresh trajectories, or those that the learner's `progress` has left.
+
+        Args:
+            batch: this process's trajectories.
 
         Returns:
-            (trajectories, metrics); the trajectories' chain is empty unless flow-only passes need it.
+            (trajectories without their chain, metrics)
         """
-        outcome, parts, residuals = Outcome(), [], []
-        count, num_states = len(batch.sample_id), self.schedule.num_transitions + 1
-        size = count // self.learner.recipe.train.updates
-        store = ChainStore(num_states if self.keeps_chain else 0, count, self.device)
-        for group in batch.tiles(size):
-            tiles = self.learner.update(partial(self._group, group, epoch, scorer, timed, on_rows), outcome, timed)
+        learner = self.learner
+        if learner.progress is None:
+            learner.progress = Progress()
+        progress, updates = learner.progress, learner.recipe.train.updates
+        groups = list(batch.tiles(len(batch.sample_id) // updates))
+        for group in groups[progress.outcome.updates :]:
+            learner.update(partial(self._group, group, epoch, scorer, timed, on_rows, progress), progress, timed)
             with timed("update"):
-                for tile in tiles:
-                    store.put(torch.stack(tile.states)[: store.num_states])
-                drawn = concatenate([self._trajectories(tile) for tile in tiles], store.filled_part(size))
-                log_F_tilde = torch.cat([torch.stack(tile.log_F_tilde, 1) for tile in tiles])
-                residuals.append(self._fit_flow(drawn, log_F_tilde, epoch))
-            parts.append(drawn)
-        measured = describe_residuals(torch.cat(residuals))
-        return concatenate(parts, store.finish()), measured | outcome.metrics()
+                drawn, log_F_tilde = concatenate(progress.tiles), torch.cat(progress.log_F_tilde)
+                residuals = self._fit_flow(drawn, log_F_tilde, epoch)
+            progress.keep(drawn.without_chain(), residuals)
+            learner.rest.point()
+        learner.progress = None
+        measured = describe_residuals(torch.cat(progress.residuals))
+        return concatenate(progress.drawn), measured | learner.metrics(progress.outcome)
 
     def _fit_flow(self, trajectories: Trajectories, log_F_tilde: Tensor, epoch: int) -> Tensor:
         """Calibrate on an update's residuals (N, T), which are returned; then flow-only passes."""
         rollout = self.learner.rollout(trajectories, epoch)
         scalars = rollout.scalars
         assert scalars is not None
-        residuals = residual_table(log_F_tilde, scalars.looking, scalars.log_pf, scalars.log_pb, scalars.log_reward)
+        mine = residual_table(log_F_tilde, scalars.looking, scalars.log_pf, scalars.log_pb, scalars.log_reward)
+        residuals = self.learner.world.everyones(mine)
         self.flow_fit.calibrate(residuals)
         if self.keeps_chain:
             self.learner.train_flow(rollout)
@@ -127,14 +132,18 @@ class OnePass:
         scorer: Callable[[Batch], Score],
         timed: Timer,
         on_rows: Callable[[int], object],
-        outcome: Outcome,
-    ) -> list[_Tile]:
-        """The micro-batches of an update, walked."""
-        tiles = []
-        for rows in group.tiles(self.learner.micro_batch):
-            tiles.append(self._start(rows, scorer(rows)))
-            self._walk(tiles[-1], epoch, len(group.sample_id), outcome, timed, on_rows)
-        return tiles
+        progress: Progress,
+    ) -> None:
+        """Walk the micro-batches of an update that are left."""
+        count = self.learner.world.size * len(group.sample_id)
+        rest = group.tail(sum(tile.num_trajectories for tile in progress.tiles))
+        for rows in rest.tiles(self.learner.micro_batch):
+            tile = self._start(rows, scorer(rows))
+            self.learner.rest.attempt(partial(self._walk, tile, epoch, count, progress.share, timed, on_rows))
+            progress.tiles.append(self._trajectories(tile))
+            progress.log_F_tilde.append(torch.stack(tile.log_F_tilde, 1))
+            progress.micro_batches += 1
+            self.learner.rest.point()
 
     # -- one micro-batch -----------------------------------------------------------------------------------------
 
@@ -166,7 +175,9 @@ class OnePass:
                 looking = self._look(tile, x_t, prediction, step, k, epoch)
             with timed("update"):
                 if pending is not None:
-                    self._backward(pending, self._target(tile, x_t, k, log_F_tilde), looking, None, group, outcome)
+                    self._backward(
+                        tile, pending, self._target(tile, x_t, k, log_F_tilde), looking, None, group, outcome
+                    )
                 pending = None
                 if k in weights:
                     now = self._log_probs(tile, x_t, step.x_next, prediction, k)
@@ -180,7 +191,7 @@ class OnePass:
             with timed("update"):
                 nothing = torch.zeros_like(pending.looking)
                 log_reward = self.learner.units.log_reward(tile.reward.to(self.device), epoch)
-                self._backward(pending, nothing, nothing, log_reward, group, outcome)
+                self._backward(tile, pending, nothing, nothing, log_reward, group, outcome)
 
     def _log_F_tilde(self, tile: _Tile, x_t: Tensor, k: int) -> Tensor:
         ks = torch.full((len(x_t),), k, device=self.device)
@@ -217,6 +228,7 @@ class OnePass:
 
     def _backward(
         self,
+        tile: _Tile,
         pending: _Pending,
         log_F_tilde_next: Tensor,
         looking_next: Tensor,
@@ -246,6 +258,7 @@ class OnePass:
         if advantages is not None:
             transition = replace(transition, advantage=advantages[:, 0])
         output, regulariser = self.learner.output(transition, pending.k), self.learner.regulariser(pending.now)
+        self.learner.suspects.add(pending.k, tile.sample_id, output)
         self.learner.backward(output, regulariser, pending.weight, group, outcome)
 
     # -- what is left of it --------------------------------------------------------------------------------------
@@ -260,7 +273,7 @@ class OnePass:
     def _trajectories(self, tile: _Tile) -> Trajectories:
         assert tile.reward is not None
         return Trajectories(
-            chain=tile.states[0][:0],
+            chain=torch.stack(tile.states) if self.keeps_chain else tile.states[0].new_empty(0),
             log_pf=torch.stack(tile.log_pf, 1),
             log_pb=torch.stack(tile.log_pb, 1),
             looking=torch.stack(tile.reward_seen, 1).to(self.device) if tile.reward_seen else None,

@@ -6,7 +6,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from dag.errors import RunError, UsageError
+from dag.errors import UsageError
+from dag.faults import NotFiniteError, Suspects
 from dag.recipe import Train
 
 # In a row; a single overflow is ordinary in half precision.
@@ -51,18 +52,19 @@ class Stepper:
         self.optimizer.zero_grad(set_to_none=True)
 
     def step(self) -> float:
-        """Apply the accumulated gradients; returns their norm before clipping.
-
-        A non-finite gradient is skipped; RunError after several in a row.
-        """
+        """Apply the accumulated gradients; returns their norm before clipping. A non-finite gradient is skipped."""
         self.scaler.unscale_(self.optimizer)
         norm = float(nn.utils.clip_grad_norm_(self.parameters, self.clip_norm))
         self.skipped = 0 if math.isfinite(norm) else self.skipped + 1
-        if self.skipped > _MAX_SKIPPED_UPDATES:
-            raise RunError(
-                f"the {self.name}'s gradient was not finite {self.skipped} times in a row; lower its learning rate or beta"
-            )
         if math.isfinite(norm):
             self.scaler.step(self.optimizer)
         self.scaler.update()
         return norm
+
+    def check(self, suspects: Suspects | None = None) -> None:
+        """Raises NotFiniteError after several skipped updates in a row."""
+        if self.skipped > _MAX_SKIPPED_UPDATES:
+            raise NotFiniteError(
+                f"the {self.name}'s gradient was not finite {self.skipped} times in a row; lower its learning rate or beta",
+                suspects,
+            )

@@ -17,12 +17,14 @@ from torch import Tensor
 from dag import prompts
 from dag.errors import UsageError
 from dag.evaluation import Evaluator
+from dag.fingerprint import of_texts, of_weights
 from dag.flow_fit import FlowFit
 from dag.learner import Learner
 from dag.models.sd import StableDiffusion
 from dag.objectives import OBJECTIVES
 from dag.optim import Stepper, build_optimizer
 from dag.plan import make_plan
+from dag.processes import ALONE, Processes
 from dag.protocols import Policy
 from dag.recipe import PolicyGradient, Recipe
 from dag.rewards import RewardSum
@@ -40,6 +42,8 @@ class Parts:
     prompts: tuple[str, ...]
     text: Tensor
     """(P, S, D) prompt embeddings on the CPU."""
+    fingerprint: dict[str, str]
+    """Of the base model and the prompts: a resumed run must have the same."""
 
     @contextmanager
     def scoring(self) -> Iterator[None]:
@@ -72,11 +76,13 @@ def build(
     device: torch.device,
     warn: Callable[[str], object] = print,
     reward: RewardSum | None = None,
+    world: Processes = ALONE,
 ) -> Parts:
     """Load the model and assemble everything. Cheap mistakes (prompts, rewards) surface before the model is read.
 
     Args:
         reward: instead of the recipe's own.
+        world:  the processes that share the work.
     """
     found = prompts.load_prompts(recipe.prompts)
     texts = (*found.training, *found.held_out)
@@ -91,15 +97,18 @@ def build(
     policy.schedule = replace(policy.schedule, kernels=kernels)
     for warning in policy.prompt_warnings(texts):
         warn(f"warning: {warning}")
+    fingerprint = {name: of_weights(weights) for name, weights in policy.base_weights().items()}
+    fingerprint["prompts"] = of_texts(texts)
     text, held_out = policy.encode(texts).split([len(found.training), len(found.held_out)])
     policy.free_text_encoder()
     train = recipe.train
     optimizer = build_optimizer(policy.trainable(), train.learning_rate, train, train.optimizer)
     stepper = Stepper("policy", optimizer, train.clip_norm, use_scaler=recipe.model.dtype == "fp16")
     flow_fit = _flow_fit(recipe, policy, text) if objective.uses_flow else None
-    learner = Learner(recipe, policy, objective, stepper, flow_fit, text, warn)
+    learner = Learner(recipe, policy, objective, stepper, flow_fit, text, warn, world)
     evaluated = (found.held_out, held_out) if recipe.evaluation.held_out else (found.training, text)
-    return Parts(policy, reward, learner, Evaluator(recipe, *evaluated, device), found.training, text)
+    evaluator = Evaluator(recipe, *evaluated, device, world)
+    return Parts(policy, reward, learner, evaluator, found.training, text, fingerprint)
 
 
 def _flow_fit(recipe: Recipe, policy: Policy, text: Tensor) -> FlowFit:

@@ -268,6 +268,9 @@ class Evaluation(Section):
 class Checkpoint(Section):
     every: int = Field(10, ge=1)
     """Epochs between checkpoints; there is always one at the end."""
+    minutes: float | None = Field(30.0, gt=0)
+    """Inside an epoch: minutes after the last checkpoint until the next, between two micro-batches; null takes none there.
+    It holds the trajectories in flight and, in the middle of an update, its gradients."""
     keep: int = Field(2, ge=1)
     """Newest checkpoints kept."""
 

@@ -71,6 +71,15 @@ def parse(data: dict[str, Any], source: str) -> Recipe:
     return recipe
 
 
+def flat(data: Any, prefix: str = "") -> dict[str, Any]:
+    """{"section.key": value} of a nested mapping."""
+    if not isinstance(data, dict):
+        return {prefix: data}
+    return {
+        key: value for name, part in data.items() for key, value in flat(part, f"{prefix}.{name}".lstrip(".")).items()
+    }
+
+
 def parse_reward(name: str, overrides: typing.Sequence[str]) -> RewardTerm:
     """One reward by its name and `key=value` options, checked as in a recipe. Raises UsageError."""
     data: dict[str, Any] = {"reward": {"name": name}}

@@ -14,6 +14,7 @@ import numpy as np
 from PIL import Image, ImageDraw
 from torch import Tensor
 
+from dag import durable
 from dag.curves import trained
 from dag.errors import RunError, UsageError, exit_code
 from dag.run_folder import RunFolder
@@ -61,12 +62,9 @@ def beside(sheets: Sequence[Image.Image]) -> Image.Image:
     return joined
 
 
-def before_after(
-    before: Tensor, after: Tensor, captions: tuple[Sequence[str], Sequence[str]], columns: int
-) -> Image.Image:
-    """The same prompts and seeds from the base model and from the trained one."""
-    left = with_title(grid(before, captions[0], columns), "before")
-    return beside([left, with_title(grid(after, captions[1], columns), "after")])
+def before_after(before: Image.Image, after: Image.Image) -> Image.Image:
+    """Grids of the base model and of the trained one, side by side."""
+    return beside([with_title(before, "before"), with_title(after, "after")])
 
 
 def draw_curves(rows: Sequence[dict[str, Any]], path: Path) -> None:
@@ -91,7 +89,8 @@ def draw_curves(rows: Sequence[dict[str, Any]], path: Path) -> None:
     if right.lines:
         right.legend(fontsize=8)
     figure.tight_layout()
-    figure.savefig(path, dpi=110)
+    with durable.replacing(path) as temporary:
+        figure.savefig(temporary, dpi=110)
     pyplot.close(figure)
 
 

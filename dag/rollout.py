@@ -34,8 +34,12 @@ class Batch:
     """(N,) int64 on the CPU, global."""
 
     def tiles(self, size: int) -> Iterator["Batch"]:
-        for prompts, samples in zip(self.prompt_id.split(size), self.sample_id.split(size), strict=True):
-            yield Batch(prompts, samples)
+        for start in range(0, len(self.sample_id), size):
+            yield Batch(self.prompt_id[start : start + size], self.sample_id[start : start + size])
+
+    def tail(self, start: int) -> "Batch":
+        """Without the first `start`."""
+        return Batch(self.prompt_id[start:], self.sample_id[start:])
 
 
 @dataclass(frozen=True)
@@ -179,7 +183,7 @@ def assemble(
     """A scored tile's scalars, on its device; its chain goes to the `ChainStore`."""
     device = tile.chain.device
     return Trajectories(
-        chain=tile.chain[:0],
+        chain=tile.chain.new_empty(0),
         log_pf=tile.log_pf,
         log_pb=tile.log_pb,
         looking=None if looking is None else looking.to(device),
@@ -198,13 +202,15 @@ def generate(
     seed: int,
     sampler: Sampler,
     tile: int | None = None,
+    on_tile: Callable[[], object] = lambda: None,
 ) -> Tensor:
     """(N, 3, H, W) images in [0, 1] for (N, S, D) embeddings, by the sampler that training uses; `tile` at a time."""
     ids, tile = torch.as_tensor(sample_id, dtype=torch.int64), tile or sampler.tile
-    tiles = zip(text.split(tile), ids.split(tile), strict=True)
-    return torch.cat(
-        [policy.decode(sample_tile(policy, part, part_ids, seed, sampler).x_0).cpu() for part, part_ids in tiles]
-    )
+    images = []
+    for part, part_ids in zip(text.split(tile), ids.split(tile), strict=True):
+        images.append(policy.decode(sample_tile(policy, part, part_ids, seed, sampler).x_0).cpu())
+        on_tile()
+    return torch.cat(images)
 
 
 def noise_dtype(sampler: Sampler) -> torch.dtype:

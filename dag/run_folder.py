@@ -1,19 +1,25 @@
 """The folder of one run: what lies where, and the promise that nothing in it is overwritten by accident.
 
-run.json, metrics.jsonl, curves.png, samples/epoch_NNNN.png, checkpoints/epoch_NNNN/ and `last`, lora/
+run.json, metrics.jsonl, curves.png, samples/epoch_NNNN.png, checkpoints/epoch_NNNN/, lora/, faults/
 """
 
+import fcntl
 import json
-import os
 import re
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from dag import durable
 from dag.errors import RunError, UsageError
 from dag.metrics import MetricsFile
 from dag.recipe import Recipe
 from dag.recipe_file import parse
+
+# Held while a process trains in the folder.
+_LOCK = ".lock"
 
 
 class RunFolder:
@@ -23,13 +29,18 @@ class RunFolder:
         self.samples = path / "samples"
         self.checkpoints = path / "checkpoints"
         self.weights = path / "lora"
+        self.faults = path / "faults"
+
+    def sheet(self, epoch: int) -> Path:
+        """The picture of an evaluation after so many epochs."""
+        return self.samples / f"epoch_{epoch:04d}.png"
 
     @classmethod
     def create(cls, path: Path) -> "RunFolder":
         """A new run. Raises UsageError if the folder holds any file or cannot be written."""
         try:
             # Empty folders are what a run leaves that was refused before it began.
-            if any(not inside.is_dir() for inside in path.rglob("*")):
+            if any(not inside.is_dir() and inside.name != _LOCK for inside in path.rglob("*")):
                 raise UsageError(
                     f"--out {path}: the folder is not empty; continue that run with --resume, or choose another folder"
                 )
@@ -48,8 +59,18 @@ class RunFolder:
             raise UsageError(f"{path}: no run there (run.json is missing)")
         return cls(path)
 
+    @contextmanager
+    def held(self) -> Iterator[None]:
+        """No other process trains here inside. Raises UsageError if one does."""
+        with (self.path / _LOCK).open("w") as file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except OSError:
+                raise UsageError(f"{self.path}: another process is training in this folder") from None
+            yield
+
     def write_description(self, description: dict[str, Any]) -> None:
-        write_json(self.path / "run.json", description)
+        durable.write_json(self.path / "run.json", description)
 
     def read_recipe(self) -> Recipe:
         """The recipe of the run. Raises UsageError if run.json holds none that this version understands."""
@@ -66,13 +87,6 @@ class RunFolder:
             raise RunError(f"{self.path / 'run.json'}: cannot be read: {error}") from None
 
 
-def write_json(path: Path, data: Any) -> None:
-    """Whole or not at all."""
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(json.dumps(data, indent=2, allow_nan=False) + "\n", encoding="utf-8")
-    os.replace(temporary, path)
-
-
 def default_path(recipe_name: str) -> Path:
     """runs/<recipe>-<time>"""
     return Path("runs") / f"{recipe_name}-{time.strftime('%Y%m%d-%H%M%S')}"
@@ -84,7 +98,7 @@ def newest_run(recipe_name: str) -> Path:
     found = sorted(
         path
         for path in Path("runs").glob("*")
-        if name.fullmatch(path.name) and (path / "checkpoints" / "last").exists()
+        if name.fullmatch(path.name) and any((path / "checkpoints").glob("epoch_*"))
     )
     if not found:
         raise UsageError(

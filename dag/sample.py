@@ -28,7 +28,7 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--prompt", nargs="+", help="prompts; default: the first of the run's own")
     parser.add_argument("--images", type=int, default=4, help="pictures per prompt")
     parser.add_argument("--seed", type=int, help="default: the run's")
-    parser.add_argument("--checkpoint", help="name under checkpoints/, default last")
+    parser.add_argument("--checkpoint", help="name under checkpoints/; default: the newest")
     parser.add_argument("--out", type=Path, help="PNG file; default samples/sample_NNN.png in the run folder")
     return parser.parse_args(argv)
 
@@ -43,7 +43,7 @@ def draw(arguments: argparse.Namespace) -> Path:
     if out.exists():
         raise UsageError(f"--out {out}: exists already; choose another name")
     prompts = list(arguments.prompt or load_prompts(recipe.prompts).training[:_DEFAULT_PROMPTS])
-    weights = checkpoint.load_tensors(run.checkpoints / (arguments.checkpoint or "last"), "policy")
+    weights = checkpoint.load_tensors(checkpoint.chosen(run.checkpoints, arguments.checkpoint), "policy")
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     policy = StableDiffusion(recipe.model, recipe.adapter, recipe.sampler, device, recipe.seed)
     for warning in policy.prompt_warnings(prompts):
@@ -56,7 +56,8 @@ def draw(arguments: argparse.Namespace) -> Path:
     policy.load_state_dict(weights)
     after = generate(policy, text, sample_id, seed, recipe.sampler)
     out.parent.mkdir(parents=True, exist_ok=True)
-    report.before_after(before, after, (captions, captions), arguments.images).save(out)
+    sheets = [report.grid(images, captions, arguments.images) for images in (before, after)]
+    report.before_after(*sheets).save(out)
     return out
 
 

@@ -194,7 +194,7 @@ def run_missing(cases: Sequence[Case], jobs: int) -> list[Case]:
             train(case, lock)
 
     def train(case: Case, lock: int) -> None:
-        print(f"{case.folder.name}: {'resumed' if _can_resume(case) else 'started'}", flush=True)
+        print(f"{case.folder.name}: {'resumed' if _has_begun(case) else 'started'}", flush=True)
         with case.log.open("ab") as log:
             child = subprocess.Popen(
                 _command(case),
@@ -226,20 +226,14 @@ def run_missing(cases: Sequence[Case], jobs: int) -> list[Case]:
     return failed
 
 
-def _can_resume(case: Case) -> bool:
-    return (case.folder / "checkpoints" / "last").exists()
+def _has_begun(case: Case) -> bool:
+    """It can be resumed, if only from its beginning."""
+    return (case.folder / "run.json").is_file()
 
 
 def _command(case: Case) -> list[str]:
-    folder = case.folder
-    if not _can_resume(case) and folder.exists():
-        # Stopped before its first checkpoint: nothing to go on from, but nothing is thrown away either.
-        number = 1
-        while (aside := folder.with_name(f"{folder.name}.stopped{number}")).exists():
-            number += 1
-        folder.rename(aside)
     chosen = [word for override in case.overrides for word in ("--set", override)]
-    place = ["--resume", str(folder)] if _can_resume(case) else ["--out", str(folder)]
+    place = ["--resume" if _has_begun(case) else "--out", str(case.folder)]
     return [sys.executable, str(ROOT / "train_dag.py"), "--recipe", str(case.file), *chosen, *place]
 
 

@@ -2,32 +2,40 @@
 
 from collections.abc import Callable
 from contextlib import nullcontext
-from pathlib import Path
-from typing import Any, TypeVar
+from functools import partial
+from typing import Any
 
 import torch
+from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
-from dag import checkpoint, prompts, report
+from dag import checkpoint, durable, faults, prompts, report
+from dag.checkpoint import Position
 from dag.errors import RunError, UsageError
 from dag.evaluation import EvaluationResult
+from dag.faults import NotFiniteError
+from dag.interrupt import Interrupt
 from dag.ledger import Ledger
 from dag.one_pass import OnePass
 from dag.parts import Parts
+from dag.processes import ALONE, Processes
+from dag.progress import Flight
 from dag.recipe import ForwardLooking, PolicyGradient, Recipe, is_scored
+from dag.rest import Rest
 from dag.rollout import Batch, Score, assemble, sample_tile, score_tile
 from dag.run_folder import RunFolder
+from dag.saving import Saver
 from dag.trajectory import ChainStore, Trajectories, concatenate
-
-Result = TypeVar("Result")
 
 
 class Trainer:
     """Runs a recipe in a run folder.
 
     Args:
-        tracker: gets (metrics, trajectories) of every epoch, e.g. accelerate's log; None logs to files alone.
+        tracker:   gets (metrics, trajectories) of every epoch, e.g. accelerate's log; None logs to files alone.
+        world:     the processes that share the work; the main one writes.
+        interrupt: tells of signals.
     """
 
     def __init__(
@@ -36,109 +44,135 @@ class Trainer:
         run: RunFolder,
         parts: Parts,
         tracker: Callable[[dict[str, Any], int], object] | None = None,
+        world: Processes = ALONE,
+        interrupt: Interrupt | None = None,
     ) -> None:
-        self.recipe, self.run, self.parts, self.tracker = recipe, run, parts, tracker
+        world.check_shares(recipe.train.trajectories, recipe.train.updates)
+        self.recipe, self.run, self.parts, self.tracker, self.world = recipe, run, parts, tracker, world
         self.ledger = Ledger(parts.learner.device)
         self.tile = recipe.sampler.tile
+        self.saver = Saver(run, parts, world, recipe.checkpoint.keep)
+        self.flight: Flight | None = None
+        self.rest = parts.learner.rest = Rest(world, interrupt, recipe.checkpoint.minutes, self._save_flight)
 
-    def fit(self, resume_from: Path | None = None) -> None:
-        """Train to the recipe's last epoch, from the start or from a checkpoint folder."""
-        # The adapter still adds nothing here, so this is the base model, also in a resumed run.
-        before = self.evaluate()
-        start = 0
-        if resume_from is None:
-            self.record(0, before.metrics, before)
-        else:
-            start = self.load_checkpoint(resume_from)
-            if start > self.recipe.train.epochs:
-                raise UsageError(f"--resume: {start} epochs are done already, train.epochs={self.recipe.train.epochs}")
-            self.run.metrics.keep_before(start + 1)
-            tqdm.write(f"resumed after epoch {start} from {resume_from}")
-        result = before
-        for epoch in range(start, self.recipe.train.epochs):
+    def fit(self, is_resumed: bool = False) -> None:
+        """Train to the recipe's last epoch, from the start or from the newest checkpoint that can be used.
+
+        Raises:
+            StoppedError: a signal came; what was done is saved.
+            RunError:     the run cannot go on; what could be saved is.
+        """
+        start = self._resume() if is_resumed else None
+        if start is None:
+            # The adapter still adds nothing here, so this is the base model.
+            first = self.evaluate()
+            self.record(0, {} if first is None else first.metrics, first)
+            start = 0
+        try:
+            for epoch in range(start, self.recipe.train.epochs):
+                self.train_epoch(epoch)
+        except NotFiniteError as error:
+            raise RunError(f"{error}{self._dumped(error)}{self._last_good()}") from None
+        except RunError:
+            self._save_after_failure()
+            raise
+        self.finish()
+
+    def train_epoch(self, epoch: int) -> None:
+        """One rollout and its updates, or what a checkpoint inside it has left; then its evaluation, record and checkpoint."""
+        done, is_last = epoch + 1, epoch + 1 == self.recipe.train.epochs
+        if self.flight is None:  # or a checkpoint was taken inside this epoch
             self.ledger.start_epoch()
+            self.rest.passed = 0
+            self.flight = Flight(epoch, self._chain_store())
+        flight = self.flight
+        if flight.metrics is None:
             if self.is_one_pass(epoch):
                 trajectories, metrics = self.one_pass(epoch)
             else:
                 trajectories = self.sample(epoch)
                 metrics = self.update(trajectories, epoch)
-            rolled = self.summary(trajectories)
+            flight.end_updates(self.summary(trajectories) | metrics)
             del trajectories  # its chain would stay through the evaluation and the next rollout
-            done, is_last = epoch + 1, epoch + 1 == self.recipe.train.epochs
-            measured = None
-            if is_last or done % self.recipe.evaluation.every == 0:
-                measured = result = self.evaluate()
-                metrics |= measured.metrics
-            self.record(done, rolled | metrics, measured)
-            if is_last or done % self.recipe.checkpoint.every == 0:
-                self.save_checkpoint(done)
-        if start == self.recipe.train.epochs:
-            result = self.evaluate()
-        self.finish(before, result)
+            self.rest.point()
+        metrics, measured = flight.metrics or {}, None
+        if is_last or done % self.recipe.evaluation.every == 0:
+            measured = self.evaluate()
+            metrics = metrics | ({} if measured is None else measured.metrics)
+        self.record(done, metrics, measured)
+        self.flight = None
+        is_due, is_stopping = is_last or done % self.recipe.checkpoint.every == 0, self.rest.is_stopping()
+        if is_due or is_stopping:
+            name = self.saver.save(Position(done), None, {}, self.tile)
+            self.rest.has_saved()
+            if is_stopping:
+                self.rest.stop(name)
+
+    def _chain_store(self) -> ChainStore:
+        """Room for the states of an epoch's trajectories; those of them that are this process's."""
+        device, num_states = self.parts.learner.device, self.parts.policy.schedule.num_transitions + 1
+        place = torch.device("cpu") if self.recipe.memory.chains == "cpu" else device
+        return ChainStore(num_states, self.recipe.train.trajectories // self.world.size, place, device)
 
     # -- the three phases ----------------------------------------------------------------------------------------
 
     def sample(self, epoch: int) -> Trajectories:
-        """Roll out and score the epoch's trajectories. If a reward fails, the state so far is saved first.
+        """Roll out and score this process's trajectories of the epoch, or those that are left.
 
-        Where a GPU runs out of memory it starts over with half the tile; counter-based noise gives the same chains.
+        Where a GPU runs out of memory, the tiles from there on are half as large; counter-based noise gives the same
+        chains.
         """
-        try:
-            return self._tiled(lambda: self._sample(epoch))
-        except RunError:
-            self.save_checkpoint(epoch)
-            raise
-
-    def _tiled(self, draw: Callable[[], Result]) -> Result:
-        """What `draw` returns, with half the tile where a GPU ran out of memory."""
-        while True:
-            try:
-                return draw()
-            except torch.OutOfMemoryError:
-                if self.tile == 1:
-                    raise RunError("out of GPU memory while sampling one picture; lower model.resolution") from None
-            # Not in the handler, where the traceback still holds the tensors.
-            self.tile //= 2
-            torch.cuda.empty_cache()
-            tqdm.write(f"out of GPU memory while sampling: {self.tile} at a time from here on")
-
-    def _sample(self, epoch: int) -> Trajectories:
+        flight = self.flight or Flight(epoch, self._chain_store())
         batch, looking = self.batch(epoch), self._looking()
-        count, T = self.recipe.train.trajectories, self.parts.policy.schedule.num_transitions
-        scored = count * (1 + (0 if looking is None else sum(is_scored(k, T, looking.stride) for k in range(T))))
-        place = torch.device("cpu") if self.recipe.memory.chains == "cpu" else self.parts.learner.device
-        tiles, store = [], ChainStore(T + 1, count, place)
+        count, T = len(batch.sample_id), self.parts.policy.schedule.num_transitions
+        each = 1 + (0 if looking is None else sum(is_scored(k, T, looking.stride) for k in range(T)))
         with (
             self.parts.scoring(),
-            self._bar(epoch, "sample", count * T) as sampled,
-            self._bar(epoch, "score", scored) as scores,
+            self._bar(epoch, "sample", count * T, flight.num_sampled * T) as sampled,
+            self._bar(epoch, "score", count * each, flight.num_sampled * each) as scores,
         ):
-            for tile in batch.tiles(self.tile):
-                tiles.append(self._sample_tile(tile, looking, store, sampled.update, scores.update))
-        return concatenate(tiles, store.finish())
+            while flight.num_sampled < count:
+                tile = next(batch.tail(flight.num_sampled).tiles(self.tile))
+                work = partial(self._sample_tile, tile, looking, sampled.update, scores.update)
+                try:
+                    chain, scored = self.rest.attempt(work)
+                except torch.OutOfMemoryError:
+                    self._halve_tile()
+                    continue
+                flight.store.put(chain)
+                flight.tiles.append(scored)
+                self.rest.point()
+        return concatenate(flight.tiles, flight.store.finish())
+
+    def _halve_tile(self) -> None:
+        if self.tile == 1:
+            raise RunError("out of GPU memory while sampling one picture; lower model.resolution")
+        self.tile //= 2
+        torch.cuda.empty_cache()
+        self._say(f"out of GPU memory while sampling: {self.tile} at a time from here on")
 
     def batch(self, epoch: int) -> Batch:
-        """Prompts and global sample ids of an epoch."""
-        count = self.recipe.train.trajectories
+        """Prompts and global sample ids of this process's share of an epoch."""
+        count, updates = self.recipe.train.trajectories, self.recipe.train.updates
         drawn = prompts.draw(len(self.parts.prompts), count, self.recipe.seed, epoch)
-        return Batch(torch.from_numpy(drawn), epoch * count + torch.arange(count))
+        ids = epoch * count + torch.arange(count)
+        return Batch(self.world.mine(torch.from_numpy(drawn), updates), self.world.mine(ids, updates))
 
     def is_one_pass(self, epoch: int) -> bool:
         """Warm-up epochs roll out beforehand: they give one-pass training its units."""
         return self.recipe.train.rollout == "one_pass" and epoch >= self.recipe.flow.warmup_epochs
 
     def one_pass(self, epoch: int) -> tuple[Trajectories, dict[str, Any]]:
-        """Sample, score and update at once. If a reward fails before the first update, the state is saved."""
-        learner, recipe = self.parts.learner, self.recipe
-        one_pass, before = OnePass(learner, recipe.seed, recipe.sampler), learner.optimizer_step
-        total = recipe.train.trajectories * learner.schedule.num_transitions
-        try:
-            with self.parts.scoring(), self._bar(epoch, "one pass", total) as bar:
-                return one_pass.learn(self.batch(epoch), epoch, self.tile_scorer, self.ledger.phase, bar.update)
-        except RunError:
-            if learner.optimizer_step == before:
-                self.save_checkpoint(epoch)
-            raise
+        """Sample, score and update at once."""
+        learner, recipe, batch = self.parts.learner, self.recipe, self.batch(epoch)
+        one_pass, T = OnePass(learner, recipe.seed, recipe.sampler), learner.schedule.num_transitions
+        with self.parts.scoring(), self._bar(epoch, "one pass", len(batch.sample_id) * T, self._walked() * T) as bar:
+            return one_pass.learn(batch, epoch, self.tile_scorer, self.ledger.phase, bar.update)
+
+    def _walked(self) -> int:
+        """Trajectories that one pass has behind it in this epoch."""
+        progress = self.parts.learner.progress
+        return 0 if progress is None else sum(one.num_trajectories for one in (*progress.drawn, *progress.tiles))
 
     def tile_scorer(self, tile: Batch) -> Score:
         return self._scorer(tile.prompt_id, tile.sample_id)
@@ -154,39 +188,54 @@ class Trainer:
         self,
         tile: Batch,
         looking: ForwardLooking | None,
-        store: ChainStore,
         sampled: Callable[[int], object],
         scored: Callable[[int], object],
-    ) -> Trajectories:
+    ) -> tuple[Tensor, Trajectories]:
+        """(chain, scored trajectories without it) of a tile."""
         sampler, seed, size = self.recipe.sampler, self.recipe.seed, len(tile.sample_id)
         with self.ledger.phase("sample"):
             text = self.parts.text[tile.prompt_id]
             drawn = sample_tile(
                 self.parts.policy, text, tile.sample_id, seed, sampler, looking, on_step=lambda: sampled(size)
             )
-        store.put(drawn.chain)
         with self.ledger.phase("reward"):
             score = self._scorer(tile.prompt_id, tile.sample_id)
             seen, reward, _ = score_tile(self.parts.policy, drawn, score, on_image=lambda: scored(size))
-        return assemble(drawn, seen, reward, tile, seed, sampler)
+        return drawn.chain, assemble(drawn, seen, reward, tile, seed, sampler)
 
     def update(self, trajectories: Trajectories, epoch: int) -> dict[str, Any]:
-        """The optimizer updates that this rollout pays for."""
-        train = self.recipe.train
-        total = train.trajectories * self.parts.policy.schedule.num_transitions * train.inner_epochs
+        """The optimizer updates that this rollout pays for, or those that are left."""
+        train, learner = self.recipe.train, self.parts.learner
+        T = self.parts.policy.schedule.num_transitions
+        total = trajectories.num_trajectories * T * train.inner_epochs
+        done = (
+            0
+            if learner.progress is None
+            else learner.progress.outcome.updates * total // (train.updates * train.inner_epochs)
+        )
         score = self._scorer(trajectories.prompt_id, trajectories.sample_id.cpu())
         looking = self._looking()
         needs_reward = looking is not None and looking.source == "current"
         at_work = self.parts.scoring() if needs_reward else nullcontext()
-        with at_work, self._bar(epoch, "update", total) as bar, self.ledger.phase("update"):
-            return dict(self.parts.learner.learn(trajectories, epoch, score, bar.update))
+        with at_work, self._bar(epoch, "update", total, done) as bar, self.ledger.phase("update"):
+            return dict(learner.learn(trajectories, epoch, score, bar.update))
 
-    def evaluate(self) -> EvaluationResult:
-        def draw() -> EvaluationResult:
-            with self.parts.scoring(), self.ledger.phase("evaluation"):
-                return self.parts.evaluator(self.parts.policy, self.parts.reward, self.tile)
-
-        return self._tiled(draw)
+    def evaluate(self) -> EvaluationResult | None:
+        """The fixed pictures and their measures; None on other processes than the main one."""
+        # Several processes rest between tiles only where they have equally many of them.
+        on_tile = self.rest.point if self.world.size == 1 else lambda: None
+        evaluator, policy = self.parts.evaluator, self.parts.policy
+        with self.parts.scoring(), self.ledger.phase("evaluation"):
+            while True:
+                try:
+                    drawn = self.rest.attempt(lambda: evaluator.draw(policy, self.tile, on_tile))
+                    break
+                except torch.OutOfMemoryError:
+                    self._halve_tile()
+            images = evaluator.together(drawn)
+            return self.rest.attempt(
+                lambda: evaluator.measure(images, self.parts.reward) if self.world.is_main else None
+            )
 
     def _scorer(self, prompt_id: Tensor, sample_id: Tensor) -> Score:
         """A reward of (images, rows), rows indexing these trajectories."""
@@ -200,7 +249,7 @@ class Trainer:
     # -- records -------------------------------------------------------------------------------------------------
 
     def summary(self, trajectories: Trajectories) -> dict[str, Any]:
-        reward = trajectories.reward
+        reward = self.world.everyones(trajectories.reward)
         return {
             "reward_mean": float(reward.mean()),
             "reward_std": float(reward.std(correction=0)),
@@ -209,6 +258,8 @@ class Trainer:
 
     def record(self, epoch: int, metrics: dict[str, Any], measured: EvaluationResult | None) -> None:
         """One row of metrics, and after an evaluation its picture."""
+        if not self.world.is_main:
+            return
         trajectories = epoch * self.recipe.train.trajectories
         row = {
             "epoch": epoch,
@@ -223,54 +274,103 @@ class Trainer:
             self.tracker({key: value for key, value in row.items() if isinstance(value, int | float)}, trajectories)
         if measured is not None:
             sheet = report.grid(measured.images, self._captions(measured), self.recipe.evaluation.images_per_prompt)
-            sheet.save(self.run.samples / f"epoch_{epoch:04d}.png")
+            with durable.replacing(self.run.sheet(epoch)) as temporary:
+                sheet.save(temporary)
         report.draw_curves(self.run.metrics.read(), self.run.path / "curves.png")
         tqdm.write(report.line(row, self.recipe.train.epochs))
 
-    def finish(self, before: EvaluationResult, after: EvaluationResult) -> None:
-        """Export the weights and draw the same prompts and seeds before and after."""
-        self.parts.policy.export(self.run.weights)
-        captions = (self._captions(before), self._captions(after))
-        columns = self.recipe.evaluation.images_per_prompt
-        report.before_after(before.images, after.images, captions, columns).save(self.run.samples / "before_after.png")
-        tqdm.write(f"weights in {self.run.weights}, pictures in {self.run.samples / 'before_after.png'}")
+    def finish(self) -> None:
+        """Export the weights, and put the same prompts and seeds before and after side by side."""
+        if self.world.is_main:
+            self.parts.policy.export(self.run.weights)
+            joined = self.run.samples / "before_after.png"
+            sheets = [self.run.sheet(epoch) for epoch in (0, self.recipe.train.epochs)]
+            if all(sheet.exists() for sheet in sheets):
+                with durable.replacing(joined) as temporary:
+                    report.before_after(*map(Image.open, sheets)).save(temporary)
+            tqdm.write(f"weights in {self.run.weights}, pictures in {joined if joined.exists() else self.run.samples}")
+        self.world.wait()
 
     def _captions(self, result: EvaluationResult) -> list[str]:
         return [f"{p}  {r:.2f}" for p, r in zip(result.prompts, result.reward.tolist(), strict=True)]
 
     # -- checkpoints ---------------------------------------------------------------------------------------------
 
-    def _optimizers(self) -> dict[str, torch.optim.Optimizer]:
-        return {stepper.name: stepper.optimizer for stepper in self.parts.learner.steppers()}
+    def _save_flight(self) -> str | None:
+        """A checkpoint inside the epoch; None before the first."""
+        if self.flight is None:
+            return None
+        position = Position(self.flight.epoch, self.rest.passed)
+        return self.saver.save(position, self.flight, self.ledger.seconds, self.tile)
 
-    def save_checkpoint(self, epoch: int) -> None:
-        learner, flow = self.parts.learner, self.parts.flow
-        tensors = {"policy": self.parts.policy.state_dict(), "learner": learner.tensors()}
-        if flow is not None:
-            tensors["flow"] = flow.state_dict()
-        keep = self.recipe.checkpoint.keep
-        checkpoint.save(self.run.checkpoints, epoch, tensors, self._optimizers(), learner.state_dict(), keep)
+    def _save_after_failure(self) -> None:
+        """What is done of the epoch, without the update under way, of which a process may have done more than another."""
+        learner = self.parts.learner
+        if learner.progress is not None:
+            learner.discard_update(learner.progress)
+        self.rest.passed += 1  # the point before may be saved already, with that update
+        try:
+            if name := self._save_flight():
+                self._say(f"saved {name}; --resume goes on from there")
+        except RunError as error:
+            self._say(str(error))
 
-    def load_checkpoint(self, folder: Path) -> int:
-        """Restore everything; returns the number of completed epochs."""
-        state, flow = checkpoint.load_state(folder), self.parts.flow
-        self.parts.policy.load_state_dict(checkpoint.load_tensors(folder, "policy"))
-        self.parts.learner.load_state_dict(state, checkpoint.load_tensors(folder, "learner"))
-        if flow is not None:
-            flow.load_state_dict(checkpoint.load_tensors(folder, "flow"))
-        for name, optimizer in self._optimizers().items():
-            checkpoint.load_optimizer(folder, name, optimizer, state["optimizers"][name])
-        return int(state["epoch"])
+    def _resume(self) -> int | None:
+        """Restore the newest checkpoint that can be used; the number of completed epochs, or None if there is none yet."""
+        folder, skipped = self.saver.find()
+        if folder is None:
+            self._say(f"{self.run.path} has no checkpoint yet: training starts anew")
+            if self.world.is_main:
+                self.run.metrics.restore("")
+            return None
+        fresh = Flight(0, self._chain_store())
+        state, self.flight = self.saver.load(folder, fresh)
+        epoch = int(state["epoch"])
+        if epoch + (self.flight is not None) > self.recipe.train.epochs:
+            raise UsageError(
+                f"--resume: {folder.name} is beyond train.epochs={self.recipe.train.epochs}; give as many epochs or more"
+            )
+        self.tile, self.rest.passed = state["tile"], state["rests"]
+        self.ledger.seconds |= state["seconds"]
+        if self.world.is_main:
+            self.run.metrics.restore(self.saver.metrics_of(folder))
+        why = f" (skipped {'; '.join(skipped)})" if skipped else ""
+        inside = f", {self.rest.passed} resting points into the next," if self.flight else ""
+        self._say(f"resumed after epoch {epoch}{inside} from {folder}{why}")
+        return epoch
+
+    def _dumped(self, error: NotFiniteError) -> str:
+        """Writes the transitions that an error names, and says where."""
+        suspects = error.suspects
+        if suspects is None:
+            return ""
+        worst = suspects.worst()
+        found = self.world.objects((worst, suspects.states(worst)))
+        if self.world.is_main:
+            rows = [row for rows, _ in found for row in rows]
+            states = {name: tensor for _, tensors in found for name, tensor in tensors.items()}
+            name = f"update_{self.parts.learner.optimizer_step:06d}"
+            return f"; the transitions are in {faults.dump(self.run.faults, name, rows, states)}"
+        return ""
+
+    def _last_good(self) -> str:
+        good = checkpoint.candidates(self.run.checkpoints)
+        return f"; the last checkpoint is {good[0].name}" if good else ""
 
     # -- progress --------------------------------------------------------------------------------------------------
 
-    def _bar(self, epoch: int, phase: str, total: int) -> Any:
+    def _say(self, text: str) -> None:
+        if self.world.is_main:
+            tqdm.write(text)
+
+    def _bar(self, epoch: int, phase: str, total: int, done: int = 0) -> Any:
         label = f"epoch {epoch + 1}/{self.recipe.train.epochs} {phase}"
         return tqdm(
             total=total,
+            initial=done,
             desc=label,
             leave=False,
-            disable=None,
+            disable=None if self.world.is_main else True,
             unit="row",
             position=1 if phase == "score" else 0,
         )

@@ -7,7 +7,8 @@ rounded stored value: log-probs are evaluated there and the next UNet call sees 
 Legend: N trajectories, T transitions.
 """
 
-from dataclasses import dataclass, fields
+from collections.abc import Sequence
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 import torch
@@ -22,7 +23,7 @@ class Trajectories:
     """N chains of one rollout. Log-probs are sums over latent dims, float32."""
 
     chain: Tensor
-    """(T + 1, N, C, H, W) in the stored dtype, noisiest first; perhaps in CPU memory, and empty if nothing was kept."""
+    """(T + 1, N, C, H, W) in the stored dtype, noisiest first; perhaps in CPU memory, and (0,) if nothing was kept."""
     log_pf: Tensor
     """(N, T) at sampling time."""
     log_pb: Tensor
@@ -48,6 +49,20 @@ class Trajectories:
         stored = [getattr(self, field.name) for field in fields(self)]
         return sum(value.nbytes for value in stored if isinstance(value, Tensor)) / self.num_trajectories
 
+    def without_chain(self) -> "Trajectories":
+        return replace(self, chain=self.chain.new_empty(0))
+
+    def to(self, device: torch.device) -> "Trajectories":
+        """Scalars on the policy's device; prompts stay on the CPU, and the chain where it is."""
+        return replace(
+            self,
+            log_pf=self.log_pf.to(device),
+            log_pb=self.log_pb.to(device),
+            looking=None if self.looking is None else self.looking.to(device),
+            reward=self.reward.to(device),
+            sample_id=self.sample_id.to(device),
+        )
+
     def states(self, k: int | Tensor, rows: Tensor) -> Tensor:
         """(B, C, H, W) of step k, an int or (B,), on the device of the scalars."""
         place = self.chain.device
@@ -69,10 +84,11 @@ class ChainStore:
     Args:
         num_states: T + 1.
         place:      where the buffer is.
+        source:     where tiles are sampled.
     """
 
-    def __init__(self, num_states: int, num_trajectories: int, place: torch.device) -> None:
-        self.num_states, self.num_trajectories, self.place = num_states, num_trajectories, place
+    def __init__(self, num_states: int, num_trajectories: int, place: torch.device, source: torch.device) -> None:
+        self.num_states, self.num_trajectories, self.place, self.source = num_states, num_trajectories, place, source
         self.chain: Tensor | None = None
         self.filled = 0
         self.stream: torch.cuda.Stream | None = None
@@ -81,12 +97,12 @@ class ChainStore:
         """The next B trajectories, (T + 1, B, C, H, W)."""
         if self.chain is None:
             shape = (self.num_states, self.num_trajectories, *tile.shape[2:])
-            is_far = tile.device.type == "cuda" and self.place.type == "cpu"
+            is_far = self.source.type == "cuda" and self.place.type == "cpu"
             self.chain = torch.empty(shape, dtype=tile.dtype, device=self.place, pin_memory=is_far)
-            self.stream = torch.cuda.Stream(tile.device) if is_far else None
+            self.stream = torch.cuda.Stream(self.source) if is_far else None
         target = self.chain[:, self.filled : self.filled + tile.shape[1]]
         self.filled += tile.shape[1]
-        if self.stream is None:
+        if self.stream is None or tile.device.type == "cpu":
             target.copy_(tile)
             return
         self.stream.wait_stream(torch.cuda.current_stream(tile.device))
@@ -97,10 +113,15 @@ class ChainStore:
         # The allocator must not hand the tile out while it is being read.
         tile.record_stream(self.stream)
 
-    def filled_part(self, last: int) -> Tensor:
-        """(T + 1, last, C, H, W) what came last."""
-        assert self.chain is not None and self.stream is None
-        return self.chain[:, self.filled - last : self.filled]
+    def emptied(self) -> "ChainStore":
+        """A fresh one of the same kind."""
+        return ChainStore(self.num_states, self.num_trajectories, self.place, self.source)
+
+    def so_far(self) -> Tensor | None:
+        """(T + 1, filled, C, H, W), or None before the first tile."""
+        if self.stream is not None:
+            self.stream.synchronize()
+        return None if self.chain is None else self.chain[:, : self.filled]
 
     def finish(self) -> Tensor:
         """(T + 1, N, C, H, W), complete."""
@@ -115,9 +136,11 @@ def draw_noise(seed: int, sample_id: Tensor, k: int, shape: tuple[int, ...], dty
     return standard_normal(seed, sample_id, k, shape).to(dtype).float()
 
 
-def concatenate(parts: list[Trajectories], chain: Tensor) -> Trajectories:
-    """One batch of several rolled-out tiles, whose chains are already together."""
+def concatenate(parts: Sequence[Trajectories], chain: Tensor | None = None) -> Trajectories:
+    """One batch of several; `chain` is theirs if it is together already."""
     first = parts[0]
+    if chain is None:
+        chain = torch.cat([part.chain for part in parts], dim=1) if first.chain.ndim > 1 else first.chain
     joined: dict[str, Any] = {
         field.name: torch.cat([getattr(part, field.name) for part in parts])
         for field in fields(Trajectories)

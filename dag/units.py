@@ -72,10 +72,13 @@ class Units:
         self.reduction_factor = 1.0 if is_sum else 1.0 / math.prod(latent_shape)
         self.reward_scale = RewardScale()
 
-    def scalars(self, trajectories: Trajectories, epoch: int) -> Scalars:
-        """The rollout at this epoch's beta; the first one fixes the reward's standard units."""
+    def see(self, reward: Tensor) -> None:
+        """The first rewards (N,), of a whole rollout, fix the reward's standard units."""
         if _with_flow(self.recipe).beta.unit == "reward_sd" and not self.reward_scale.is_set:
-            self.reward_scale = RewardScale.of(trajectories.reward)
+            self.reward_scale = RewardScale.of(reward)
+
+    def scalars(self, trajectories: Trajectories, epoch: int) -> Scalars:
+        """The rollout at this epoch's beta."""
         looking = torch.zeros_like(trajectories.log_pf)
         if trajectories.looking is not None:
             looking = self.looking(trajectories.looking, epoch)

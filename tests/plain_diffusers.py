@@ -46,6 +46,7 @@ def pictures(recipe: Recipe, folder: Path, weight_name: str, prompts: list[str],
 def main(run: Path) -> None:
     from safetensors.torch import load_file
 
+    from dag.checkpoint import chosen
     from dag.evaluation import FIRST_SAMPLE_ID
     from dag.models.sd import StableDiffusion
     from dag.prompts import load_prompts
@@ -56,7 +57,7 @@ def main(run: Path) -> None:
     ids = [FIRST_SAMPLE_ID + i for i in range(len(prompts))]
     policy = StableDiffusion(recipe.model, recipe.adapter, recipe.sampler, torch.device("cpu"), recipe.seed)
     text = policy.encode(prompts)
-    policy.load_state_dict(load_file(run / "checkpoints/last/policy.safetensors"))
+    policy.load_state_dict(load_file(chosen(run / "checkpoints") / "policy.safetensors"))
     ours = generate(policy, text, ids, recipe.seed, recipe.sampler)
     for name in ("pytorch_lora_weights.safetensors", "lora_kohya.safetensors"):
         difference = (pictures(recipe, run / "lora", name, prompts, ids) - ours).abs().max()

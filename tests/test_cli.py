@@ -9,7 +9,9 @@ import pytest
 
 import train_dag
 from dag.plan import make_plan
+from dag.recipe import Recipe
 from dag.recipe_file import load
+from dag.run_folder import RunFolder
 
 MINIMAL = """
 model: {path: embedded}
@@ -165,7 +167,7 @@ MISTAKES = {
 @pytest.mark.parametrize("use_plan", [False, True], ids=["run", "plan"])
 @pytest.mark.parametrize("name", MISTAKES)
 def test_a_mistake_is_one_line(name: str, use_plan: bool, refused: Refused, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(train_dag, "train", stop)
+    monkeypatch.setattr("dag.launch.train", stop)
     Path("empty.txt").write_text("\n  \n")
     override, message = MISTAKES[name]
     assert refused("--set", override, "--out", "out", *["--plan"] * use_plan).startswith(message)
@@ -192,7 +194,7 @@ def test_a_recipe_that_is_not_yaml(refused: Refused, file: Path) -> None:
 
 @pytest.fixture
 def no_training(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(train_dag, "train", stop)
+    monkeypatch.setattr("dag.launch.train", stop)
 
 
 @pytest.mark.usefixtures("no_training")
@@ -229,14 +231,7 @@ def started_run(file: Path, folder: str, *, has_checkpoint: bool) -> Path:
     (path / "run.json").write_text(json.dumps({"recipe": dump}))
     if has_checkpoint:
         (path / "checkpoints/epoch_0003").mkdir(parents=True)
-        (path / "checkpoints/last").symlink_to("epoch_0003")
     return path
-
-
-@pytest.mark.usefixtures("no_training")
-def test_resuming_a_run_without_checkpoint(refused: Refused, file: Path) -> None:
-    started_run(file, "out", has_checkpoint=False)
-    assert refused("--resume", "out").startswith("--resume: out has no checkpoint yet")
 
 
 @pytest.mark.usefixtures("no_training")
@@ -268,40 +263,45 @@ def test_resuming_a_run_of_another_version(refused: Refused, file: Path) -> None
     assert refused("--resume", "out") == "out/run.json: sampler.etta: unknown key; did you mean 'eta'?"
 
 
-def test_what_a_resumed_run_gets(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    calls = []
-    monkeypatch.setattr(train_dag, "train", lambda *arguments: calls.append(arguments))
+@pytest.fixture
+def calls(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Recipe, RunFolder, bool]]:
+    """What training would have been given: (recipe, run, whether it is resumed)."""
+    made: list[tuple[Recipe, RunFolder, bool]] = []
+    monkeypatch.setattr("dag.launch.train", lambda config, opener: made.append((config, *opener())))
+    return made
+
+
+def test_what_a_resumed_run_gets(file: Path, calls: list[tuple[Recipe, RunFolder, bool]]) -> None:
     older = started_run(file, "runs/mine-20240101-000000", has_checkpoint=True)
     newer = started_run(file, "runs/mine-20240102-000000", has_checkpoint=True)
-    started_run(file, "runs/mine-20240103-000000", has_checkpoint=False)
+    begun = started_run(file, "runs/mine-20240103-000000", has_checkpoint=False)
     overrides = ["--set", "train.epochs=9", "--set", "evaluation.every=2", "--set", "checkpoint.keep=1"]
     assert train_dag.main(["--recipe", str(file), "--resume", *overrides]) == 0
-    assert train_dag.main(["--recipe", str(file), "--resume", str(older)]) == 0
-    (config, run, checkpoint), (_, second, _) = calls
-    assert (config.train.epochs, run.path, second.path) == (9, newer, older)
-    assert checkpoint == (newer / "checkpoints/epoch_0003").resolve()
+    for run in (older, begun):
+        assert train_dag.main(["--recipe", str(file), "--resume", str(run)]) == 0
+    assert [run.path for _, run, _ in calls] == [newer, older, begun]
+    assert calls[0][0].train.epochs == 9
+    assert all(is_resumed for _, _, is_resumed in calls)
 
 
-def test_a_new_run_gets_a_fresh_folder(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    calls = []
-    monkeypatch.setattr(train_dag, "train", lambda *arguments: calls.append(arguments))
+def test_a_new_run_gets_a_fresh_folder(file: Path, calls: list[tuple[Recipe, RunFolder, bool]]) -> None:
     assert train_dag.main(["--recipe", str(file)]) == 0
     assert train_dag.main(["--recipe", str(file), "--out", "deep/er"]) == 0
-    (_, default, checkpoint), (_, named, _) = calls
+    (_, default, _), (_, named, is_resumed) = calls
     assert default.path.is_dir()
     assert default.path.match("runs/mine-????????-??????")
-    assert (named.path, checkpoint) == (Path("deep/er"), None)
+    assert (named.path, is_resumed) == (Path("deep/er"), False)
 
 
-def test_an_interrupt_says_how_to_go_on(
+def test_an_interrupt_before_training_says_so(
     file: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     def interrupt(*_: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(train_dag, "train", interrupt)
+    monkeypatch.setattr("dag.launch.train", interrupt)
     assert train_dag.main(["--recipe", str(file)]) == 130
-    assert "--resume" in capsys.readouterr().err
+    assert "before training began" in capsys.readouterr().err
 
 
 # -- mistakes found while building --------------------------------------------------------------------------------

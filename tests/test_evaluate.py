@@ -13,6 +13,8 @@ from safetensors.torch import load_file, save_file
 
 import train_dag
 from dag import evaluate
+from dag.checkpoint import MANIFEST, chosen
+from dag.durable import sha256
 
 ROOT = Path(__file__).parent.parent
 FEW = ("--prompts", "2", "--images", "2")
@@ -44,8 +46,12 @@ def run(make_run: Callable[..., Path]) -> Path:
 def untrained(run: Path, folder: Path) -> Path:
     """A copy whose adapter adds nothing."""
     shutil.copytree(run, folder, symlinks=False)
-    weights = folder / "checkpoints/last/policy.safetensors"
+    checkpoint = chosen(folder / "checkpoints")
+    weights = checkpoint / "policy.safetensors"
     save_file({name: torch.zeros_like(value) for name, value in load_file(weights).items()}, weights)
+    manifest = json.loads((checkpoint / MANIFEST).read_text())
+    manifest["files"][weights.name]["sha256"] = sha256(weights)
+    (checkpoint / MANIFEST).write_text(json.dumps(manifest))
     return folder
 
 
@@ -143,7 +149,7 @@ def test_a_run_without_weights_is_noticed_before_anything_is_drawn(
     shutil.copy(run / "run.json", tmp_path / "run.json")
     monkeypatch.setattr(evaluate, "generate", lambda *given: pytest.fail("drawn"))
     assert evaluate.main(["--run", str(tmp_path), *FEW, "--out", str(tmp_path / "o")]) == 1
-    assert "policy.safetensors: cannot be read" in capsys.readouterr().err
+    assert "checkpoints: no checkpoint there yet" in capsys.readouterr().err
 
 
 def test_out_that_is_a_file(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -11,7 +11,8 @@ ROOT = Path(__file__).parent.parent
 # A module imports only from earlier rows; within a row only its own package's submodules. Rows with the same
 # number are one level of the design, split where one of its modules stands on another.
 LAYERS = (
-    (0, ("dag_kernels", "dag.errors", "dag.registry")),
+    (0, ("dag_kernels", "dag.errors", "dag.registry", "dag.durable", "dag.fingerprint")),
+    (0, ("dag.processes", "dag.interrupt")),
     (0, ("dag.hub",)),
     (0, ("dag.section",)),
     (0, ("dag.reward_terms",)),
@@ -34,14 +35,18 @@ LAYERS = (
     ),
     (2, ("dag.units",)),
     (3, ("dag.models", "dag.rewards", "dag.objectives")),
-    (4, ("dag.rollout", "dag.optim", "dag.checkpoint", "dag.plan", "dag.report")),
+    (4, ("dag.rollout", "dag.checkpoint", "dag.optimizer_state", "dag.plan", "dag.report")),
+    (4, ("dag.progress", "dag.faults", "dag.rest")),
+    (4, ("dag.optim",)),
     (4, ("dag.flow_fit", "dag.evaluation")),
     (4, ("dag.learner",)),
     (4, ("dag.one_pass",)),
     (5, ("dag.parts", "dag.forecast")),
+    (5, ("dag.saving",)),
     (5, ("dag.trainer",)),
     (6, ("dag.published", "dag.flops", "dag.approximations", "dag.study", "dag.figures")),
     (6, ("dag.evaluate",)),
+    (6, ("dag.launch",)),
     (6, ("train_dag", "dag.bench", "dag.sample", "dag.score", "dag.reproduce", "dag.assets.build")),
 )
 ROW = {unit: row for row, (_, units) in enumerate(LAYERS) for unit in units}
@@ -54,7 +59,7 @@ HOMES = {
     "transformers": ("dag.models", "dag.rewards", "dag.assets.build"),
     "tokenizers": ("dag.assets.build",),
     "triton": ("dag_kernels",),
-    "accelerate": ("train_dag",),
+    "accelerate": ("dag.launch", "dag.processes"),
     "bitsandbytes": ("dag.optim", "dag.models"),
     "huggingface_hub": ("dag.hub",),
     "matplotlib": ("dag.report", "dag.figures", "dag_kernels"),
@@ -157,6 +162,8 @@ def test_the_schema_and_the_command_line_import_no_torch() -> None:
         "dag.prompt_sets",
         "dag.run_folder",
         "dag.section",
+        "dag.durable",
+        "dag.interrupt",
         "dag.reward_terms",
         "dag.plan",
     }

@@ -211,7 +211,7 @@ def test_stride_scores_fewer_states_and_holds_the_newest(make_recipe: MakeRecipe
 
 def test_chains_are_stored_once_and_in_order() -> None:
     tiles = torch.randn(3, 5, 2, 4, 4).split([2, 2, 1], dim=1)
-    store = ChainStore(3, 5, torch.device("cpu"))
+    store = ChainStore(3, 5, torch.device("cpu"), torch.device("cpu"))
     for tile in tiles:
         store.put(tile)
     assert torch.equal(store.finish(), torch.cat(tiles, dim=1))

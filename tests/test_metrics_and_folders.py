@@ -8,9 +8,10 @@ from typing import Any
 
 import pytest
 
+from dag.durable import write_json
 from dag.errors import RunError, UsageError
 from dag.metrics import MetricsFile, finite
-from dag.run_folder import RunFolder, default_path, newest_run, write_json
+from dag.run_folder import RunFolder, default_path, newest_run
 
 
 @pytest.fixture
@@ -59,23 +60,26 @@ def test_finite_leaves_the_rest_alone() -> None:
         assert finite(value) == value
 
 
-def test_keep_before_drops_what_a_resumed_run_writes_again(metrics: MetricsFile) -> None:
-    for epoch in range(5):
+def test_a_resumed_run_goes_back_to_the_rows_of_its_checkpoint(metrics: MetricsFile) -> None:
+    for epoch in range(3):
         metrics.write({"epoch": epoch, "loss": epoch / 3})
-    metrics.keep_before(3)
+    kept = metrics.text()
+    metrics.write({"epoch": 3})
+    metrics.restore(kept)
     assert [row["epoch"] for row in metrics.read()] == [0, 1, 2]
     assert metrics.read()[2]["loss"] == 2 / 3
     metrics.write({"epoch": 3})
-    metrics.keep_before(10)
     assert [row["epoch"] for row in metrics.read()] == [0, 1, 2, 3]
     assert list(metrics.path.parent.iterdir()) == [metrics.path], "no temporary file stays"
 
 
-def test_keep_before_without_a_file_or_rows(metrics: MetricsFile) -> None:
-    metrics.keep_before(1)
-    assert metrics.read() == []
+def test_rows_come_back_where_the_file_is_gone(metrics: MetricsFile) -> None:
     metrics.write({"epoch": 0})
-    metrics.keep_before(0)
+    kept = metrics.text()
+    metrics.path.unlink()
+    metrics.restore(kept)
+    assert metrics.read() == [{"epoch": 0}]
+    metrics.restore("")
     assert metrics.read() == []
 
 
@@ -84,7 +88,7 @@ def test_a_row_cut_short_by_a_crash_does_not_block_the_run(metrics: MetricsFile)
     with metrics.path.open("a") as file:
         file.write('{"epoch": 1, "lo')
     assert [row["epoch"] for row in metrics.read()] == [0]
-    metrics.keep_before(1)
+    metrics.restore(metrics.text())
     metrics.write({"epoch": 1})
     assert [strict(line)["epoch"] for line in metrics.path.read_text().splitlines()] == [0, 1]
 
@@ -182,7 +186,6 @@ def test_a_json_file_is_written_whole_or_not_at_all(tmp_path: Path) -> None:
 def run_with_checkpoint(name: str) -> Path:
     path = Path("runs") / name
     (path / "checkpoints/epoch_0001").mkdir(parents=True)
-    (path / "checkpoints/last").symlink_to("epoch_0001")
     return path
 
 

@@ -44,13 +44,15 @@ def test_lines_and_curves_of_a_run(run: RunFolder, capsys: pytest.CaptureFixture
 def test_a_watched_run_is_followed_to_its_end_and_through_a_resume(
     run: RunFolder, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    for epoch in range(3):
+    for epoch in range(2):
         run.metrics.write(row(epoch, 1.0))
+    kept = run.metrics.text()
+    run.metrics.write(row(2, 1.0))
     watcher = threading.Thread(target=report.follow, args=(run, True, 0.02))
     watcher.start()
     watcher.join(0.2)
     assert watcher.is_alive(), "the third epoch is still to come"
-    run.metrics.keep_before(2)
+    run.metrics.restore(kept)
     watcher.join(0.2)
     run.metrics.write(row(2, 7.0))
     run.metrics.write(row(3, 8.0))

@@ -12,6 +12,7 @@ from building import disturb, parts_of
 from safetensors.torch import load_file
 
 import train_dag
+from dag.checkpoint import chosen
 from dag.ledger import PHASES
 from dag.recipe import Recipe
 from dag.rollout import generate
@@ -38,7 +39,7 @@ def test_a_run_keeps_its_contract(make_recipe: MakeRecipe, tmp_path: Path, capsy
     assert train_dag.main(["--recipe", write(make_recipe(), tmp_path / "r.yaml"), "--out", str(run)]) == 0
     for name in (
         "run.json", "curves.png", "samples/epoch_0000.png", "samples/epoch_0002.png", "samples/before_after.png",
-        "checkpoints/last/state.json", "lora/pytorch_lora_weights.safetensors", "lora/lora_kohya.safetensors",
+        "checkpoints/epoch_0002/state.json", "lora/pytorch_lora_weights.safetensors", "lora/lora_kohya.safetensors",
     ):  # fmt: skip
         assert (run / name).is_file(), name
     description = json.loads((run / "run.json").read_text())
@@ -140,7 +141,7 @@ def test_a_broken_reward_stops_with_one_line_and_a_checkpoint(
     (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error")]
     assert "reward custom" in line
     assert message in line
-    assert (run / "checkpoints/last/state.json").is_file()
+    assert chosen(run / "checkpoints").name.startswith("epoch_0001_"), "what was sampled is kept too"
 
 
 def test_custom_reward_and_weighted_sum(

@@ -165,6 +165,20 @@ class StableDiffusion:
         """The same of predicted latents, as the recipe's `forward_looking.decoder` shows them."""
         return self.decoder.preview(x0_hat, self._autocast(), decoder)
 
+    def base_weights(self) -> dict[str, list[Tensor]]:
+        """What was loaded, before any training; the text encoder if it is still there."""
+        modules = {"unet": self.unet, "vae": self.decoder.vae}
+        if self._text is not None:
+            modules["text encoder"] = self._text[1]
+        return {
+            key: [
+                weight
+                for name, weight in module.state_dict().items()
+                if "lora_" not in name and isinstance(weight, Tensor)
+            ]
+            for key, module in modules.items()
+        }
+
     def trainable(self) -> list[nn.Parameter]:
         return [parameter for parameter in self.unet.parameters() if parameter.requires_grad]
 

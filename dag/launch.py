@@ -1,0 +1,128 @@
+"""From a recipe and a run folder to a training run: processes, device, threads, what run.json says, trackers."""
+
+import os
+from collections.abc import Callable
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator, PartialState
+from accelerate.utils import broadcast_object_list
+
+from dag import forecast
+from dag.errors import RunError, UsageError
+from dag.interrupt import Interrupt
+from dag.parts import build, describe_run
+from dag.processes import Processes
+from dag.recipe import Recipe
+from dag.recipe_file import flat
+from dag.run_folder import RunFolder
+from dag.trainer import Trainer
+
+
+def train(config: Recipe, opener: Callable[[], tuple[RunFolder, bool]]) -> None:
+    """Train a recipe in each process of the launch.
+
+    Args:
+        opener: (run folder, whether it is resumed); the main process calls it, and all must be able to read the folder.
+
+    Raises:
+        UsageError: the launch or the recipe asks for what cannot be done.
+        RunError, StoppedError: see `Trainer.fit`.
+    """
+    state = PartialState()
+    _check_launch(state.num_processes)
+    with ExitStack() as stack:
+        found: list[Any] = [None, None]
+        if state.is_main_process:
+            run, is_resumed = opener()
+            stack.enter_context(run.held())
+            several = f", {state.num_processes} processes" if state.num_processes > 1 else ""
+            print(f"run folder {run.path}{several}", flush=True)
+            found = [str(run.path), is_resumed]
+        if state.num_processes > 1:
+            broadcast_object_list(found, from_process=0)
+        _train(config, RunFolder(Path(found[0])), found[1])
+        state.wait_for_everyone()
+
+
+def _check_launch(num_processes: int) -> None:
+    """Without a GPU accelerate's launcher starts one process whatever it was asked for, and says nothing."""
+    was_asked = "ACCELERATE_MIXED_PRECISION" in os.environ and "MASTER_PORT" in os.environ
+    if num_processes == 1 and was_asked and "WORLD_SIZE" not in os.environ:
+        raise UsageError(
+            "accelerate launch was asked for several processes and started one, as it does without a GPU; "
+            "start them with: torchrun --nproc_per_node N train_dag.py ..."
+        )
+
+
+def _train(config: Recipe, run: RunFolder, is_resumed: bool) -> None:
+    trackers = list(config.trackers) or None
+    accelerator = Accelerator(mixed_precision="no", log_with=trackers, project_dir=str(run.path))
+    world = Processes(accelerator)
+    world.check_shares(config.train.trajectories, config.train.updates)
+    if world.size == 1:
+        _use_all_threads(accelerator.device.type)
+    _limit_memory(config, accelerator.device)
+    say = print if world.is_main else _nothing
+    with accelerator.main_process_first():  # what it downloads or converts, the others find
+        parts = build(config, accelerator.device, say, world=world)
+    say(f"kernels: {parts.kernels.name} ({parts.kernels.reason})")
+    say(f"attention: {parts.policy.describe()['attention']}", flush=True)
+    if world.is_main:
+        here = {**describe_run(config, parts, accelerator.device), "processes": world.size}
+        if is_resumed:
+            before = run.read_description()
+            if changed := _changes(before, here):
+                say(f"not where this run began ({'; '.join(changed)}): it goes on, but not bit for bit", flush=True)
+            # With what may change on the way: more epochs, other reports.
+            here = {**before, "recipe": here["recipe"]}
+        run.write_description(here)
+    tracker = None
+    if trackers is not None:
+        accelerator.init_trackers(
+            "dag", config={key: str(value) for key, value in flat(config.model_dump(mode="json")).items()}
+        )
+        tracker = accelerator.log
+    try:
+        with Interrupt().listening() as interrupt:
+            Trainer(config, run, parts, tracker, world, interrupt).fit(is_resumed)
+    except torch.OutOfMemoryError as error:
+        first = str(error).partition("\n")[0]
+        raise RunError(f"out of GPU memory outside sampling and gradients: {first}") from None
+    except OSError as error:
+        raise RunError(f"{error.filename or run.path}: {error.strerror or error}") from None
+    finally:
+        accelerator.end_training()
+
+
+def _nothing(*texts: object, **options: object) -> None:
+    """What other processes than the main one print."""
+
+
+def _limit_memory(config: Recipe, device: torch.device) -> None:
+    """Hold a GPU's allocator to the recipe's budget."""
+    if config.memory.budget_gib is not None and device.type == "cuda":
+        total = torch.cuda.get_device_properties(device).total_memory
+        share = min(1.0, config.memory.budget_gib * forecast.GIB / total)
+        torch.cuda.set_per_process_memory_fraction(share, device)
+
+
+def _changes(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
+    """Where a resumed run is not on the machine and with the versions that it began with."""
+    places = ("device", "threads", "processes", "python", "jpeg")
+    pairs = [(key, before.get(key), now[key]) for key in places]
+    pairs += [(name, before.get("versions", {}).get(name), version) for name, version in now["versions"].items()]
+    return [f"{key} {then} then, {found} now" for key, then, found in pairs if then not in (None, found)]
+
+
+def _use_all_threads(device_type: str) -> None:
+    """Undo the launcher's OMP_NUM_THREADS=1, which it sets for any number of CPU processes, also for one."""
+    is_launched = "ACCELERATE_DYNAMO_BACKEND" in os.environ
+    if device_type == "cpu" and is_launched and torch.get_num_threads() == 1:
+        threads = len(os.sched_getaffinity(0))
+        torch.set_num_threads(threads)
+        print(
+            f"{threads} threads (accelerate's launcher had set 1; start with python train_dag.py to choose)", flush=True
+        )

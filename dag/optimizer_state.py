@@ -1,0 +1,47 @@
+"""An optimizer's state as named tensors and plain numbers, torch's and bitsandbytes' alike."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+def tensors_of(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+    """{"0/exp_avg": ...}, also the 8-bit ones' quantised states and their scales."""
+    return {key: value for key, value in _flat(optimizer.state_dict()["state"]).items() if isinstance(value, Tensor)}
+
+
+def numbers_of(optimizer: torch.optim.Optimizer) -> dict[str, Any]:
+    """The plain numbers of the state and the groups' learning rates; everything else comes from the recipe."""
+    stored = optimizer.state_dict()
+    numbers = {key: value for key, value in _flat(stored["state"]).items() if isinstance(value, int | float)}
+    return {"state": numbers, "groups": [{"lr": group["lr"]} for group in stored["param_groups"]]}
+
+
+def restore(optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor], numbers: dict[str, Any]) -> None:
+    """Put back what `tensors_of` and `numbers_of` told of an optimizer over the same parameters."""
+    values = {**numbers["state"], **tensors}
+    states = {int(index): state for index, state in _nested(values).items()}
+    current = optimizer.state_dict()["param_groups"]
+    groups = [{**group, **stored} for group, stored in zip(current, numbers["groups"], strict=True)]
+    optimizer.load_state_dict({"state": states, "param_groups": groups})
+
+
+def _flat(tree: dict[Any, Any], prefix: str = "") -> dict[str, Any]:
+    """8-bit optimizers nest their state one level deeper than torch's do."""
+    leaves: dict[str, Any] = {}
+    for key, value in tree.items():
+        path = f"{prefix}/{key}" if prefix else str(key)
+        leaves |= _flat(value, path) if isinstance(value, dict) else {path: value}
+    return leaves
+
+
+def _nested(leaves: dict[str, Any]) -> dict[str, Any]:
+    tree: dict[str, Any] = {}
+    for path, value in leaves.items():
+        *parents, last = path.split("/")
+        node = tree
+        for name in parents:
+            node = node.setdefault(name, {})
+        node[last] = value
+    return tree
