@@ -31,7 +31,8 @@ def train(config: Recipe, opener: Callable[[], tuple[RunFolder, bool]]) -> None:
         UsageError: the launch or the recipe asks for what cannot be done.
         RunError, StoppedError: see `Trainer.fit`.
     """
-    state = PartialState()
+    # Without a GPU accelerate connects the processes that torchrun started only if it is told of the CPU.
+    state = PartialState(cpu=_are_cpu_processes())
     _check_launch(state.num_processes)
     with ExitStack() as stack:
         found: list[Any] = [None, None]
@@ -44,11 +45,17 @@ def train(config: Recipe, opener: Callable[[], tuple[RunFolder, bool]]) -> None:
         if state.num_processes > 1:
             broadcast_object_list(found, from_process=0)
         _train(config, RunFolder(Path(found[0])), found[1])
-        state.wait_for_everyone()
+
+
+def _are_cpu_processes() -> bool:
+    return int(os.environ.get("WORLD_SIZE", "1")) > 1 and not torch.cuda.is_available()
 
 
 def _check_launch(num_processes: int) -> None:
     """Without a GPU accelerate's launcher starts one process whatever it was asked for, and says nothing."""
+    started = int(os.environ.get("WORLD_SIZE", "1"))
+    if num_processes != started:
+        raise UsageError(f"{started} processes were started, and {num_processes} found each other")
     was_asked = "ACCELERATE_MIXED_PRECISION" in os.environ and "MASTER_PORT" in os.environ
     if num_processes == 1 and was_asked and "WORLD_SIZE" not in os.environ:
         raise UsageError(
@@ -59,7 +66,9 @@ def _check_launch(num_processes: int) -> None:
 
 def _train(config: Recipe, run: RunFolder, is_resumed: bool) -> None:
     trackers = list(config.trackers) or None
-    accelerator = Accelerator(mixed_precision="no", log_with=trackers, project_dir=str(run.path))
+    accelerator = Accelerator(
+        cpu=_are_cpu_processes(), mixed_precision="no", log_with=trackers, project_dir=str(run.path)
+    )
     world = Processes(accelerator)
     world.check_shares(config.train.trajectories, config.train.updates)
     if world.size == 1:
