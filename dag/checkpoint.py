@@ -92,7 +92,7 @@ def _write(final: Path, groups: Groups, state: dict[str, Any], texts: Mapping[st
     temporary = final.with_name(f"{_TEMPORARY}{final.name}")
     temporary.mkdir()
     for name, group in groups.items():
-        save_file({key: _alone(value) for key, value in group.items()}, temporary / f"{name}.safetensors")
+        save_file(_unshared(group), temporary / f"{name}.safetensors")
     for name, text in {STATE: json.dumps(state, indent=1, allow_nan=False), **texts}.items():
         (temporary / name).write_text(text, encoding="utf-8")
     files = sorted(temporary.iterdir())
@@ -106,10 +106,18 @@ def _write(final: Path, groups: Groups, state: dict[str, Any], texts: Mapping[st
     durable.sync(final.parent)
 
 
-def _alone(tensor: Tensor) -> Tensor:
-    """On the CPU, contiguous, and sharing no memory, as safetensors wants it."""
-    tensor = tensor.detach().cpu().contiguous()
-    return tensor if tensor.untyped_storage().nbytes() == tensor.nbytes else tensor.clone()
+def _unshared(group: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """On the CPU, contiguous, and sharing no memory, as safetensors wants it; 8-bit states of all layers share a table."""
+    apart: dict[str, Tensor] = {}
+    seen: set[int] = set()
+    for key, value in group.items():
+        tensor = value.detach().cpu().contiguous()
+        storage = tensor.untyped_storage()
+        if storage.nbytes() != tensor.nbytes or storage.data_ptr() in seen:
+            tensor = tensor.clone()
+        seen.add(tensor.untyped_storage().data_ptr())
+        apart[key] = tensor
+    return apart
 
 
 def clean(folder: Path) -> None:

@@ -74,7 +74,7 @@ KINDS: dict[str, dict[str, Any]] = {
     "dag_kl_8bit": {
         "objective": {"name": "dag_kl"},
         "train": {"optimizer": "adamw8bit"},
-        "adapter": {"rank": 40},
+        "adapter": {"rank": 300},  # more than one layer of 4096 weights: their 8-bit states share a table
         "memory": {"chains": "cpu"},
     },
     "ddpo": {"objective": {"name": "ddpo", "per_prompt": 4}},
