@@ -1,0 +1,102 @@
+"""What `test_processes.py` runs in each of several processes: torchrun --nproc_per_node 2 tests/together.py RECIPES FOLDER."""
+
+import json
+import signal
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+
+from dag.errors import RunError, StoppedError
+from dag.interrupt import Interrupt
+from dag.parts import Parts, build
+from dag.processes import Processes
+from dag.recipe import Recipe
+from dag.recipe_file import parse
+from dag.run_folder import RunFolder
+from dag.trainer import Trainer
+
+_DISTURBED = 1  # the process to which things happen
+
+
+class Soon(Interrupt):
+    """A signal that comes to one process alone, at the n-th resting point."""
+
+    def __init__(self, points: float) -> None:
+        super().__init__()
+        self.left = points
+
+    @property
+    def signal(self) -> signal.Signals | None:
+        self.left -= 1
+        return signal.SIGINT if self.left < 0 else None
+
+    @signal.setter
+    def signal(self, value: object) -> None:
+        """Nothing else sets it."""
+
+
+def trainer_of(recipe: Recipe, run: Path, world: Processes, points: float = 1e9) -> Trainer:
+    assert world.accelerator is not None
+    parts = build(recipe, world.accelerator.device, lambda text: None, world=world)
+    interrupt = Soon(points if world.rank == _DISTURBED else 1e9)
+    return Trainer(recipe, RunFolder(run), parts, world=world, interrupt=interrupt)
+
+
+def failing(parts: Parts, error: Exception, at: int) -> None:
+    """The reward raises once, at its n-th call."""
+    original, calls = parts.reward.detailed, 0
+
+    def detailed(*arguments: Any) -> Any:
+        nonlocal calls
+        calls += 1
+        if calls == at:
+            raise error
+        return original(*arguments)
+
+    parts.reward.detailed = detailed  # type: ignore[method-assign,assignment]
+
+
+def disturbed(recipe: Recipe, folder: Path, world: Processes) -> dict[str, Any]:
+    """A run that one process stops, another that one fails in, a third in which one runs out of memory; all go on."""
+    told: dict[str, Any] = {}
+    try:
+        trainer_of(recipe, folder / "stopped", world, points=9).fit()
+    except StoppedError as error:
+        told["stopped"] = [error.number, error.saved]
+    trainer_of(recipe, folder / "stopped", world).fit(is_resumed=True)
+
+    trainer = trainer_of(recipe, folder / "failed", world)
+    if world.rank == _DISTURBED:
+        failing(trainer.parts, RunError("no answer"), at=7)
+    try:
+        trainer.fit()
+    except RunError as error:
+        told["failed"] = str(error)
+    trainer_of(recipe, folder / "failed", world).fit(is_resumed=True)
+
+    wider = recipe.model_copy(update={"sampler": recipe.sampler.model_copy(update={"tile": 2})})
+    trainer = trainer_of(wider, folder / "small", world)
+    if world.rank == _DISTURBED:
+        failing(trainer.parts, torch.OutOfMemoryError("CUDA out of memory"), at=7)
+    trainer.fit()
+    told["tile"] = trainer.tile
+    return told
+
+
+def main(recipes: Path, folder: Path) -> None:
+    world = Processes(Accelerator(cpu=True))
+    given = {name: parse(data, name) for name, data in json.loads(recipes.read_text()).items()}
+    for name, recipe in given.items():
+        trainer_of(recipe, folder / name, world).fit()
+    told = world.objects(disturbed(next(iter(given.values())), folder, world))
+    if world.is_main:
+        (folder / "told.json").write_text(json.dumps(told))
+    assert world.accelerator is not None
+    world.accelerator.end_training()
+
+
+if __name__ == "__main__":
+    main(*map(Path, sys.argv[1:]))
