@@ -92,6 +92,7 @@ def parse_reward(name: str, overrides: typing.Sequence[str]) -> RewardTerm:
 
 def _apply_override(data: dict[str, Any], override: str) -> None:
     key, separator, raw = override.partition("=")
+    override = _shown(override)
     if not separator or not key.strip():
         raise UsageError(f"--set {override}: write key.sub=value")
     try:
@@ -112,6 +113,11 @@ def _apply_override(data: dict[str, Any], override: str) -> None:
         node[last] = value
 
 
+def _shown(text: str) -> str:
+    """What a line of an error may hold: no control character, no line break."""
+    return text if text.isprintable() else repr(text)
+
+
 def _child(node: Any, name: str, create: bool) -> Any:
     if isinstance(node, list):
         return node[int(name)] if name.isdecimal() and int(name) < len(node) else None
@@ -124,7 +130,7 @@ def _explain(error: ValidationError) -> list[str]:
     lines = []
     for item in error.errors(include_url=False):
         location = _without_union_tag(item["loc"])
-        key = ".".join(map(str, location)) or "recipe"
+        key = _shown(".".join(map(str, location))) or "recipe"
         if item["type"] == "extra_forbidden":
             known = known_keys(item["loc"][:-1])
             close = difflib.get_close_matches(str(location[-1]), known, n=1)

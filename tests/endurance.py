@@ -2,9 +2,11 @@
 
     python tests/endurance.py kill --kills 100 --folder DIR
     python tests/endurance.py soak --minutes 60 --folder DIR
+    python tests/endurance.py fuzz --examples 5000 --folder DIR
 
 `kill` trains small runs on the embedded model, ends them by SIGKILL at random moments, resumes them, and compares every
-metric and weight with an undisturbed run. `soak` watches memory, open files and the run folder. Each prints a table.
+metric and weight with an undisturbed run. `soak` watches memory, open files and the run folder. `fuzz` gives nonsense to
+what reads from outside. Each prints a table.
 """
 
 import argparse
@@ -26,6 +28,7 @@ from dag import checkpoint
 from dag.ledger import PHASES
 
 ROOT = Path(__file__).parent.parent
+sys.path.insert(0, str(ROOT))
 # What no two runs share.
 MEASURED = {*(f"{kind}_{name}" for kind in ("seconds", "memory_gib") for name in PHASES), "peak_memory_gib"}
 SMALL = (
@@ -41,11 +44,41 @@ KINDS = {
 }
 
 
-def command(kind: str, *place: str, overrides: tuple[str, ...] = SMALL) -> list[str]:
-    """`train_dag.py` on one of `KINDS`."""
+def arguments(kind: str, *place: str, overrides: tuple[str, ...] = SMALL) -> list[str]:
+    """Of `train_dag.py` on one of `KINDS`."""
     recipe, own = KINDS[kind]
     chosen = [word for override in (*overrides, *own) for word in ("--set", override)]
-    return [sys.executable, str(ROOT / "train_dag.py"), "--recipe", str(ROOT / "recipes" / recipe), *chosen, *place]
+    return ["--recipe", str(ROOT / "recipes" / recipe), *chosen, *place]
+
+
+def forked(words: list[str], log: Path) -> int:
+    """`train_dag.py` in a process of its own that has its imports already; returns its number."""
+    import torch
+
+    import dag.launch  # noqa: F401
+    import train_dag
+
+    torch.set_num_threads(1)  # a pool of threads would not survive the fork
+    process = os.fork()
+    if process == 0:
+        with log.open("ab") as file:
+            os.dup2(file.fileno(), 1)
+            os.dup2(file.fileno(), 2)
+        code = train_dag.main(words)
+        sys.stdout.flush()
+        os._exit(code)
+    return process
+
+
+def ended(process: int, seconds: float) -> int | None:
+    """The exit code of a process that ends by itself within some seconds; None if it has not."""
+    until = time.monotonic() + seconds
+    while time.monotonic() < until:
+        found, status = os.waitpid(process, os.WNOHANG)
+        if found:
+            return os.waitstatus_to_exitcode(status)
+        time.sleep(0.002)
+    return None
 
 
 def rows(run: Path) -> list[dict[str, Any]]:
@@ -78,19 +111,17 @@ class Tally:
 
 def kill_until_done(kind: str, run: Path, chance: random.Random, longest: float, tally: Tally) -> None:
     """Start, kill and resume a run until one start comes to its end."""
+    log = run.with_suffix(".log")
     while True:
         place = ("--resume" if (run / "run.json").exists() else "--out", str(run))
-        with run.with_suffix(".log").open("ab") as log:
-            child = subprocess.Popen(command(kind, *place), stdout=log, stderr=log)
-            try:
-                code = child.wait(timeout=chance.uniform(0, longest))
-            except subprocess.TimeoutExpired:
-                child.send_signal(signal.SIGKILL)
-                child.wait()
-            else:
-                if code != 0:
-                    raise SystemExit(f"{run} ended with {code}; see {log.name}")
-                return
+        process = forked(arguments(kind, *place), log)
+        code = ended(process, chance.uniform(0, longest))
+        if code == 0:
+            return
+        if code is not None:
+            raise SystemExit(f"{run} ended with {code}; see {log}")
+        os.kill(process, signal.SIGKILL)
+        os.waitpid(process, 0)
         tally.kills += 1
         look_at(run, tally)
 
@@ -109,7 +140,8 @@ def kill(folder: Path, kills: int, longest: float, seed: int) -> int:
     """Returns 0 if every run that was killed ended as the undisturbed one."""
     chance, tally = random.Random(seed), Tally()
     for kind in KINDS:
-        subprocess.run(command(kind, "--out", str(folder / f"{kind}-whole")), check=True, stdout=subprocess.DEVNULL)
+        if code := ended(forked(arguments(kind, "--out", str(folder / f"{kind}-whole")), folder / "whole.log"), 3600):
+            raise SystemExit(f"the undisturbed run ended with {code}; see {folder / 'whole.log'}")
     while tally.kills < kills:
         kind = list(KINDS)[tally.runs % len(KINDS)]
         whole, run = folder / f"{kind}-whole", folder / f"{kind}-{tally.runs}"
@@ -140,7 +172,8 @@ def soak(folder: Path, minutes: float) -> int:
     )
     run, began = folder / "soak", time.monotonic()
     with (folder / "soak.log").open("wb") as log:
-        child = subprocess.Popen(command("dag_db", "--out", str(run), overrides=overrides), stdout=log, stderr=log)
+        words = arguments("dag_db", "--out", str(run), overrides=overrides)
+        child = subprocess.Popen([sys.executable, str(ROOT / "train_dag.py"), *words], stdout=log, stderr=log)
     print("| minute | epoch | resident MiB | open files | threads | run folder MiB | checkpoints |")
     print("|---|---|---|---|---|---|---|")
     every = max(0.05, minutes / 12)
@@ -173,21 +206,51 @@ def watched(process: int, run: Path, minute: float) -> str:
     return "| " + " | ".join(map(str, cells)) + " |"
 
 
+# -- fuzz ---------------------------------------------------------------------------------------------------------
+
+
+def fuzz(folder: Path, examples: int) -> int:
+    """The property tests of test_fuzz.py with so many examples each; an exception ends it with its example."""
+    import fuzz as targets
+    from hypothesis import HealthCheck, given, settings
+
+    from dag.rewards import build_reward
+    from dag.rewards.serve import RewardServer
+
+    many = settings(max_examples=examples, deadline=None, database=None, suppress_health_check=list(HealthCheck))
+    many(
+        given(targets.RECIPE_BYTES, targets.OVERRIDES)(
+            lambda content, chosen: targets.try_recipe(content, chosen, folder)
+        )
+    )()
+    many(given(targets.DAMAGE)(lambda damaged: targets.try_checkpoint(damaged, folder / "checkpoints")))()
+    with RewardServer(("127.0.0.1", 0), "colourfulness", build_reward("colourfulness")) as server:
+        many(given(targets.REQUESTS)(lambda body: targets.try_request(body, server)))()
+    for name, count in sorted(targets.SEEN.items()):
+        print(f"| {name} | {count} |")
+    print("| tracebacks | 0 |")
+    return 0
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(dest="command", required=True)
     killing = commands.add_parser("kill")
     killing.add_argument("--kills", type=int, default=100)
-    killing.add_argument("--longest", type=float, default=20.0, help="seconds that a start may live at most")
+    killing.add_argument("--longest", type=float, default=6.0, help="seconds that a start may live at most")
     killing.add_argument("--seed", type=int, default=0)
     soaking = commands.add_parser("soak")
     soaking.add_argument("--minutes", type=float, default=60.0)
-    for one in (killing, soaking):
+    fuzzing = commands.add_parser("fuzz")
+    fuzzing.add_argument("--examples", type=int, default=5000, help="of each kind")
+    for one in (killing, soaking, fuzzing):
         one.add_argument("--folder", type=Path, required=True, help="where the runs go")
     given = parser.parse_args()
     given.folder.mkdir(parents=True, exist_ok=True)
     if given.command == "kill":
         return kill(given.folder, given.kills, given.longest, given.seed)
+    if given.command == "fuzz":
+        return fuzz(given.folder, given.examples)
     return soak(given.folder, given.minutes)
 
 

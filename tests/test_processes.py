@@ -14,6 +14,7 @@ import torch
 from building import parts_of
 from safetensors.torch import load_file
 from test_run import rows
+from together import first_gradients
 
 from dag import checkpoint
 from dag.errors import RunError, UsageError
@@ -77,8 +78,10 @@ def test_two_processes_are_one(small: dict[str, Recipe], tmp_path: Path) -> None
     done = torchrun(2, str(ROOT / "tests/together.py"), str(file), str(two))
     assert done.returncode == 0, done.stderr[:3000]
     for name, recipe in small.items():
-        run = RunFolder.create(one / name)
-        Trainer(recipe, run, parts_of(recipe)).fit()
+        run, parts = RunFolder.create(one / name), parts_of(recipe)
+        gradients = first_gradients(parts)
+        Trainer(recipe, run, parts).fit()
+        same_gradients(gradients, load_file(two / name / "gradients.safetensors"), name)
         ours, theirs = rows(run.path), rows(two / name)
         assert len(ours) == len(theirs) == 4
         for mine, other in zip(ours, theirs, strict=True):
@@ -88,6 +91,15 @@ def test_two_processes_are_one(small: dict[str, Recipe], tmp_path: Path) -> None
         # A tenth of one of Adam's steps, which are of the learning rate's size whatever the gradient's.
         assert max(float((mine[key] - other[key]).abs().max()) for key in mine) < 1e-4
     check_disturbances(two, next(iter(small)))
+
+
+def same_gradients(ours: dict[str, torch.Tensor], theirs: dict[str, torch.Tensor], name: str) -> None:
+    """Of the first update."""
+    assert ours.keys() == theirs.keys()
+    largest = max(float(gradient.abs().max()) for gradient in ours.values())
+    difference = max(float((ours[key] - theirs[key]).abs().max()) for key in ours)
+    print(f"{name}: gradients differ by {difference:.1e}, the largest entry is {largest:.1e}")
+    assert difference < 1e-4 * largest
 
 
 def check_disturbances(two: Path, name: str) -> None:

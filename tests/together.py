@@ -8,6 +8,8 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
+from safetensors.torch import save_file
+from torch import Tensor
 
 from dag.errors import RunError, StoppedError
 from dag.interrupt import Interrupt
@@ -43,6 +45,20 @@ def trainer_of(recipe: Recipe, run: Path, world: Processes, points: float = 1e9)
     parts = build(recipe, world.accelerator.device, lambda text: None, world=world)
     interrupt = Soon(points if world.rank == _DISTURBED else 1e9)
     return Trainer(recipe, RunFolder(run), parts, world=world, interrupt=interrupt)
+
+
+def first_gradients(parts: Parts) -> dict[str, Tensor]:
+    """Fills with the policy's gradients as the first optimizer step sees them: summed, not yet clipped."""
+    stepper, seen = parts.learner.stepper, dict[str, Tensor]()
+    original = stepper.step
+
+    def step() -> float:
+        if not seen:
+            seen.update({str(i): p.grad.clone() for i, p in enumerate(stepper.parameters) if p.grad is not None})
+        return original()
+
+    stepper.step = step  # type: ignore[method-assign]
+    return seen
 
 
 def failing(parts: Parts, error: Exception, at: int) -> None:
@@ -90,7 +106,11 @@ def main(recipes: Path, folder: Path) -> None:
     world = Processes(Accelerator(cpu=True))
     given = {name: parse(data, name) for name, data in json.loads(recipes.read_text()).items()}
     for name, recipe in given.items():
-        trainer_of(recipe, folder / name, world).fit()
+        trainer = trainer_of(recipe, folder / name, world)
+        gradients = first_gradients(trainer.parts)
+        trainer.fit()
+        if world.is_main:
+            save_file(gradients, folder / name / "gradients.safetensors")
     told = world.objects(disturbed(next(iter(given.values())), folder, world))
     if world.is_main:
         (folder / "told.json").write_text(json.dumps(told))
