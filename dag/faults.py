@@ -10,6 +10,7 @@ from torch import Tensor
 
 from dag import durable
 from dag.errors import RunError
+from dag.metrics import finite
 from dag.objectives import ObjectiveOutput
 from dag.trajectory import Trajectories
 
@@ -56,7 +57,7 @@ class Suspects:
             for rows in self.rows
             for i, sample in enumerate(rows.sample_id.tolist())
         ]
-        size = torch.tensor([row["loss"] for row in found]).abs().nan_to_num(nan=torch.inf)
+        size = torch.tensor([row["loss"] for row in found]).abs().nan_to_num(nan=torch.inf, posinf=torch.inf)
         order = [found[i] for i in size.argsort(descending=True, stable=True).tolist()]
         bad = [row for row, loss in zip(order, size.sort(descending=True, stable=True)[0], strict=True) if loss.isinf()]
         return bad or order[:_SHOWN]
@@ -90,9 +91,7 @@ def dump(folder: Path, name: str, rows: list[dict[str, Any]], states: dict[str, 
     """Write folder/name.json and, if there are states, name.safetensors; returns the former."""
     folder.mkdir(parents=True, exist_ok=True)
     # JSON has no word for what is not finite.
-    told = [
-        {key: value if isinstance(value, int | None) else repr(value) for key, value in row.items()} for row in rows
-    ]
+    told = [{key: value if finite(value) == value else repr(value) for key, value in row.items()} for row in rows]
     durable.write_json(folder / f"{name}.json", {"transitions": told})
     if states:
         save_file(states, folder / f"{name}.safetensors")

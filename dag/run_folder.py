@@ -88,8 +88,10 @@ class RunFolder:
 
 
 def default_path(recipe_name: str) -> Path:
-    """runs/<recipe>-<time>"""
-    return Path("runs") / f"{recipe_name}-{time.strftime('%Y%m%d-%H%M%S')}"
+    """runs/<recipe>-<time>; a clock that went back, or a second run in one second, waits for a free one."""
+    while (path := Path("runs") / f"{recipe_name}-{time.strftime('%Y%m%d-%H%M%S')}").exists():
+        time.sleep(0.1)
+    return path
 
 
 def newest_run(recipe_name: str) -> Path:

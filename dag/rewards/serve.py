@@ -26,6 +26,10 @@ from dag.rewards.wire import decode_request
 MAX_BODY = 256 << 20
 MAX_IMAGES = 256
 MAX_SIDE = 4096
+# Of all images of a request together: 256 of 512 x 512.
+MAX_PIXELS = 1 << 26
+# Requests that are read and decoded at a time.
+MAX_AT_ONCE = 8
 # Seconds a client may take to send its request.
 PATIENCE = 60
 
@@ -38,11 +42,12 @@ class RewardServer(ThreadingHTTPServer):
     def __init__(self, address: tuple[str, int], name: str, reward: Reward) -> None:
         super().__init__(address, _Handler)
         self.name, self.reward, self.lock = name, reward, threading.Lock()
+        self.places = threading.BoundedSemaphore(MAX_AT_ONCE)
 
     def answer(self, body: bytes) -> tuple[int, dict[str, Any]]:
         """(HTTP status, JSON) of a request's body."""
         try:
-            images, prompts = decode_request(body, MAX_IMAGES, MAX_SIDE)
+            images, prompts = decode_request(body, MAX_IMAGES, MAX_SIDE, MAX_PIXELS)
         except ValueError as error:
             return 400, {"error": str(error)}
         try:
@@ -67,8 +72,13 @@ class _Handler(BaseHTTPRequestHandler):
             self._reply(411, {"error": "the request has no Content-Length"})
         elif int(length) > MAX_BODY:
             self._reply(413, {"error": f"the body has {length} bytes; at most {MAX_BODY}"})
+        elif not self.server.places.acquire(blocking=False):
+            self._reply(503, {"error": f"{MAX_AT_ONCE} requests are being answered already"})
         else:
-            self._reply(*self.server.answer(self.rfile.read(int(length))))
+            try:
+                self._reply(*self.server.answer(self.rfile.read(int(length))))
+            finally:
+                self.server.places.release()
 
     def _reply(self, status: int, content: dict[str, Any]) -> None:
         body = json.dumps(content).encode()

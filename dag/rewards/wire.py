@@ -24,7 +24,7 @@ def encode_request(images: Tensor, prompts: Sequence[str]) -> bytes:
     return json.dumps({"images": [_png(picture) for picture in to_bytes(images)], "prompts": list(prompts)}).encode()
 
 
-def decode_request(body: bytes, max_images: int, max_side: int) -> tuple[Tensor, list[str]]:
+def decode_request(body: bytes, max_images: int, max_side: int, max_pixels: int = 1 << 62) -> tuple[Tensor, list[str]]:
     """((B, 3, H, W) float32 images in [0, 1], prompts). Raises ValueError in words for the client."""
     try:
         data = json.loads(body)
@@ -40,7 +40,14 @@ def decode_request(body: bytes, max_images: int, max_side: int) -> tuple[Tensor,
         raise ValueError(f"{len(images)} images but {len(prompts)} prompts")
     if not 1 <= len(images) <= max_images:
         raise ValueError(f"{len(images)} images; allowed are 1 to {max_images} a request")
-    pictures = [_picture(number, text, max_side) for number, text in enumerate(images)]
+    pictures, pixels = [], 0
+    for number, text in enumerate(images):
+        with _opened(number, text) as image:
+            if max(image.size) > max_side:
+                raise ValueError(f"image {number} is {image.size[0]}x{image.size[1]}; at most {max_side} a side")
+            if (pixels := pixels + image.size[0] * image.size[1]) > max_pixels:
+                raise ValueError(f"the images have more than {max_pixels} pixels together; send fewer at a time")
+            pictures.append(_decoded(number, image))
     if len({picture.shape for picture in pictures}) > 1:
         raise ValueError("all images of a request must have one size")
     return torch.from_numpy(np.stack(pictures)).permute(0, 3, 1, 2).float() / 255, prompts
@@ -74,12 +81,17 @@ def _png(picture: np.ndarray) -> str:
     return base64.b64encode(buffer.getvalue()).decode()
 
 
-def _picture(number: int, text: str, max_side: int) -> np.ndarray:
-    """(H, W, 3) uint8. Only PNG is decoded, and only after its header's size was looked at."""
+def _opened(number: int, text: str) -> Image.Image:
+    """Only PNG, and only its header: its size is looked at before anything is decoded."""
     try:
-        with Image.open(io.BytesIO(base64.b64decode(text, validate=True)), formats=["PNG"]) as image:
-            if max(image.size) > max_side:
-                raise ValueError(f"image {number} is {image.size[0]}x{image.size[1]}; at most {max_side} a side")
-            return np.array(image.convert("RGB"))
+        return Image.open(io.BytesIO(base64.b64decode(text, validate=True)), formats=["PNG"])
     except (binascii.Error, OSError, SyntaxError, Image.DecompressionBombError):
+        raise ValueError(f"image {number} is not a base64 PNG") from None
+
+
+def _decoded(number: int, image: Image.Image) -> np.ndarray:
+    """(H, W, 3) uint8"""
+    try:
+        return np.array(image.convert("RGB"))
+    except (OSError, SyntaxError):
         raise ValueError(f"image {number} is not a base64 PNG") from None
