@@ -18,6 +18,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -32,7 +33,7 @@ sys.path.insert(0, str(ROOT))
 # What no two runs share.
 MEASURED = {*(f"{kind}_{name}" for kind in ("seconds", "memory_gib") for name in PHASES), "peak_memory_gib"}
 SMALL = (
-    *("train.epochs=5", "train.trajectories=8", "train.micro_batch=2", "sampler.tile=2", "sampler.steps=4"),
+    *("train.trajectories=8", "train.micro_batch=2", "sampler.tile=2", "sampler.steps=4"),
     *("evaluation.prompts=1", "evaluation.images_per_prompt=2", "evaluation.every=2"),
     *("checkpoint.every=2", "checkpoint.minutes=0.005", "checkpoint.keep=2"),
 )
@@ -44,7 +45,7 @@ KINDS = {
 }
 
 
-def arguments(kind: str, *place: str, overrides: tuple[str, ...] = SMALL) -> list[str]:
+def arguments(kind: str, *place: str, overrides: Sequence[str]) -> list[str]:
     """Of `train_dag.py` on one of `KINDS`."""
     recipe, own = KINDS[kind]
     chosen = [word for override in (*overrides, *own) for word in ("--set", override)]
@@ -68,6 +69,10 @@ def forked(words: list[str], log: Path) -> int:
         sys.stdout.flush()
         os._exit(code)
     return process
+
+
+def start(kind: str, epochs: int, log: Path, *place: str) -> int:
+    return forked(arguments(kind, *place, overrides=(*SMALL, f"train.epochs={epochs}")), log)
 
 
 def ended(process: int, seconds: float) -> int | None:
@@ -109,12 +114,12 @@ class Tally:
     unreadable: list[str] = field(default_factory=list)
 
 
-def kill_until_done(kind: str, run: Path, chance: random.Random, longest: float, tally: Tally) -> None:
+def kill_until_done(kind: str, run: Path, epochs: int, chance: random.Random, longest: float, tally: Tally) -> None:
     """Start, kill and resume a run until one start comes to its end."""
     log = run.with_suffix(".log")
     while True:
         place = ("--resume" if (run / "run.json").exists() else "--out", str(run))
-        process = forked(arguments(kind, *place), log)
+        process = start(kind, epochs, log, *place)
         code = ended(process, chance.uniform(0, longest))
         if code == 0:
             return
@@ -136,16 +141,18 @@ def look_at(run: Path, tally: Tally) -> None:
     tally.unreadable += [f"{path}: {reason}" for path in found if (reason := checkpoint.flaw(path))]
 
 
-def kill(folder: Path, kills: int, longest: float, seed: int) -> int:
+def kill(folder: Path, kills: int, epochs: int, longest: float | None, seed: int, kinds: Sequence[str]) -> int:
     """Returns 0 if every run that was killed ended as the undisturbed one."""
     chance, tally = random.Random(seed), Tally()
-    for kind in KINDS:
-        if code := ended(forked(arguments(kind, "--out", str(folder / f"{kind}-whole")), folder / "whole.log"), 3600):
+    began = time.monotonic()
+    for kind in kinds:
+        if code := ended(start(kind, epochs, folder / "whole.log", "--out", str(folder / f"{kind}-whole")), 3600):
             raise SystemExit(f"the undisturbed run ended with {code}; see {folder / 'whole.log'}")
+    longest = longest or (time.monotonic() - began) / len(kinds)
     while tally.kills < kills:
-        kind = list(KINDS)[tally.runs % len(KINDS)]
+        kind = kinds[tally.runs % len(kinds)]
         whole, run = folder / f"{kind}-whole", folder / f"{kind}-{tally.runs}"
-        kill_until_done(kind, run, chance, longest, tally)
+        kill_until_done(kind, run, epochs, chance, longest, tally)
         tally.runs += 1
         file = "lora/pytorch_lora_weights.safetensors"
         if rows(run) != rows(whole) or tensors(run / file) != tensors(whole / file):
@@ -237,8 +244,10 @@ def main() -> int:
     commands = parser.add_subparsers(dest="command", required=True)
     killing = commands.add_parser("kill")
     killing.add_argument("--kills", type=int, default=100)
-    killing.add_argument("--longest", type=float, default=6.0, help="seconds that a start may live at most")
+    killing.add_argument("--longest", type=float, help="seconds that a start may live at most; default: of a whole run")
+    killing.add_argument("--epochs", type=int, default=5, help="of each run")
     killing.add_argument("--seed", type=int, default=0)
+    killing.add_argument("--kinds", nargs="+", choices=list(KINDS), default=list(KINDS))
     soaking = commands.add_parser("soak")
     soaking.add_argument("--minutes", type=float, default=60.0)
     fuzzing = commands.add_parser("fuzz")
@@ -248,7 +257,7 @@ def main() -> int:
     given = parser.parse_args()
     given.folder.mkdir(parents=True, exist_ok=True)
     if given.command == "kill":
-        return kill(given.folder, given.kills, given.longest, given.seed)
+        return kill(given.folder, given.kills, given.epochs, given.longest, given.seed, given.kinds)
     if given.command == "fuzz":
         return fuzz(given.folder, given.examples)
     return soak(given.folder, given.minutes)
