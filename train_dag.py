@@ -11,6 +11,7 @@ Algorithm 1 of Zhang et al. (2025), as `dag.trainer.Trainer.fit` runs it:
 """
 
 import argparse
+import io
 import logging
 import os
 import sys
@@ -103,6 +104,8 @@ def train(config: Recipe, arguments: argparse.Namespace) -> None:
 
 def main(argv: Sequence[str] | None = None) -> int:
     arguments = parse_arguments(argv)
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(line_buffering=True)  # a log file shows an epoch when it is done
     # At import these say which optional packages are missing, which concerns nobody here.
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")

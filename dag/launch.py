@@ -1,6 +1,9 @@
 """From a recipe and a run folder to a training run: processes, device, threads, what run.json says, trackers."""
 
+import ctypes
 import os
+import signal
+import sys
 from collections.abc import Callable
 from contextlib import ExitStack
 from pathlib import Path
@@ -20,6 +23,10 @@ from dag.recipe_file import flat
 from dag.run_folder import RunFolder
 from dag.trainer import Trainer
 
+# accelerate's launcher tells its processes the precision, torchrun does not.
+_IS_LAUNCHED = "ACCELERATE_MIXED_PRECISION" in os.environ
+_PR_SET_PDEATHSIG = 1
+
 
 def train(config: Recipe, opener: Callable[[], tuple[RunFolder, bool]]) -> None:
     """Train a recipe in each process of the launch.
@@ -31,6 +38,7 @@ def train(config: Recipe, opener: Callable[[], tuple[RunFolder, bool]]) -> None:
         UsageError: the launch or the recipe asks for what cannot be done.
         RunError, StoppedError: see `Trainer.fit`.
     """
+    _end_with_launcher()
     # Without a GPU accelerate connects the processes that torchrun started only if it is told of the CPU.
     state = PartialState(cpu=_are_cpu_processes())
     _check_launch(state.num_processes)
@@ -47,6 +55,12 @@ def train(config: Recipe, opener: Callable[[], tuple[RunFolder, bool]]) -> None:
         _train(config, RunFolder(Path(found[0])), found[1])
 
 
+def _end_with_launcher() -> None:
+    """accelerate's launcher passes no signal on: without this, a SIGTERM ends it and leaves the training behind."""
+    if _IS_LAUNCHED and sys.platform == "linux":
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, int(signal.SIGTERM), 0, 0, 0)
+
+
 def _are_cpu_processes() -> bool:
     return int(os.environ.get("WORLD_SIZE", "1")) > 1 and not torch.cuda.is_available()
 
@@ -56,7 +70,7 @@ def _check_launch(num_processes: int) -> None:
     started = int(os.environ.get("WORLD_SIZE", "1"))
     if num_processes != started:
         raise UsageError(f"{started} processes were started, and {num_processes} found each other")
-    was_asked = "ACCELERATE_MIXED_PRECISION" in os.environ and "MASTER_PORT" in os.environ
+    was_asked = _IS_LAUNCHED and "MASTER_PORT" in os.environ
     if num_processes == 1 and was_asked and "WORLD_SIZE" not in os.environ:
         raise UsageError(
             "accelerate launch was asked for several processes and started one, as it does without a GPU; "
@@ -128,8 +142,7 @@ def _changes(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
 
 def _use_all_threads(device_type: str) -> None:
     """Undo the launcher's OMP_NUM_THREADS=1, which it sets for any number of CPU processes, also for one."""
-    is_launched = "ACCELERATE_DYNAMO_BACKEND" in os.environ
-    if device_type == "cpu" and is_launched and torch.get_num_threads() == 1:
+    if device_type == "cpu" and _IS_LAUNCHED and torch.get_num_threads() == 1:
         threads = len(os.sched_getaffinity(0))
         torch.set_num_threads(threads)
         print(
