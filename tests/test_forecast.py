@@ -22,7 +22,7 @@ from dag.trainer import Trainer
 ROOT = Path(__file__).parent.parent
 BASE: dict[str, dict[str, Any]] = {
     "model": {"path": "embedded"},
-    "sampler": {"steps": 4, "guidance_scale": 3.0, "tile": 8},
+    "sampler": {"steps": 2, "guidance_scale": 3.0, "tile": 8},
     "prompts": {"texts": ["a cat", "a dog"]},
     "reward": {"name": "colourfulness"},
     "objective": {"name": "dag_db", "beta": {"value": 20.0}},
