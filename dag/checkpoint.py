@@ -11,6 +11,7 @@ import os
 import re
 import shutil
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,7 +26,6 @@ from dag.errors import RunError
 FORMAT = 2
 MANIFEST, STATE = "manifest.json", "state.json"
 _NAME = re.compile(r"epoch_(\d{4,})(?:_(\d{6,}))?")
-_TEMPORARY = ".tmp-"
 Groups = Mapping[str, Mapping[str, Tensor]]
 
 
@@ -67,29 +67,27 @@ def save(
             have made room. What was complete before still is.
     """
     final = folder / position.name
-    if final.exists() and flaw(final) is None:
+    if final.exists() and flaw(final) is None and load_state(final).get("processes") == state.get("processes"):
         return final
     _check_finite(groups, position)
-    folder.mkdir(parents=True, exist_ok=True)
-    clean(folder)
-    try:
-        _write(final, groups, state, texts)
-    except (OSError, SafetensorError) as error:
-        clean(folder)
-        if not _is_full(error):
-            raise RunError(f"{final}: cannot be written: {_reason(error)}{_still_good(folder)}") from None
-        _drop(folder, keep=1)
+    for is_last_try in (False, True):
         try:
-            _write(final, groups, state, texts)
-        except (OSError, SafetensorError) as again:
+            folder.mkdir(parents=True, exist_ok=True)
             clean(folder)
-            raise RunError(f"{final}: cannot be written: {_reason(again)}{_still_good(folder)}") from None
-    _drop(folder, keep)
-    return final
+            _write(final, groups, state, texts)
+            _drop(folder, keep, position)
+            return final
+        except (OSError, SafetensorError) as error:
+            with suppress(OSError):
+                clean(folder)
+            if is_last_try or not _is_full(error):
+                raise RunError(f"{final}: cannot be written: {_reason(error)}{_still_good(folder)}") from None
+            _make_room(folder)
+    raise AssertionError("the second try returns or raises")
 
 
 def _write(final: Path, groups: Groups, state: dict[str, Any], texts: Mapping[str, str]) -> None:
-    temporary = final.with_name(f"{_TEMPORARY}{final.name}")
+    temporary = final.with_name(f"{durable.TEMPORARY}{final.name}")
     temporary.mkdir()
     for name, group in groups.items():
         save_file(_unshared(group), temporary / f"{name}.safetensors")
@@ -122,30 +120,44 @@ def _unshared(group: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 def clean(folder: Path) -> None:
     """Remove what an interrupted `save` left."""
-    for path in folder.glob(f"{_TEMPORARY}*"):
-        shutil.rmtree(path)
+    for path in folder.glob(f"{durable.TEMPORARY}*"):
+        shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
 
 
-def _drop(folder: Path, keep: int) -> None:
-    """All but the newest `keep` complete checkpoints; damaged ones go with the old."""
+def _drop(folder: Path, keep: int, written: Position) -> None:
+    """All but the newest `keep` complete ones up to the one just written; later ones, which a resume skipped, stay."""
     kept = 0
     for path in candidates(folder):
-        if kept == keep:
-            _remove(path)
-        elif flaw(path, is_thorough=False) is None:
+        position = Position.of(path)
+        assert position is not None
+        if position > written:
+            continue
+        if kept < keep and flaw(path, is_thorough=False) is None:
             kept += 1
+        else:
+            _remove(path)
+
+
+def _make_room(folder: Path) -> None:
+    """All but the newest one that is really whole."""
+    good = next((path for path in candidates(folder) if flaw(path) is None), None)
+    for path in candidates(folder):
+        if path != good:
+            with suppress(OSError):
+                _remove(path)
 
 
 def _remove(folder: Path) -> None:
     """Under another name first: half a checkpoint must never look like one."""
-    doomed = folder.with_name(f"{_TEMPORARY}{folder.name}-old")
+    doomed = folder.with_name(f"{durable.TEMPORARY}{folder.name}-old")
     os.replace(folder, doomed)
     shutil.rmtree(doomed)
 
 
 def _check_finite(groups: Groups, position: Position) -> None:
+    """What is in flight may hold a skipped update's numbers; weights and states may not."""
     for name, group in groups.items():
-        for key, value in group.items():
+        for key, value in group.items() if not name.startswith("flight") else ():
             if value.is_floating_point() and not bool(value.isfinite().all()):
                 raise RunError(
                     f"{position.name}: not saved, {name} {key} is not finite; the checkpoint before it stays"
@@ -177,8 +189,14 @@ def _still_good(folder: Path) -> str:
 
 def candidates(folder: Path) -> list[Path]:
     """Everything that looks like a checkpoint, newest first."""
-    found = [(position, path) for path in folder.glob("epoch_*") if (position := Position.of(path)) and path.is_dir()]
+    found = [
+        (position, path) for path in folder.glob("epoch_*") if (position := Position.of(path)) and _is_folder(path)
+    ]
     return [path for _, path in sorted(found, reverse=True)]
+
+
+def _is_folder(path: Path) -> bool:
+    return path.is_dir() and not path.is_symlink()
 
 
 def flaw(folder: Path, is_thorough: bool = True) -> str | None:
@@ -194,7 +212,7 @@ def flaw(folder: Path, is_thorough: bool = True) -> str | None:
         files = {name: (int(told["bytes"]), str(told["sha256"])) for name, told in manifest["files"].items()}
     except FileNotFoundError:
         return f"{MANIFEST} is missing"
-    except (OSError, ValueError, TypeError, KeyError, AttributeError):
+    except (OSError, ValueError, TypeError, KeyError, AttributeError, OverflowError, RecursionError):
         return f"{MANIFEST} cannot be read"
     for name, (size, digest) in files.items():
         path = folder / name
@@ -206,6 +224,8 @@ def flaw(folder: Path, is_thorough: bool = True) -> str | None:
             return f"{name} has {found} bytes of {size}"
         if is_thorough and durable.sha256(path) != digest:
             return f"{name} is not what was written"
+    if unknown := sorted({path.name for path in folder.iterdir()} - files.keys() - {MANIFEST}):
+        return f"holds {unknown[0]!r}, which {MANIFEST} does not know"
     return None if STATE in files else f"{STATE} is missing"
 
 

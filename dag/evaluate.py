@@ -20,7 +20,6 @@ import torch
 from torch import Tensor
 
 from dag import checkpoint, durable, report
-from dag.durable import write_json
 from dag.errors import RunError, UsageError, exit_code
 from dag.fidelity import Judge, expected, load_judge, noun_accuracy
 from dag.models.sd import StableDiffusion
@@ -275,7 +274,7 @@ def write(folder: Path, data: dict[str, Any], drawn: dict[str, Tensor]) -> None:
     (folder / "evaluation.md").write_text(table(data) + "\n", encoding="utf-8")
     sheet(drawn, data["prompts"], data["images_per_prompt"]).save(folder / "pictures.png")
     # Last: where it is, the rest is.
-    write_json(folder / "evaluation.json", data)
+    durable.write_json(folder / "evaluation.json", data)
 
 
 def _free(folder: Path) -> Path:

@@ -38,7 +38,7 @@ class Suspects:
     """Where their states are; None in one pass, which keeps none."""
 
     def clear(self) -> None:
-        self.rows = []
+        self.rows, self.trajectories = [], None
 
     def add(self, k: int, sample_id: Tensor, output: ObjectiveOutput) -> None:
         """A micro-batch of step k."""

@@ -4,7 +4,7 @@ import os
 import signal
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from types import FrameType
 
 # A launcher passes on the Ctrl-C that the terminal has sent to all of its processes: that one is not a second.
@@ -33,7 +33,9 @@ class Interrupt:
         if self.signal is None:
             self.signal, self._since = signal.Signals(number), now
             # Not print: the signal may have come in the middle of one.
-            os.write(2, f"\n{self.signal.name}: saving after this step; Ctrl-C again ends at once\n".encode())
+            # Nor is it sure that anybody still listens: the same Ctrl-C has ended a `tee`.
+            with suppress(OSError):
+                os.write(2, f"\n{self.signal.name}: saving after this step; Ctrl-C again ends at once\n".encode())
         elif number == signal.SIGINT and now - self._since > _SAME_KEY_SECONDS:
             signal.signal(signal.SIGINT, signal.SIG_DFL)
             os.kill(os.getpid(), signal.SIGINT)

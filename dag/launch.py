@@ -57,8 +57,15 @@ def train(config: Recipe, opener: Callable[[], tuple[RunFolder, bool]]) -> None:
 
 def _end_with_launcher() -> None:
     """accelerate's launcher passes no signal on: without this, a SIGTERM ends it and leaves the training behind."""
-    if _IS_LAUNCHED and sys.platform == "linux":
+    if _IS_LAUNCHED and sys.platform == "linux" and "accelerate" in _command_of(os.getppid()):
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, int(signal.SIGTERM), 0, 0, 0)
+
+
+def _command_of(process: int) -> str:
+    try:
+        return (Path("/proc") / str(process) / "cmdline").read_text(encoding="utf-8", errors="replace")
+    except OSError:
+        return ""
 
 
 def _are_cpu_processes() -> bool:
@@ -93,15 +100,13 @@ def _train(config: Recipe, run: RunFolder, is_resumed: bool) -> None:
         parts = build(config, accelerator.device, say, world=world)
     say(f"kernels: {parts.kernels.name} ({parts.kernels.reason})")
     say(f"attention: {parts.policy.describe()['attention']}", flush=True)
-    if world.is_main:
-        here = {**describe_run(config, parts, accelerator.device), "processes": world.size}
-        if is_resumed:
-            before = run.read_description()
-            if changed := _changes(before, here):
-                say(f"not where this run began ({'; '.join(changed)}): it goes on, but not bit for bit", flush=True)
-            # With what may change on the way: more epochs, other reports.
-            here = {**before, "recipe": here["recipe"]}
-        run.write_description(here)
+    here = {**describe_run(config, parts, accelerator.device), "processes": world.size}
+    if is_resumed:
+        before = run.read_description()
+        if changed := _changes(before, here):
+            say(f"not where this run began ({'; '.join(changed)}): it goes on, but not bit for bit", flush=True)
+        # With what may change on the way: more epochs, other reports.
+        here = {**before, "recipe": here["recipe"]}
     tracker = None
     if trackers is not None:
         accelerator.init_trackers(
@@ -110,7 +115,8 @@ def _train(config: Recipe, run: RunFolder, is_resumed: bool) -> None:
         tracker = accelerator.log
     try:
         with Interrupt().listening() as interrupt:
-            Trainer(config, run, parts, tracker, world, interrupt).fit(is_resumed)
+            trainer = Trainer(config, run, parts, tracker, world, interrupt)
+            trainer.fit(is_resumed, on_start=lambda: run.write_description(here) if world.is_main else None)
     except torch.OutOfMemoryError as error:
         first = str(error).partition("\n")[0]
         raise RunError(f"out of GPU memory outside sampling and gradients: {first}") from None

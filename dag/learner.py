@@ -174,9 +174,9 @@ class Learner:
         """One optimizer step over the transitions of `rows`, and of the other processes'."""
         advantages = self._advantages(rollout, rows, progress.per_trajectory)
         count = self.world.size * len(rows)
-        self.suspects.trajectories = rollout.trajectories
 
         def accumulate() -> None:
+            self.suspects.trajectories = rollout.trajectories
             steps = self.choose_steps()
             work = [(tile, k, weight) for tile in rows.split(self.micro_batch) for k, weight in steps]
             for tile, k, weight in work[progress.micro_batches :]:
@@ -443,6 +443,8 @@ class Learner:
         self.units.reward_scale = RewardScale(**state["reward_scale"])
         self.objective.load_state_dict(state["objective"])
         self.stepper.scaler.load_state_dict(state["scaler"])
+        # The scale becomes a tensor with the first loss; the next thing may be an optimizer step.
+        self.stepper.scaler.scale(torch.zeros((), device=self.device))
         for stepper in self.steppers():
             stepper.skipped = state["skipped"][stepper.name]
         if self.flow_fit is not None:

@@ -30,6 +30,9 @@ def build_optimizer(
         import bitsandbytes
     except ImportError:
         raise UsageError(f"optimizer={kind} needs bitsandbytes: pip install bitsandbytes, or use adamw") from None
+    for parameter in parameters:
+        # Its kernels go through memory in order: states of another layout would not survive being saved.
+        parameter.data = parameter.data.contiguous()
     kinds = {"adamw8bit": bitsandbytes.optim.AdamW8bit, "paged_adamw8bit": bitsandbytes.optim.PagedAdamW8bit}
     return kinds[kind](parameters, **options)
 

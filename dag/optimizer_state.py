@@ -25,6 +25,16 @@ def restore(optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor], number
     current = optimizer.state_dict()["param_groups"]
     groups = [{**group, **stored} for group, stored in zip(current, numbers["groups"], strict=True)]
     optimizer.load_state_dict({"state": states, "param_groups": groups})
+    if getattr(optimizer, "is_paged", False):
+        _page_again(optimizer)
+
+
+def _page_again(optimizer: Any) -> None:
+    """bitsandbytes loads states as ordinary GPU memory, whatever they were."""
+    for parameter, state in optimizer.state.items():
+        for name in ("state1", "state2"):
+            if isinstance(loaded := state.get(name), Tensor) and loaded.is_cuda:
+                state[name] = optimizer.get_state_buffer(parameter, dtype=loaded.dtype).copy_(loaded)
 
 
 def _flat(tree: dict[Any, Any], prefix: str = "") -> dict[str, Any]:

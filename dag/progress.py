@@ -5,6 +5,7 @@
 Legend: N trajectories, T transitions.
 """
 
+import math
 from dataclasses import dataclass, field, fields
 from typing import Any
 
@@ -26,9 +27,10 @@ class Outcome:
     norms: dict[str, list[float]] = field(default_factory=dict)
 
     @classmethod
-    def of(cls, state: dict[str, Any]) -> "Outcome":
-        """What `state` told."""
-        lists = {name: [] if state[name] is None else list(state[name]) for name in ("loss", "clipped", "ratio_dev")}
+    def of(cls, state: dict[str, Any], device: torch.device) -> "Outcome":
+        """What `state` told, on the policy's device."""
+        names = ("loss", "clipped", "ratio_dev")
+        lists = {name: [] if state[name] is None else list(state[name].to(device)) for name in names}
         return cls(**lists, updates=state["updates"], norms=state["norms"])
 
     def state(self) -> dict[str, Any]:
@@ -81,10 +83,11 @@ class Progress:
 
     @classmethod
     def of(cls, state: dict[str, Any], device: torch.device) -> "Progress":
-        """What `state` told, its trajectories on the policy's device."""
+        """What `state` told, on the policy's device."""
         drawn = {name: [Trajectories(**one).to(device) for one in state[name]] for name in ("drawn", "tiles")}
-        outcomes = {name: Outcome.of(state[name]) for name in ("outcome", "share")}
-        return cls(**{**state, **drawn, **outcomes})
+        outcomes = {name: Outcome.of(state[name], device) for name in ("outcome", "share")}
+        tables = {name: [one.to(device) for one in state[name]] for name in ("residuals", "log_F_tilde")}
+        return cls(**{**state, **drawn, **outcomes, **tables})
 
     def state(self) -> dict[str, Any]:
         """For `packed`."""
@@ -159,6 +162,8 @@ def packed(tree: Any, tensors: dict[str, Tensor], name: str = "") -> Any:
         return [packed(value, tensors, f"{name}/{index}") for index, value in enumerate(tree)]
     if isinstance(tree, torch.dtype):
         return {"dtype": str(tree).removeprefix("torch.")}
+    if isinstance(tree, float) and not math.isfinite(tree):
+        return {"float": repr(tree)}  # of a skipped update; JSON has no word for it
     return tree
 
 
@@ -169,5 +174,7 @@ def unpacked(tree: Any, tensors: dict[str, Tensor]) -> Any:
             return tensors[tree["tensor"]]
         if tree.keys() == {"dtype"}:
             return getattr(torch, tree["dtype"])
+        if tree.keys() == {"float"}:
+            return float(tree["float"])
         return {key: unpacked(value, tensors) for key, value in tree.items()}
     return [unpacked(value, tensors) for value in tree] if isinstance(tree, list) else tree

@@ -46,21 +46,23 @@ class Rest:
 
         Raises:
             torch.OutOfMemoryError: a GPU ran out of memory, in whichever process.
-            RunError:               what `work` raised, or that another process failed.
+            RunError:               what `work` raised, an error of the system in one line, or that another process failed.
         """
-        is_out, error, result = False, None, None
+        is_out, why, error, result = False, "in another process", None, None
         try:
             result = work()
-        except torch.OutOfMemoryError:
+        except torch.OutOfMemoryError as raised:
             # Not raised on: its traceback holds the tensors that were too many.
-            is_out = True
+            is_out, why = True, str(raised)
         except RunError as raised:
             error = raised
+        except OSError as raised:
+            error = RunError(f"{raised.filename}: {raised.strerror}" if raised.filename else str(raised))
         any_out, any_error = self.world.any((is_out, error is not None))
         if any_error:
             raise error or RunError("another process failed; its message tells why")
         if any_out:
-            raise torch.OutOfMemoryError
+            raise torch.OutOfMemoryError(why)
         return cast(Result, result)
 
     def point(self) -> None:

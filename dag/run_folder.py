@@ -1,6 +1,6 @@
 """The folder of one run: what lies where, and the promise that nothing in it is overwritten by accident.
 
-run.json, metrics.jsonl, curves.png, samples/epoch_NNNN.png, checkpoints/epoch_NNNN/, lora/, faults/
+run.json, metrics.jsonl, curves.png, samples/epoch_NNNN.png, checkpoints/epoch_EEEE[_RRRRRR]/, lora/, faults/
 """
 
 import fcntl
@@ -20,6 +20,7 @@ from dag.recipe_file import parse
 
 # Held while a process trains in the folder.
 _LOCK = ".lock"
+_PROBE = ".writable"
 
 
 class RunFolder:
@@ -40,12 +41,16 @@ class RunFolder:
         """A new run. Raises UsageError if the folder holds any file or cannot be written."""
         try:
             # Empty folders are what a run leaves that was refused before it began.
-            if any(not inside.is_dir() and inside.name != _LOCK for inside in path.rglob("*")):
+            left = [inside for inside in path.rglob("*") if not inside.is_dir() and inside.name != _LOCK]
+            for inside in [inside for inside in left if inside.name.startswith((durable.TEMPORARY, _PROBE))]:
+                inside.unlink()  # of a start that was killed
+                left.remove(inside)
+            if left:
                 raise UsageError(
                     f"--out {path}: the folder is not empty; continue that run with --resume, or choose another folder"
                 )
             (path / "samples").mkdir(parents=True, exist_ok=True)
-            probe = path / ".writable"
+            probe = path / _PROBE
             probe.touch()
             probe.unlink()
         except OSError as error:
@@ -62,11 +67,18 @@ class RunFolder:
     @contextmanager
     def held(self) -> Iterator[None]:
         """No other process trains here inside. Raises UsageError if one does."""
-        with (self.path / _LOCK).open("w") as file:
+        try:
+            file = (self.path / _LOCK).open("w")
+        except OSError as error:
+            raise UsageError(f"{self.path / _LOCK}: cannot be opened: {error.strerror}") from None
+        with file:
             try:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except OSError:
                 raise UsageError(f"{self.path}: another process is training in this folder") from None
+            for left in (*self.path.glob(f"{durable.TEMPORARY}*"), *self.samples.glob(f"{durable.TEMPORARY}*")):
+                if left.is_file():
+                    left.unlink(missing_ok=True)
             yield
 
     def write_description(self, description: dict[str, Any]) -> None:

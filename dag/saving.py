@@ -65,7 +65,7 @@ class Saver:
             try:
                 texts = {_METRICS: self.run.metrics.text()}
                 checkpoint.save(self.run.checkpoints, position, groups, state, self.keep, texts)
-            except RunError as error:
+            except (RunError, OSError) as error:
                 problem = str(error)
         problem = self.world.from_main(problem)
         if problem is not None:
@@ -102,7 +102,17 @@ class Saver:
         Raises:
             RunError: there are checkpoints, and none can be used.
         """
-        return checkpoint.newest(self.run.checkpoints, self._objection)
+        found: Any = None
+        if self.world.is_main:
+            try:
+                found = checkpoint.newest(self.run.checkpoints, self._objection)
+            except RunError as error:
+                found = error
+        # All take the one that the main process took, also where a shared disk shows them another.
+        found = self.world.from_main(found)
+        if isinstance(found, RunError):
+            raise found
+        return found
 
     def _objection(self, state: dict[str, Any]) -> str | None:
         mine, theirs = self.parts.fingerprint, state["fingerprint"]
@@ -137,7 +147,8 @@ class Saver:
             learner.progress = Progress.of(told["progress"], learner.device)
         for stepper in learner.steppers() if told["gradients"] is not None else ():
             for parameter, gradient in zip(stepper.parameters, told["gradients"][stepper.name], strict=True):
-                parameter.grad = None if gradient is None else gradient.to(parameter.device)
+                # In the parameter's own memory layout, in whose order norms are summed.
+                parameter.grad = None if gradient is None else torch.empty_like(parameter).copy_(gradient)
         return state, flight
 
     def metrics_of(self, folder: Path) -> str:

@@ -112,7 +112,7 @@ class Case:
         if RunFolder(self.folder).read_recipe() != recipe:
             raise UsageError(f"{self.folder}: holds a run of another recipe; choose another --out")
         rows = self.rows()
-        return bool(rows) and rows[-1]["epoch"] == recipe.train.epochs and any((self.folder / "lora").glob("*"))
+        return bool(rows) and rows[-1]["epoch"] == recipe.train.epochs and (self.folder / "lora").is_dir()
 
 
 def cases_of(study: Study, folder: Path, seeds: int, settings: Mapping[str, Setting | None]) -> list[Case]:

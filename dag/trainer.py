@@ -1,5 +1,6 @@
 """The training loop: sample, score, update, measure, save. No maths and no file formats here."""
 
+import shutil
 from collections.abc import Callable
 from contextlib import nullcontext
 from functools import partial
@@ -7,6 +8,7 @@ from typing import Any
 
 import torch
 from PIL import Image
+from safetensors import SafetensorError
 from torch import Tensor
 from tqdm import tqdm
 
@@ -47,7 +49,6 @@ class Trainer:
         world: Processes = ALONE,
         interrupt: Interrupt | None = None,
     ) -> None:
-        world.check_shares(recipe.train.trajectories, recipe.train.updates)
         self.recipe, self.run, self.parts, self.tracker, self.world = recipe, run, parts, tracker, world
         self.ledger = Ledger(parts.learner.device)
         self.tile = recipe.sampler.tile
@@ -55,14 +56,18 @@ class Trainer:
         self.flight: Flight | None = None
         self.rest = parts.learner.rest = Rest(world, interrupt, recipe.checkpoint.minutes, self._save_flight)
 
-    def fit(self, is_resumed: bool = False) -> None:
+    def fit(self, is_resumed: bool = False, on_start: Callable[[], object] = lambda: None) -> None:
         """Train to the recipe's last epoch, from the start or from the newest checkpoint that can be used.
+
+        Args:
+            on_start: called when it is sure that the run begins or goes on.
 
         Raises:
             StoppedError: a signal came; what was done is saved.
-            RunError:     the run cannot go on; what could be saved is.
+            RunError:     the run cannot go on. What was done is saved, unless its numbers are to blame.
         """
         start = self._resume() if is_resumed else None
+        on_start()
         if start is None:
             # The adapter still adds nothing here, so this is the base model.
             first = self.evaluate()
@@ -258,8 +263,9 @@ class Trainer:
 
     def record(self, epoch: int, metrics: dict[str, Any], measured: EvaluationResult | None) -> None:
         """One row of metrics, and after an evaluation its picture."""
-        if not self.world.is_main:
-            return
+        self.rest.attempt(lambda: self._record(epoch, metrics, measured) if self.world.is_main else None)
+
+    def _record(self, epoch: int, metrics: dict[str, Any], measured: EvaluationResult | None) -> None:
         trajectories = epoch * self.recipe.train.trajectories
         row = {
             "epoch": epoch,
@@ -281,15 +287,23 @@ class Trainer:
 
     def finish(self) -> None:
         """Export the weights, and put the same prompts and seeds before and after side by side."""
-        if self.world.is_main:
-            self.parts.policy.export(self.run.weights)
-            joined = self.run.samples / "before_after.png"
-            sheets = [self.run.sheet(epoch) for epoch in (0, self.recipe.train.epochs)]
-            if all(sheet.exists() for sheet in sheets):
-                with durable.replacing(joined) as temporary:
-                    report.before_after(*map(Image.open, sheets)).save(temporary)
-            tqdm.write(f"weights in {self.run.weights}, pictures in {joined if joined.exists() else self.run.samples}")
-        self.world.wait()
+        self.rest.attempt(lambda: self._finish() if self.world.is_main else None)
+
+    def _finish(self) -> None:
+        temporary_weights = self.run.path / f"{durable.TEMPORARY}{self.run.weights.name}"
+        for old in (temporary_weights, self.run.weights):
+            shutil.rmtree(old, ignore_errors=True)
+        try:
+            self.parts.policy.export(temporary_weights)
+        except SafetensorError as error:
+            raise RunError(f"{self.run.weights}: cannot be written: {error}") from None
+        temporary_weights.rename(self.run.weights)
+        joined = self.run.samples / "before_after.png"
+        sheets = [self.run.sheet(epoch) for epoch in (0, self.recipe.train.epochs)]
+        if all(sheet.exists() for sheet in sheets):
+            with durable.replacing(joined) as temporary:
+                report.before_after(*map(Image.open, sheets)).save(temporary)
+        tqdm.write(f"weights in {self.run.weights}, pictures in {joined if joined.exists() else self.run.samples}")
 
     def _captions(self, result: EvaluationResult) -> list[str]:
         return [f"{p}  {r:.2f}" for p, r in zip(result.prompts, result.reward.tolist(), strict=True)]
@@ -332,8 +346,9 @@ class Trainer:
             )
         self.tile, self.rest.passed = state["tile"], state["rests"]
         self.ledger.seconds |= state["seconds"]
-        if self.world.is_main:
-            self.run.metrics.restore(self.saver.metrics_of(folder))
+        self.rest.attempt(
+            lambda: self.run.metrics.restore(self.saver.metrics_of(folder)) if self.world.is_main else None
+        )
         why = f" (skipped {'; '.join(skipped)})" if skipped else ""
         inside = f", {self.rest.passed} resting points into the next," if self.flight else ""
         self._say(f"resumed after epoch {epoch}{inside} from {folder}{why}")
@@ -354,8 +369,10 @@ class Trainer:
         return ""
 
     def _last_good(self) -> str:
-        good = checkpoint.candidates(self.run.checkpoints)
-        return f"; the last checkpoint is {good[0].name}" if good else ""
+        good = next(
+            (path for path in checkpoint.candidates(self.run.checkpoints) if checkpoint.flaw(path) is None), None
+        )
+        return f"; the last checkpoint is {good.name}" if good else ""
 
     # -- progress --------------------------------------------------------------------------------------------------
 

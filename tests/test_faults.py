@@ -155,6 +155,35 @@ def test_a_disk_that_stays_full_leaves_the_last_good_one(tmp_path: Path, monkeyp
     assert checkpoint.flaw(tmp_path / "epoch_0002") is None
 
 
+def flipped(checkpoint_folder: Path) -> None:
+    """One bit, and the same size."""
+    path = checkpoint_folder / "policy.safetensors"
+    content = bytearray(path.read_bytes())
+    content[-1] ^= 1
+    path.write_bytes(content)
+
+
+def test_what_a_resume_skipped_does_not_push_out_what_it_took(tmp_path: Path) -> None:
+    for epoch in (1, 2, 3):
+        saved(tmp_path, epoch)
+    flipped(tmp_path / "epoch_0003")
+    checkpoint.save(tmp_path, Position(2, 5), groups(2.5), {"epoch": 2}, 1, {})
+    assert checkpoint.chosen(tmp_path).name == "epoch_0002_000005"
+    saved(tmp_path, 3, keep=1)
+    assert [path.name for path in checkpoint.candidates(tmp_path)] == ["epoch_0003"]
+    assert checkpoint.flaw(tmp_path / "epoch_0003") is None, "written anew"
+
+
+def test_room_is_made_without_the_last_whole_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for epoch in (1, 2, 3):
+        saved(tmp_path, epoch)
+    flipped(tmp_path / "epoch_0003")
+    monkeypatch.setattr(checkpoint, "save_file", Disk(0).save_file)
+    with pytest.raises(RunError, match="epoch_0002 is complete"):
+        saved(tmp_path, 4)
+    assert [path.name for path in checkpoint.candidates(tmp_path)] == ["epoch_0002"]
+
+
 def test_a_run_on_a_full_disk_ends_in_one_line(
     make_recipe: MakeRecipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -275,6 +304,12 @@ def test_two_processes_do_not_train_in_one_folder(make_recipe: MakeRecipe, tmp_p
 # -- checkpoints --------------------------------------------------------------------------------------------------
 
 
+def test_a_file_that_the_manifest_does_not_know_is_not_read(tmp_path: Path) -> None:
+    path = saved(tmp_path, 1)
+    (path / "flow.safetensors").symlink_to("/etc/hostname")
+    assert checkpoint.flaw(path) == "holds 'flow.safetensors', which manifest.json does not know"
+
+
 @pytest.mark.parametrize("name", ["../policy.safetensors", "/etc/hostname", "link.safetensors", "sub/x"])
 def test_a_manifest_names_files_of_its_own_folder_alone(tmp_path: Path, name: str) -> None:
     path = saved(tmp_path, 1)
@@ -284,6 +319,28 @@ def test_a_manifest_names_files_of_its_own_folder_alone(tmp_path: Path, name: st
     manifest["files"][name] = manifest["files"]["policy.safetensors"]
     (path / checkpoint.MANIFEST).write_text(json.dumps(manifest))
     assert checkpoint.flaw(path) == f"manifest.json names {name!r}, which is no file of it"
+
+
+def test_what_a_killed_start_left_does_not_stand_in_the_way(tmp_path: Path) -> None:
+    run = RunFolder.create(tmp_path / "run")
+    (run.path / ".tmp-17-run.json").write_text("{")
+    (run.path / ".writable").touch()
+    RunFolder.create(run.path)
+    with run.held():
+        (run.samples / ".tmp-17-epoch_0000.png").touch()
+    with run.held():
+        assert not list(run.path.rglob(".tmp-*"))
+
+
+def test_a_refused_resume_changes_nothing(
+    make_recipe: MakeRecipe, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file, run = write(make_recipe(train={"epochs": 2}), tmp_path / "r.yaml"), tmp_path / "run"
+    assert train_dag.main(["--recipe", file, "--out", str(run)]) == 0
+    before = (run / "run.json").read_bytes()
+    assert train_dag.main(["--recipe", file, "--resume", str(run), "--set", "train.epochs=1"]) == 2
+    assert "epoch_0002 is beyond train.epochs=1; give as many epochs or more" in capsys.readouterr().err
+    assert (run / "run.json").read_bytes() == before
 
 
 def test_a_checkpoint_chosen_by_name_is_one_of_the_folder(tmp_path: Path) -> None:

@@ -115,12 +115,12 @@ def check_disturbances(two: Path, name: str) -> None:
         assert rows(two / run) == rows(two / name), "two processes that were stopped are the undisturbed two"
 
 
-def test_shares_must_be_equal(make_recipe: MakeRecipe, tmp_path: Path) -> None:
-    recipe = make_recipe()
+def test_shares_must_be_equal() -> None:
     world = Processes()
     world.size = 3
+    world.check_shares(trajectories=12, updates=2)
     with pytest.raises(UsageError, match=r"4 trajectories an update cannot be dealt out to 3 processes equally"):
-        Trainer(recipe, RunFolder.create(tmp_path), parts_of(recipe), world=world)
+        world.check_shares(trajectories=8, updates=2)
 
 
 def test_another_number_of_processes_needs_a_checkpoint_between_epochs(make_recipe: MakeRecipe, tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 import signal
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -9,11 +10,13 @@ import pytest
 import torch
 from building import parts_of
 from safetensors.torch import load_file
+from test_faults import poisoned
 from test_run import rows
 
 from dag import checkpoint
 from dag.errors import RunError, StoppedError
 from dag.interrupt import Interrupt
+from dag.progress import Progress, packed, unpacked
 from dag.recipe import Recipe
 from dag.run_folder import RunFolder
 from dag.trainer import Trainer
@@ -62,7 +65,7 @@ def piece(recipe: Recipe, run: RunFolder, points: int, is_resumed: bool) -> str 
 
 
 def weights(run: RunFolder) -> dict[str, torch.Tensor]:
-    return load_file(run.weights / "pytorch_lora_weights.safetensors")
+    return load_file(next(run.weights.rglob("*model.safetensors"), run.weights / "pytorch_lora_weights.safetensors"))
 
 
 KINDS: dict[str, dict[str, Any]] = {
@@ -78,6 +81,7 @@ KINDS: dict[str, dict[str, Any]] = {
         "memory": {"chains": "cpu"},
     },
     "ddpo": {"objective": {"name": "ddpo", "per_prompt": 4}},
+    "full": {"adapter": {"kind": "full"}, "train": {"learning_rate": 1e-5}},
     "one_pass": {"train": {"rollout": "one_pass"}, "flow": {"passes": 1, "warmup_epochs": 1}},
 }
 
@@ -106,6 +110,78 @@ def test_a_run_in_pieces_is_the_whole_one(make_recipe: MakeRecipe, tmp_path: Pat
     assert len(checkpoint.candidates(parted.checkpoints)) == 3
     assert not list(parted.path.rglob(".tmp-*"))
     assert (parted.samples / "before_after.png").read_bytes() == (whole.samples / "before_after.png").read_bytes()
+
+
+@pytest.mark.parametrize("kind", ["dag_db", "one_pass"])
+def test_what_is_in_flight_comes_back_on_the_policys_device(
+    make_recipe: MakeRecipe, tmp_path: Path, kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """No GPU is needed to see what stays behind on the CPU: prompts and advantages, which are moved when they are used."""
+    recipe, run = make_recipe(**KINDS[kind]), RunFolder.create(tmp_path / "run")
+    recipe = recipe.model_copy(update={"train": recipe.train.model_copy(update={"epochs": 3})})
+    trainer = Trainer(recipe, run, parts_of(recipe))
+    seen: list[Progress] = []
+    original = trainer.rest.point
+
+    def point() -> None:
+        original()
+        progress = trainer.parts.learner.progress
+        if progress is not None and progress.outcome.updates == 1 and progress.micro_batches == 1:
+            tensors: dict[str, torch.Tensor] = {}
+            told = packed(progress.state(), tensors)
+            seen.append(Progress.of(unpacked(told, tensors), torch.device("meta")))
+
+    monkeypatch.setattr(trainer.rest, "point", point)
+    trainer.fit()
+    assert seen
+    for progress in seen:
+        found: dict[str, torch.Tensor] = {}
+        packed(progress.state(), found)
+        behind = {name for name, tensor in found.items() if tensor.device.type != "meta"}
+        assert {name.rsplit("/", 1)[-1] for name in behind} <= {"prompt_id", "chain", "per_trajectory"}
+
+
+def test_a_loss_scale_is_there_for_a_step_that_follows_a_resume(make_recipe: MakeRecipe, tmp_path: Path) -> None:
+    """fp16 alone scales losses, and needs a GPU: its scaler on the CPU."""
+
+    def scaled(trainer: Trainer) -> Trainer:
+        scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
+        trainer.parts.learner.stepper.scaler = scaler
+        return trainer
+
+    recipe = make_recipe(train={"epochs": 1}, checkpoint={"every": 9})
+    whole, parted = (RunFolder.create(tmp_path / name) for name in ("whole", "parted"))
+    scaled(Trainer(recipe, whole, parts_of(recipe))).fit()
+    points = [1, *[0] * 10, 10**9]  # after the first evaluation at every point: two tiles, eight micro-batches, the end
+    for number, until in enumerate(points):
+        trainer = scaled(Trainer(recipe, parted, parts_of(recipe), interrupt=Soon(until)))
+        with suppress(StoppedError):
+            trainer.fit(is_resumed=number > 0)
+            assert number == len(points) - 1
+    assert rows(whole.path) == rows(parted.path)
+
+
+def test_a_skipped_update_can_be_saved(make_recipe: MakeRecipe, tmp_path: Path) -> None:
+    """Its loss is not finite, and is part of what is in flight."""
+    recipe = make_recipe(train={"epochs": 1, "updates": 2}, checkpoint={"every": 9})
+    whole, parted = (RunFolder.create(tmp_path / name) for name in ("whole", "parted"))
+
+    def trainer_of(run: RunFolder, points: int) -> Trainer:
+        trainer = Trainer(recipe, run, parts_of(recipe), interrupt=Soon(points))
+        poisoned(trainer, sample=1, k=1, times=1)
+        return trainer
+
+    trainer_of(whole, 10**9).fit()
+    names: list[str] = []
+    while True:
+        try:
+            trainer_of(parted, 2).fit(is_resumed=bool(names))
+            break
+        except StoppedError as stopped:
+            names.append(str(stopped.saved))
+    assert len(names) == 4
+    assert rows(whole.path) == rows(parted.path)
+    assert rows(whole.path)[-1]["loss"] is None
 
 
 def test_time_alone_takes_checkpoints_inside_an_epoch(

@@ -11,6 +11,7 @@ import argparse
 import json
 import sys
 import threading
+import time
 from collections.abc import Sequence
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
@@ -29,7 +30,9 @@ MAX_SIDE = 4096
 # Of all images of a request together: 256 of 512 x 512.
 MAX_PIXELS = 1 << 26
 # Requests that are read and decoded at a time.
-MAX_AT_ONCE = 8
+MAX_AT_ONCE = 16
+# Digits of a length that is read as a number.
+_DIGITS = 12
 # Seconds a client may take to send its request.
 PATIENCE = 60
 
@@ -55,6 +58,8 @@ class RewardServer(ThreadingHTTPServer):
                 return 200, {"rewards": checked(self.name, self.reward, images, prompts).tolist()}
         except (RunError, UsageError) as error:
             return 500, {"error": str(error)}
+        except (torch.OutOfMemoryError, MemoryError):
+            return 503, {"error": "out of memory; send fewer images at a time"}
 
 
 class _Handler(BaseHTTPRequestHandler):
@@ -70,15 +75,25 @@ class _Handler(BaseHTTPRequestHandler):
         length = self.headers.get("Content-Length", "")
         if not length.isdecimal():
             self._reply(411, {"error": "the request has no Content-Length"})
-        elif int(length) > MAX_BODY:
-            self._reply(413, {"error": f"the body has {length} bytes; at most {MAX_BODY}"})
+        elif len(length) > _DIGITS or int(length) > MAX_BODY:
+            self._reply(413, {"error": f"the body has {length[:_DIGITS]} bytes or more; at most {MAX_BODY}"})
         elif not self.server.places.acquire(blocking=False):
             self._reply(503, {"error": f"{MAX_AT_ONCE} requests are being answered already"})
         else:
             try:
-                self._reply(*self.server.answer(self.rfile.read(int(length))))
+                self._reply(*self.server.answer(self._body(int(length))))
             finally:
                 self.server.places.release()
+
+    def _body(self, length: int) -> bytes:
+        """Raises TimeoutError, which ends the connection, if it drips."""
+        until, parts = time.monotonic() + self.timeout, []
+        while length > 0 and (part := self.rfile.read1(min(length, 1 << 20))):
+            if time.monotonic() > until:
+                raise TimeoutError("the request took too long")
+            parts.append(part)
+            length -= len(part)
+        return b"".join(parts)
 
     def _reply(self, status: int, content: dict[str, Any]) -> None:
         body = json.dumps(content).encode()
