@@ -90,7 +90,7 @@ def test_a_second_interrupt_ends_at_once(tmp_path: Path) -> None:
 
 def test_a_run_that_is_killed_again_and_again_is_the_undisturbed_one(tmp_path: Path) -> None:
     """The short form of `tests/endurance.py kill`: SIGKILL at random moments."""
-    script = [sys.executable, str(ROOT / "tests/endurance.py"), "kill", "--kills", "3", "--epochs", "2"]
+    script = [sys.executable, str(ROOT / "tests/endurance.py"), "kill", "--kills", "2", "--epochs", "2"]
     done = subprocess.run(
         [*script, "--kinds", "dag_db", "--folder", str(tmp_path)],
         env={**os.environ, "OMP_NUM_THREADS": "1"},
