@@ -88,6 +88,18 @@ def test_a_second_interrupt_ends_at_once(tmp_path: Path) -> None:
     assert said.split("\n") == ["", "SIGINT: saving after this step; Ctrl-C again ends at once", ""]
 
 
+def test_a_signal_that_nobody_is_told_of_is_remembered_too(tmp_path: Path) -> None:
+    """Ctrl-C ends the `tee` that stderr goes to before the run has said a word."""
+    child = listening(tmp_path)
+    assert child.stderr is not None
+    child.stderr.close()
+    child.send_signal(signal.SIGINT)
+    time.sleep(0.3)
+    assert child.poll() is None
+    child.kill()
+    child.wait()
+
+
 def test_a_run_that_is_killed_again_and_again_is_the_undisturbed_one(tmp_path: Path) -> None:
     """The short form of `tests/endurance.py kill`: SIGKILL at random moments."""
     script = [sys.executable, str(ROOT / "tests/endurance.py"), "kill", "--kills", "2", "--epochs", "2"]

@@ -135,6 +135,23 @@ def test_another_number_of_processes_needs_a_checkpoint_between_epochs(make_reci
     assert objection({**inside, "processes": 1}) is None
 
 
+def test_all_processes_take_the_checkpoint_that_the_main_one_took(make_recipe: MakeRecipe, tmp_path: Path) -> None:
+    """Another process may see less of a shared disk."""
+    recipe, run = make_recipe(train={"epochs": 2}), RunFolder.create(tmp_path / "run")
+    trainer = Trainer(recipe, run, parts_of(recipe))
+    trainer.fit()
+    told = (run.checkpoints / "epoch_0001", ["epoch_0002: manifest.json is missing"])
+
+    class Second(Processes):
+        def from_main(self, value: Any) -> Any:
+            assert value is None, "it did not look itself"
+            return told
+
+    trainer.saver.world = Second()
+    trainer.saver.world.rank = 1
+    assert trainer.saver.find() == told
+
+
 def test_shares_come_back_in_order() -> None:
     """Dealing out and gathering without a network: what `mine` gives to each, `everyones` puts together."""
 

@@ -159,6 +159,7 @@ def test_a_reward_that_fails_on_the_server_is_named_and_not_asked_again(
     ("send", "status"),
     [
         ({"body": b"x", "headers": {"Content-Length": str(1 << 40)}}, 413),
+        ({"body": b"x", "headers": {"Content-Length": "9" * 5000}}, 413),
         ({"body": None, "headers": {"Content-Length": "-1"}}, 411),
         ({"body": b"\x00" * 9}, 400),
     ],
