@@ -140,7 +140,7 @@ def _drop(folder: Path, keep: int, written: Position) -> None:
 
 def _make_room(folder: Path) -> None:
     """All but the newest one that is really whole."""
-    good = next((path for path in candidates(folder) if flaw(path) is None), None)
+    good = newest_whole(folder)
     for path in candidates(folder):
         if path != good:
             with suppress(OSError):
@@ -180,8 +180,8 @@ def _reason(error: Exception) -> str:
 
 
 def _still_good(folder: Path) -> str:
-    good = next((path.name for path in candidates(folder) if flaw(path) is None), None)
-    return f"; {good} is complete, --resume goes on from there" if good else ""
+    good = newest_whole(folder)
+    return f"; {good.name} is complete, --resume goes on from there" if good else ""
 
 
 # -- reading ------------------------------------------------------------------------------------------------------
@@ -227,6 +227,11 @@ def flaw(folder: Path, is_thorough: bool = True) -> str | None:
     if unknown := sorted({path.name for path in folder.iterdir()} - files.keys() - {MANIFEST}):
         return f"holds {unknown[0]!r}, which {MANIFEST} does not know"
     return None if STATE in files else f"{STATE} is missing"
+
+
+def newest_whole(folder: Path) -> Path | None:
+    """The newest without a flaw."""
+    return next((path for path in candidates(folder) if flaw(path) is None), None)
 
 
 def newest(folder: Path, objection: Callable[[dict[str, Any]], str | None]) -> tuple[Path | None, list[str]]:

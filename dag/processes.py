@@ -109,11 +109,6 @@ class Processes:
         broadcast_object_list(box, from_process=0)
         return box[0]
 
-    def wait(self) -> None:
-        """Until every process is here."""
-        if self.accelerator is not None:
-            self.accelerator.wait_for_everyone()
-
 
 def _buckets(gradients: Sequence[Tensor]) -> list[list[Tensor]]:
     """Runs of gradients of about `_BUCKET` elements together."""

@@ -369,9 +369,7 @@ class Trainer:
         return ""
 
     def _last_good(self) -> str:
-        good = next(
-            (path for path in checkpoint.candidates(self.run.checkpoints) if checkpoint.flaw(path) is None), None
-        )
+        good = checkpoint.newest_whole(self.run.checkpoints)
         return f"; the last checkpoint is {good.name}" if good else ""
 
     # -- progress --------------------------------------------------------------------------------------------------

@@ -10,7 +10,6 @@ what reads from outside. Each prints a table.
 """
 
 import argparse
-import json
 import os
 import random
 import shutil
@@ -21,17 +20,14 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
+from building import rows
 from safetensors import safe_open
 
 from dag import checkpoint
-from dag.ledger import PHASES
 
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
-# What no two runs share.
-MEASURED = {*(f"{kind}_{name}" for kind in ("seconds", "memory_gib") for name in PHASES), "peak_memory_gib"}
 SMALL = (
     *("train.trajectories=8", "train.micro_batch=2", "sampler.tile=2", "sampler.steps=4"),
     *("evaluation.prompts=1", "evaluation.images_per_prompt=2", "evaluation.every=2"),
@@ -84,12 +80,6 @@ def ended(process: int, seconds: float) -> int | None:
             return os.waitstatus_to_exitcode(status)
         time.sleep(0.002)
     return None
-
-
-def rows(run: Path) -> list[dict[str, Any]]:
-    """metrics.jsonl without times and memory."""
-    lines = (run / "metrics.jsonl").read_text().splitlines()
-    return [{key: value for key, value in json.loads(line).items() if key not in MEASURED} for line in lines]
 
 
 def tensors(path: Path) -> dict[str, bytes]:

@@ -14,9 +14,9 @@ from typing import Any
 
 import pytest
 import torch
-from building import parts_of
+from building import parts_of, rows
 from safetensors.torch import load_file
-from test_run import rows, write
+from test_run import write
 
 import train_dag
 from dag import checkpoint

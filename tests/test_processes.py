@@ -11,9 +11,8 @@ from typing import Any
 
 import pytest
 import torch
-from building import parts_of
+from building import parts_of, rows
 from safetensors.torch import load_file
-from test_run import rows
 from together import first_gradients
 
 from dag import checkpoint

@@ -1,6 +1,5 @@
 """A run that is stopped anywhere and goes on is the undisturbed one, bit for bit."""
 
-import signal
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
@@ -8,37 +7,18 @@ from typing import Any
 
 import pytest
 import torch
-from building import parts_of
+from building import Soon, parts_of, rows
 from safetensors.torch import load_file
 from test_faults import poisoned
-from test_run import rows
 
 from dag import checkpoint
 from dag.errors import RunError, StoppedError
-from dag.interrupt import Interrupt
 from dag.progress import Progress, packed, unpacked
 from dag.recipe import Recipe
 from dag.run_folder import RunFolder
 from dag.trainer import Trainer
 
 MakeRecipe = Callable[..., Recipe]
-
-
-class Soon(Interrupt):
-    """A signal that comes at the n-th resting point."""
-
-    def __init__(self, points: int) -> None:
-        super().__init__()
-        self.left = points
-
-    @property
-    def signal(self) -> signal.Signals | None:
-        self.left -= 1
-        return signal.SIGTERM if self.left < 0 else None
-
-    @signal.setter
-    def signal(self, value: object) -> None:
-        """Nothing else sets it."""
 
 
 def trained(recipe: Recipe, run: RunFolder) -> RunFolder:

@@ -8,30 +8,22 @@ from typing import Any
 import pytest
 import torch
 import yaml
-from building import disturb, parts_of
+from building import disturb, parts_of, rows
 from safetensors.torch import load_file
 
 import train_dag
 from dag.checkpoint import chosen
-from dag.ledger import PHASES
 from dag.recipe import Recipe
 from dag.rollout import generate
 from dag.run_folder import RunFolder
 from dag.sample import main as sample_main
 
 MakeRecipe = Callable[..., Recipe]
-# What no two runs share.
-MEASURED = {*(f"{kind}_{name}" for kind in ("seconds", "memory_gib") for name in PHASES), "peak_memory_gib"}
 
 
 def write(recipe: Recipe, path: Path) -> str:
     path.write_text(yaml.safe_dump(json.loads(recipe.model_dump_json(exclude_none=True))))
     return str(path)
-
-
-def rows(run: Path) -> list[dict[str, Any]]:
-    lines = (run / "metrics.jsonl").read_text().splitlines()
-    return [{key: value for key, value in json.loads(line).items() if key not in MEASURED} for line in lines]
 
 
 def test_a_run_keeps_its_contract(make_recipe: MakeRecipe, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

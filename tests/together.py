@@ -8,11 +8,11 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
+from building import Soon
 from safetensors.torch import save_file
 from torch import Tensor
 
 from dag.errors import RunError, StoppedError
-from dag.interrupt import Interrupt
 from dag.parts import Parts, build
 from dag.processes import Processes
 from dag.recipe import Recipe
@@ -23,27 +23,10 @@ from dag.trainer import Trainer
 _DISTURBED = 1  # the process to which things happen
 
 
-class Soon(Interrupt):
-    """A signal that comes to one process alone, at the n-th resting point."""
-
-    def __init__(self, points: float) -> None:
-        super().__init__()
-        self.left = points
-
-    @property
-    def signal(self) -> signal.Signals | None:
-        self.left -= 1
-        return signal.SIGINT if self.left < 0 else None
-
-    @signal.setter
-    def signal(self, value: object) -> None:
-        """Nothing else sets it."""
-
-
 def trainer_of(recipe: Recipe, run: Path, world: Processes, points: float = 1e9) -> Trainer:
     assert world.accelerator is not None
     parts = build(recipe, world.accelerator.device, lambda text: None, world=world)
-    interrupt = Soon(points if world.rank == _DISTURBED else 1e9)
+    interrupt = Soon(points if world.rank == _DISTURBED else 1e9, signal.SIGINT)
     return Trainer(recipe, RunFolder(run), parts, world=world, interrupt=interrupt)
 
 
