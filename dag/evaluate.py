@@ -12,7 +12,6 @@ import importlib.metadata
 import json
 import sys
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -21,20 +20,17 @@ from torch import Tensor
 
 from dag import checkpoint, durable, report
 from dag.errors import RunError, UsageError, exit_code
-from dag.fidelity import Judge, expected, load_judge, noun_accuracy
+from dag.measure import Measure, Task
 from dag.models.sd import StableDiffusion
 from dag.models.source import EMBEDDED, local_folder
+from dag.perceptual import DISTANCES, load_distance
 from dag.prompts import load_prompts, read_prompt_file
 from dag.recipe import Recipe
 from dag.recipe_file import parse_reward
 from dag.reward_terms import RewardTerm
-from dag.rewards import RewardSum
-from dag.rewards.clip import ClipTower, feature_tower
+from dag.rewards.clip import feature_tower
 from dag.rollout import generate
 from dag.run_folder import RunFolder
-from dag.statistics import frechet_distance, kernel_distance, vendi_score, within_prompt_diversity
-
-Row = dict[str, Any]
 
 BASE, BASE_AGAIN = "base", "base, other seeds"
 # Apart from training (from 0 up), from the evaluations of a run (from 2^40 up) and from dag.sample (from 2^41 up).
@@ -42,65 +38,6 @@ _FIRST_SAMPLE_ID, _OTHER_SAMPLE_ID = 1 << 42, 1 << 43
 # Rewards that cost nothing to add, whatever was trained on.
 _ALWAYS = ("colourfulness", "compressibility")
 _SHOWN_PROMPTS, _SHOWN_IMAGES = 8, 4
-_FEATURES_AT_ONCE = 16
-
-
-@dataclass(frozen=True)
-class Task:
-    """What every model draws, P prompts with n pictures each side by side."""
-
-    prompts: list[str]
-    """(P * n,)"""
-    images_per_prompt: int
-    seed: int
-
-
-class Measure:
-    """Holds what pictures are measured with.
-
-    Args:
-        tower: its image features are the space of diversity and distances, its text features that of alignment.
-        judge: tells the nouns of the embedded model's prompts; None for other models.
-    """
-
-    def __init__(self, task: Task, rewards: Sequence[RewardTerm], tower: ClipTower, device: torch.device) -> None:
-        self.task, self.tower = task, tower
-        self.rewards = RewardSum(rewards, device)
-        is_known = all(expected(prompt) is not None for prompt in task.prompts)
-        self.judge: Judge | None = load_judge() if is_known else None
-        self.base: tuple[Tensor, dict[str, Tensor]] | None = None
-
-    def row(self, name: str, images: Tensor) -> Row:
-        """Figures of one model's pictures (N, 3, H, W); the first call's are the base."""
-        prompts, count = self.task.prompts, self.task.images_per_prompt
-        features = torch.cat([self.tower.embed_images(part).cpu() for part in images.split(_FEATURES_AT_ONCE)])
-        with self.rewards.at_work():
-            rewards = self.rewards.detailed(images, prompts)[1]
-        base_features, base_rewards = self.base = self.base or (features, rewards)
-        is_base = features is base_features
-        row: Row = {
-            "model": name,
-            "rewards": {key: self._reward(values, base_rewards[key]) for key, values in rewards.items()},
-            "diversity": within_prompt_diversity(features, count),
-            "vendi": sum(map(vendi_score, features.split(count))) * count / len(features),
-            "frechet": None if is_base else frechet_distance(features, base_features),
-            "kernel": None if is_base else kernel_distance(features, base_features),
-            "alignment": float(100 * (features * self.tower.embed_texts(prompts).cpu()).sum(1).mean()),
-        }
-        if self.judge is not None and images.shape[-1] == 64:
-            row["noun_top1"], row["noun_top5"] = noun_accuracy(self.judge, images, prompts)
-        return row
-
-    def _reward(self, values: Tensor, base: Tensor) -> dict[str, float]:
-        """Mean, sd, and the gain over the base model with its standard error over prompts."""
-        gain = (values - base).reshape(-1, self.task.images_per_prompt).mean(1)
-        error = float(gain.std() / len(gain) ** 0.5) if len(gain) > 1 else 0.0
-        return {
-            "mean": float(values.mean()),
-            "sd": float(values.std(correction=0)),
-            "gain": float(gain.mean()),
-            "gain_error": error,
-        }
 
 
 def evaluate(
@@ -111,6 +48,7 @@ def evaluate(
     images_per_prompt: int = 8,
     rewards: Sequence[RewardTerm] = (),
     features: str | None = None,
+    distances: Sequence[str] = (),
 ) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """(the report, pictures (P * n, 3, H, W) by model) of trained runs beside their base model.
 
@@ -118,9 +56,10 @@ def evaluate(
         prompts:  what is drawn; None takes the first `num_prompts` of the first run.
         rewards:  besides those that the runs were trained on and those that need no weights.
         features: `embedded` or a CLIP model; None takes `embedded` for the embedded model only.
+        distances: perceptual ones, names of `dag.perceptual.DISTANCES`.
 
     Raises:
-        UsageError: the runs differ in their base model or sampler, or an argument is out of range.
+        UsageError: the runs differ in their base model or sampler, an argument is out of range, a package is missing.
     """
     folders = [RunFolder.open(path) for path in runs]
     recipes = [folder.read_recipe() for folder in folders]
@@ -134,10 +73,17 @@ def evaluate(
     source = features or ("embedded" if is_embedded else None)
     if source is None:
         raise UsageError("--features: name a CLIP model for this base model, e.g. openai/clip-vit-large-patch14")
-    measure = Measure(task, _all_rewards(recipes, rewards), feature_tower("--features", source, device), device)
+    measure = Measure(
+        task,
+        _all_rewards(recipes, rewards),
+        feature_tower("--features", source, device),
+        {name: load_distance(name, device) for name in dict.fromkeys(distances)},
+        device,
+    )
     pictures = dict(_drawn(folders, recipes, chosen, task, device))
     report_data = {
         "features": source,
+        "distances": sorted(measure.distances),
         "prompts": chosen,
         "images_per_prompt": images_per_prompt,
         "seed": task.seed,
@@ -231,7 +177,8 @@ def _names(paths: Sequence[Path]) -> list[str]:
 def table(data: dict[str, Any]) -> str:
     """The report in Markdown."""
     rewards = list(data["models"][0]["rewards"])
-    others = [("diversity", ".3f"), ("vendi", ".2f"), ("frechet", ".4f"), ("kernel", ".5f"), ("alignment", ".2f")]
+    others = [("diversity", ".3f"), ("vendi", ".2f"), *((name, ".3f") for name in data["distances"])]
+    others += [("frechet", ".4f"), ("kernel", ".5f"), ("alignment", ".2f")]
     if all("noun_top1" in row for row in data["models"]):
         others.append(("noun_top1", ".2f"))
     lines = ["| model | " + " | ".join([*rewards, *(name for name, _ in others)]) + " |"]
@@ -304,6 +251,13 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
         "--reward", action="append", default=[], metavar="NAME[,key=value...]", help="one more reward, as in a recipe"
     )
     parser.add_argument("--features", metavar="MODEL", help="`embedded`, or a CLIP model: a folder or hub id")
+    parser.add_argument(
+        "--distance",
+        action="append",
+        default=[],
+        choices=list(DISTANCES),
+        help="a perceptual distance within prompts too",
+    )
     parser.add_argument("--out", type=Path, metavar="DIR", help="default: evaluation/ in the run folder")
     return parser.parse_args(argv)
 
@@ -324,7 +278,14 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise UsageError(f"--out {out}: the folder is not empty; choose another")
         own = read_prompt_file(given.prompt_file, "--prompt-file") if given.prompt_file else None
         data, drawn = evaluate(
-            [given.run, *given.against], device, own, given.prompts, given.images, _terms(given.reward), given.features
+            [given.run, *given.against],
+            device,
+            own,
+            given.prompts,
+            given.images,
+            _terms(given.reward),
+            given.features,
+            given.distance,
         )
         write(out, data, drawn)
     except (UsageError, RunError) as error:

@@ -26,6 +26,7 @@ from dag import evaluate, figures
 from dag.curves import ends, evaluated
 from dag.errors import RunError, UsageError, exit_code
 from dag.figures import Line
+from dag.perceptual import DISTANCES
 from dag.study import Case, Method, Setting, Study, best_settings, cases_of, run_missing, tuning_cases
 
 _DDPO_AT_PAPER_SCALE = (
@@ -147,7 +148,8 @@ def _judged(study: Study, cases: Sequence[Case], folder: Path) -> list[dict[str,
     file = folder / "evaluation" / "evaluation.json"
     if file.is_file():
         known = json.loads(file.read_text(encoding="utf-8"))
-        is_as_asked = (len(known["prompts"]), known["images_per_prompt"]) == (study.prompts, study.images_per_prompt)
+        asked = (study.prompts, study.images_per_prompt, sorted(study.distances))
+        is_as_asked = (len(known["prompts"]), known["images_per_prompt"], known.get("distances", [])) == asked
         if is_as_asked and known["weights"] == evaluate.weights_of([case.folder for case in cases]):
             return known["models"]
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -159,6 +161,7 @@ def _judged(study: Study, cases: Sequence[Case], folder: Path) -> list[dict[str,
         num_prompts=study.prompts,
         images_per_prompt=study.images_per_prompt,
         features=features,
+        distances=study.distances,
     )
     shown = {
         name
@@ -188,7 +191,7 @@ def write(
         row["learning_rate"] = mine[0].recipe().train.learning_rate
         row["pretrained_kl"] = mine[0].recipe().regulariser.pretrained_kl
         pictures_of = [by_name[case.folder.name] for case in mine]
-        for key in ("vendi", "frechet", "kernel", "alignment"):
+        for key in ("vendi", *study.distances, "frechet", "kernel", "alignment"):
             row[key] = sum(one[key] for one in pictures_of) / len(mine)
     tables: dict[str, Sequence[dict[str, Any]]] = {"Methods": table}
     if tuned:
@@ -253,6 +256,9 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--set", action="append", default=[], metavar="key.sub=value", help="override a key of every recipe"
     )
+    parser.add_argument(
+        "--distance", action="append", default=[], choices=list(DISTANCES), help="also judge by a perceptual distance"
+    )
     return parser.parse_args(argv)
 
 
@@ -269,7 +275,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise UsageError("--jobs and --seeds must be at least 1")
         for name, study in studies.items():
             _refuse_fixed(study, given.set)
-            changed = replace(study, given=tuple(given.set))
+            changed = replace(study, given=tuple(given.set), distances=tuple(dict.fromkeys(given.distance)))
             reproduce(changed, out.resolve() / name, given.seeds or study.seeds, given.jobs)
     except (UsageError, RunError) as error:
         return exit_code(error)

@@ -71,6 +71,8 @@ class Study:
     prompts: int = 16
     """How many of them the finished runs are judged on."""
     images_per_prompt: int = 8
+    distances: tuple[str, ...] = ()
+    """Perceptual ones, names of `dag.perceptual.DISTANCES`."""
 
 
 @dataclass(frozen=True)

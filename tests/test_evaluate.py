@@ -1,5 +1,6 @@
 """Judging runs: `python -m dag.evaluate` on real, short runs of the embedded model."""
 
+import importlib.util
 import json
 import shutil
 from collections.abc import Callable
@@ -10,13 +11,15 @@ import pytest
 import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
+from torch import Tensor
 
 import train_dag
-from dag import evaluate
+from dag import evaluate, perceptual
 from dag.checkpoint import MANIFEST, chosen
 from dag.durable import sha256
 
 ROOT = Path(__file__).parent.parent
+LACKS_LPIPS = importlib.util.find_spec("torchmetrics") is None
 FEW = ("--prompts", "2", "--images", "2")
 
 
@@ -102,6 +105,27 @@ def test_own_prompts_rewards_and_features(run: Path, tmp_path: Path) -> None:
     assert "noun_top1" not in row, "the judge knows no thing in the last prompt"
 
 
+def absolute(first: Tensor, second: Tensor) -> Tensor:
+    """Mean absolute difference of pixels."""
+    return (first - second).abs().mean()
+
+
+def test_a_perceptual_distance_is_the_mean_over_pairs_of_a_prompt() -> None:
+    grey = torch.tensor([0.0, 0.2, 0.6, 0.5, 0.5, 0.8]).reshape(6, 1, 1, 1).expand(6, 3, 4, 4)
+    # |0 - .2|, |0 - .6|, |.2 - .6| and 0, .3, .3
+    assert perceptual.within_prompt_distance(absolute, grey, 3) == pytest.approx((0.4 + 0.2) / 2, abs=1e-6)
+
+
+def test_a_perceptual_distance_is_reported_beside_diversity(
+    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setitem(perceptual.DISTANCES, "absolute", lambda device: absolute)
+    out = tmp_path / "out"
+    assert evaluate.main(["--run", str(run), *FEW, "--out", str(out), "--distance", "absolute"]) == 0
+    assert all(0 < row["absolute"] < 1 for row in report_of(out)["models"])
+    assert "| vendi | absolute | frechet |" in capsys.readouterr().out
+
+
 def test_runs_that_cannot_be_compared_are_refused(
     run: Path, make_run: Callable[..., Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -118,6 +142,11 @@ def test_runs_that_cannot_be_compared_are_refused(
         (["--reward", "beauty"], "beauty"),
         (["--features", "/nowhere"], "--features"),
         (["--prompt-file", "/nowhere.txt"], "--prompt-file: /nowhere.txt does not exist"),
+        pytest.param(
+            ["--distance", "lpips"],
+            'pip install -e ".[perceptual]"',
+            marks=pytest.mark.skipif(not LACKS_LPIPS, reason="torchmetrics is installed"),
+        ),
     ],
 )
 def test_wrong_options_end_in_one_line(

@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 
-from dag import reproduce
+from dag import perceptual, reproduce
 from dag.curves import at_reward, ends
 from dag.errors import RunError
 from dag.figures import Line, common_reward, draw, markdown, summary
@@ -276,6 +276,13 @@ def test_judgement_belongs_to_the_weights(done: Path, monkeypatch: pytest.Monkey
     file.write_text(json.dumps({**judged, "models": []}))
     assert again(done, monkeypatch) == 0
     assert len(json.loads(file.read_text())["models"]) == 4
+
+
+def test_a_perceptual_distance_becomes_a_column(done: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(perceptual.DISTANCES, "pixels", lambda device: lambda a, b: (a - b).abs().mean())
+    assert again(done, monkeypatch, "--distance", "pixels") == 0
+    with (done / "short" / "table.csv").open() as file:
+        assert all(0 < float(row["pixels"]) < 1 for row in csv.DictReader(file))
 
 
 def test_a_study_of_another_scale_is_refused(capsys: pytest.CaptureFixture[str]) -> None:

@@ -1,0 +1,86 @@
+"""What the pictures of a model are measured with: rewards, diversity, distance from the base model's, prompt alignment."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dag.fidelity import Judge, expected, load_judge, noun_accuracy
+from dag.perceptual import Distance, within_prompt_distance
+from dag.reward_terms import RewardTerm
+from dag.rewards import RewardSum
+from dag.rewards.clip import ClipTower
+from dag.statistics import frechet_distance, kernel_distance, vendi_score, within_prompt_diversity
+
+Row = dict[str, Any]
+
+_FEATURES_AT_ONCE = 16
+
+
+@dataclass(frozen=True)
+class Task:
+    """What every model draws, P prompts with n pictures each side by side."""
+
+    prompts: list[str]
+    """(P * n,)"""
+    images_per_prompt: int
+    seed: int
+
+
+class Measure:
+    """Holds what pictures are measured with.
+
+    Args:
+        tower: its image features are the space of diversity and distances, its text features that of alignment.
+        distances: perceptual ones by name, whose mean within a prompt is one more figure of diversity.
+        judge: tells the nouns of the embedded model's prompts; None for other models.
+    """
+
+    def __init__(
+        self,
+        task: Task,
+        rewards: Sequence[RewardTerm],
+        tower: ClipTower,
+        distances: Mapping[str, Distance],
+        device: torch.device,
+    ) -> None:
+        self.task, self.tower, self.distances = task, tower, distances
+        self.rewards = RewardSum(rewards, device)
+        is_known = all(expected(prompt) is not None for prompt in task.prompts)
+        self.judge: Judge | None = load_judge() if is_known else None
+        self.base: tuple[Tensor, dict[str, Tensor]] | None = None
+
+    def row(self, name: str, images: Tensor) -> Row:
+        """Figures of one model's pictures (N, 3, H, W); the first call's are the base."""
+        prompts, count = self.task.prompts, self.task.images_per_prompt
+        features = torch.cat([self.tower.embed_images(part).cpu() for part in images.split(_FEATURES_AT_ONCE)])
+        with self.rewards.at_work():
+            rewards = self.rewards.detailed(images, prompts)[1]
+        base_features, base_rewards = self.base = self.base or (features, rewards)
+        is_base = features is base_features
+        row: Row = {
+            "model": name,
+            "rewards": {key: self._reward(values, base_rewards[key]) for key, values in rewards.items()},
+            "diversity": within_prompt_diversity(features, count),
+            "vendi": sum(map(vendi_score, features.split(count))) * count / len(features),
+            **{key: within_prompt_distance(distance, images, count) for key, distance in self.distances.items()},
+            "frechet": None if is_base else frechet_distance(features, base_features),
+            "kernel": None if is_base else kernel_distance(features, base_features),
+            "alignment": float(100 * (features * self.tower.embed_texts(prompts).cpu()).sum(1).mean()),
+        }
+        if self.judge is not None and images.shape[-1] == 64:
+            row["noun_top1"], row["noun_top5"] = noun_accuracy(self.judge, images, prompts)
+        return row
+
+    def _reward(self, values: Tensor, base: Tensor) -> dict[str, float]:
+        """Mean, sd, and the gain over the base model with its standard error over prompts."""
+        gain = (values - base).reshape(-1, self.task.images_per_prompt).mean(1)
+        error = float(gain.std() / len(gain) ** 0.5) if len(gain) > 1 else 0.0
+        return {
+            "mean": float(values.mean()),
+            "sd": float(values.std(correction=0)),
+            "gain": float(gain.mean()),
+            "gain_error": error,
+        }

@@ -1,0 +1,81 @@
+"""Perceptual distances between pictures, by the packages that define them: LPIPS and DreamSim.
+
+They are optional (`pip install -e ".[perceptual]"`): both need torchvision, and fetch their weights when first used.
+"""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from dag.errors import RunError, UsageError
+
+Distance = Callable[[Tensor, Tensor], Tensor]
+"""Two batches (B, 3, H, W) in [0, 1] -> () float32, the mean over the pairs; 0 between equal pictures."""
+
+_DREAMSIM_SIZE = 224
+
+
+def load_distance(name: str, device: torch.device) -> Distance:
+    """One of DISTANCES.
+
+    Raises:
+        UsageError: its package is not installed.
+        RunError:   its weights can be neither found nor fetched.
+    """
+    try:
+        return DISTANCES[name](device)
+    except ImportError as error:
+        raise UsageError(f'--distance {name}: {error}; pip install -e ".[perceptual]"') from None
+    except OSError as error:  # urllib's errors too
+        raise RunError(f"--distance {name}: its weights could not be fetched: {error}") from None
+
+
+def within_prompt_distance(distance: Distance, images: Tensor, images_per_prompt: int) -> float:
+    """Mean distance between different pictures of the same prompt, over prompts.
+
+    Args:
+        images: (P * n, 3, H, W) in [0, 1], the n pictures of a prompt side by side.
+    """
+    first, second = torch.combinations(torch.arange(images_per_prompt)).T
+    return float(
+        torch.stack([distance(group[first], group[second]) for group in images.split(images_per_prompt)]).mean()
+    )
+
+
+def _lpips(device: torch.device) -> Distance:
+    """Zhang et al., CVPR 2018, on AlexNet: the form meant for judging pictures."""
+    from torchmetrics.image.lpip import LearnedPerceptualImagePatchSimilarity
+
+    metric = LearnedPerceptualImagePatchSimilarity(net_type="alex", normalize=True).to(device)
+
+    @torch.no_grad()
+    def distance(first: Tensor, second: Tensor) -> Tensor:
+        return metric(first.to(device), second.to(device)).cpu()
+
+    return distance
+
+
+def _dreamsim(device: torch.device) -> Distance:
+    """Fu et al., NeurIPS 2023, on OpenCLIP ViT-B/32. The ensemble would run code fetched from a repository's main branch."""
+    from dreamsim import dreamsim
+
+    cache = Path(torch.hub.get_dir()) / "dreamsim"
+    cache.mkdir(parents=True, exist_ok=True)
+    model, _ = dreamsim(pretrained=True, device=str(device), cache_dir=str(cache), dreamsim_type="open_clip_vitb32")
+
+    def read(images: Tensor) -> Tensor:
+        """As its own preprocessing of a picture file: Pillow's bicubic filter, which can overshoot."""
+        size = (_DREAMSIM_SIZE, _DREAMSIM_SIZE)
+        return functional.interpolate(images.to(device), size, mode="bicubic", antialias=True).clamp(0, 1)
+
+    @torch.no_grad()
+    def distance(first: Tensor, second: Tensor) -> Tensor:
+        return model(read(first), read(second)).mean().cpu()
+
+    return distance
+
+
+DISTANCES: dict[str, Callable[[torch.device], Distance]] = {"lpips": _lpips, "dreamsim": _dreamsim}
