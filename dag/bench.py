@@ -98,7 +98,7 @@ def measure(label: str, recipe: Recipe, device: torch.device, repeats: int) -> R
     middle = sorted(runs, key=lambda seconds: seconds["total"])[len(runs) // 2]
     row: Row = {
         "label": label,
-        "micro_batch": parts.learner.micro_batch,
+        "micro_batch": parts.learner.updates.micro_batch,
         **{
             f"ms_{phase}": round(1e3 * seconds / count, 3) for phase, seconds in middle.items() if phase != "evaluation"
         },
@@ -111,7 +111,7 @@ def measure(label: str, recipe: Recipe, device: torch.device, repeats: int) -> R
     }
     if label != LITERAL:
         # At the micro-batch that it came down to, where the card was too small for the recipe's.
-        train = recipe.train.model_copy(update={"micro_batch": parts.learner.micro_batch})
+        train = recipe.train.model_copy(update={"micro_batch": parts.learner.updates.micro_batch})
         row["predicted_gib"] = round(_predicted(recipe.model_copy(update={"train": train})), 4)
     return row
 

@@ -77,7 +77,7 @@ class OnePass:
         assert learner.flow_fit is not None and not isinstance(learner.recipe.objective, PolicyGradient)
         self.learner, self.seed, self.sampler = learner, seed, sampler
         self.flow_fit: FlowFit = learner.flow_fit
-        self.objective = learner.recipe.objective
+        self.objective, self.loss, self.updates = learner.recipe.objective, learner.loss, learner.updates
         self.policy, self.schedule, self.device = learner.policy, learner.schedule, learner.device
         self.keeps_chain = learner.recipe.flow.passes > 0
 
@@ -100,10 +100,10 @@ class OnePass:
         learner = self.learner
         if learner.progress is None:
             learner.progress = Progress()
-        progress, updates = learner.progress, learner.recipe.train.updates
-        groups = list(batch.tiles(len(batch.sample_id) // updates))
+        progress = learner.progress
+        groups = list(batch.tiles(len(batch.sample_id) // learner.recipe.train.updates))
         for group in groups[progress.outcome.updates :]:
-            learner.update(partial(self._group, group, epoch, scorer, timed, on_rows, progress), progress, timed)
+            self.updates.run(partial(self._group, group, epoch, scorer, timed, on_rows, progress), progress, timed)
             with timed("update"):
                 drawn, log_F_tilde = concatenate(progress.tiles), torch.cat(progress.log_F_tilde)
                 residuals = self._fit_flow(drawn, log_F_tilde, epoch)
@@ -111,7 +111,7 @@ class OnePass:
             learner.rest.point()
         learner.progress = None
         measured = describe_residuals(torch.cat(progress.residuals))
-        return concatenate(progress.drawn), measured | learner.metrics(progress.outcome)
+        return concatenate(progress.drawn), measured | self.updates.metrics(progress.outcome)
 
     def _fit_flow(self, trajectories: Trajectories, log_F_tilde: Tensor, epoch: int) -> Tensor:
         """Calibrate on an update's residuals (N, T), which are returned; then flow-only passes."""
@@ -137,7 +137,7 @@ class OnePass:
         """Walk the micro-batches of an update that are left."""
         count = self.learner.world.size * len(group.sample_id)
         rest = group.tail(sum(tile.num_trajectories for tile in progress.tiles))
-        for rows in rest.tiles(self.learner.micro_batch):
+        for rows in rest.tiles(self.updates.micro_batch):
             tile = self._start(rows, scorer(rows))
             self.learner.rest.attempt(partial(self._walk, tile, epoch, count, progress.share, timed, on_rows))
             progress.tiles.append(self._trajectories(tile))
@@ -161,7 +161,7 @@ class OnePass:
         on_rows: Callable[[int], object],
     ) -> None:
         """Denoise a micro-batch and accumulate its gradients."""
-        weights = dict(self.learner.choose_steps())
+        weights = dict(self.updates.choose_steps())
         x_t = first_state(self.policy, tile.sample_id, self.seed, self.sampler)
         tile.states.append(x_t)
         pending: _Pending | None = None
@@ -238,7 +238,7 @@ class OnePass:
     ) -> None:
         """Gradients of a step whose next flow, or final reward, is now known."""
         ks = torch.full((len(pending.looking),), pending.k, device=self.device)
-        transition = self.learner.transition(ks, pending.now, pending.step.log_pf, pending.step.log_pb)
+        transition = self.loss.transition(ks, pending.now, pending.step.log_pf, pending.step.log_pb)
         transition = replace(
             transition,
             log_reward=torch.zeros_like(looking_next) if log_reward is None else log_reward,
@@ -257,9 +257,9 @@ class OnePass:
         )
         if advantages is not None:
             transition = replace(transition, advantage=advantages[:, 0])
-        output, regulariser = self.learner.output(transition, pending.k), self.learner.regulariser(pending.now)
-        self.learner.suspects.add(pending.k, tile.sample_id, output)
-        self.learner.backward(output, regulariser, pending.weight, group, outcome)
+        output, regulariser = self.loss.output(transition, pending.k), self.loss.regulariser(pending.now)
+        self.updates.suspects.add(pending.k, tile.sample_id, output)
+        self.updates.backward(output, regulariser, pending.weight, group, outcome)
 
     # -- what is left of it --------------------------------------------------------------------------------------
 

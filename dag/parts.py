@@ -57,7 +57,7 @@ class Parts:
         for module in (self.policy.unet, decoder.vae, decoder.tiny, flow):
             if module is not None:
                 yield from (*module.parameters(), *module.buffers())
-        for stepper in self.learner.steppers():
+        for stepper in self.learner.updates.steppers():
             yield from (p.grad for p in stepper.parameters if p.grad is not None)
             for state in stepper.optimizer.state.values():
                 yield from (value for value in state.values() if isinstance(value, Tensor))

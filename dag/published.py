@@ -46,11 +46,11 @@ class Published:
     def epoch(self, batch: Batch, timed: Timer) -> None:
         tiles = [self._sample(tile, timed) for tile in batch.tiles(self.recipe.sampler.tile)]
         with timed("update"):
-            for stepper in self.learner.steppers():
+            for stepper in self.learner.updates.steppers():
                 stepper.zero_grad()
             for tile in tiles:
                 self._backward_all(tile, len(batch.sample_id))
-            for stepper in self.learner.steppers():
+            for stepper in self.learner.updates.steppers():
                 stepper.step()
 
     @torch.no_grad()

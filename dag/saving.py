@@ -83,7 +83,7 @@ class Saver:
         learner = self.parts.learner
         progress, gradients = learner.progress, None
         if progress is not None and progress.micro_batches:
-            gradients = {stepper.name: [p.grad for p in stepper.parameters] for stepper in learner.steppers()}
+            gradients = {stepper.name: [p.grad for p in stepper.parameters] for stepper in learner.updates.steppers()}
         return {
             **flight.state(),
             "progress": None if progress is None else progress.state(),
@@ -91,7 +91,7 @@ class Saver:
         }
 
     def _optimizers(self) -> Iterator[tuple[str, torch.optim.Optimizer]]:
-        for stepper in self.parts.learner.steppers():
+        for stepper in self.parts.learner.updates.steppers():
             yield stepper.name, stepper.optimizer
 
     # -- resuming ------------------------------------------------------------------------------------------------
@@ -145,7 +145,7 @@ class Saver:
         flight.load_state(told, learner.device)
         if told["progress"] is not None:
             learner.progress = Progress.of(told["progress"], learner.device)
-        for stepper in learner.steppers() if told["gradients"] is not None else ():
+        for stepper in learner.updates.steppers() if told["gradients"] is not None else ():
             for parameter, gradient in zip(stepper.parameters, told["gradients"][stepper.name], strict=True):
                 # In the parameter's own memory layout, in whose order norms are summed.
                 parameter.grad = None if gradient is None else torch.empty_like(parameter).copy_(gradient)

@@ -269,9 +269,9 @@ class Trainer:
         trajectories = epoch * self.recipe.train.trajectories
         row = {
             "epoch": epoch,
-            "optimizer_step": self.parts.learner.optimizer_step,
+            "optimizer_step": self.parts.learner.updates.optimizer_step,
             "trajectories": trajectories,
-            "micro_batch": self.parts.learner.micro_batch,
+            "micro_batch": self.parts.learner.updates.micro_batch,
             **metrics,
             **self.ledger.row(),
         }
@@ -321,7 +321,7 @@ class Trainer:
         """What is done of the epoch, without the update under way, of which a process may have done more than another."""
         learner = self.parts.learner
         if learner.progress is not None:
-            learner.discard_update(learner.progress)
+            learner.updates.discard(learner.progress)
         self.rest.passed += 1  # the point before may be saved already, with that update
         try:
             if name := self._save_flight():
@@ -364,7 +364,7 @@ class Trainer:
         if self.world.is_main:
             rows = [row for rows, _ in found for row in rows]
             states = {name: tensor for _, tensors in found for name, tensor in tensors.items()}
-            name = f"update_{self.parts.learner.optimizer_step:06d}"
+            name = f"update_{self.parts.learner.updates.optimizer_step:06d}"
             return f"; the transitions are in {faults.dump(self.run.faults, name, rows, states)}"
         return ""
 

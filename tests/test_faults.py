@@ -227,7 +227,7 @@ def test_a_metrics_file_that_cannot_be_written_ends_in_one_line(
 def poisoned(trainer: Trainer, sample: int, k: int, times: int) -> None:
     """The loss of a transition is not finite, so often."""
     learner, left = trainer.parts.learner, times
-    rows_loss = learner.rows_loss
+    rows_loss = learner.loss.rows
 
     def spoilt(rollout: Any, rows: torch.Tensor, step: int, *rest: Any) -> Any:
         nonlocal left
@@ -238,7 +238,7 @@ def poisoned(trainer: Trainer, sample: int, k: int, times: int) -> None:
             output = replace(output, loss=torch.where(hit, output.loss * torch.inf, output.loss))
         return output, regulariser
 
-    learner.rows_loss = spoilt  # type: ignore[method-assign,assignment]
+    learner.loss.rows = spoilt  # type: ignore[method-assign,assignment]
 
 
 def test_a_gradient_that_is_not_finite_is_skipped(make_recipe: MakeRecipe, tmp_path: Path) -> None:

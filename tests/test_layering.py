@@ -40,6 +40,7 @@ LAYERS = (
     (4, ("dag.progress", "dag.faults", "dag.rest")),
     (4, ("dag.optim",)),
     (4, ("dag.flow_fit", "dag.evaluation")),
+    (4, ("dag.loss", "dag.updates")),
     (4, ("dag.learner",)),
     (4, ("dag.one_pass",)),
     (5, ("dag.parts", "dag.forecast")),

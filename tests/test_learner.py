@@ -37,7 +37,7 @@ def gradients(trainer: Trainer, trajectories: Trajectories, monkeypatch: pytest.
     monkeypatch.setattr("dag.optim.Stepper.step", capture)
     learner.learn(trajectories, 0, trainer._scorer(trajectories.prompt_id, trajectories.sample_id))
     monkeypatch.undo()
-    return [gradient for group in captured[: len(list(learner.steppers()))] for gradient in group]
+    return [gradient for group in captured[: len(list(learner.updates.steppers()))] for gradient in group]
 
 
 @pytest.mark.parametrize("objective", [DB, KL, DDPO])
@@ -160,7 +160,7 @@ def test_sampling_regulariser_is_zero_on_policy_and_bounded_by_rounding(
     trainer, trajectories = rolled_out(make_recipe(regulariser={"sampling": 1.0}), run)
     learner, rows = trainer.parts.learner, torch.arange(4)
     for k in range(4):
-        _, regulariser = learner.rows_loss(learner.rollout(trajectories, 0), rows, k)
+        _, regulariser = learner.loss.rows(learner.rollout(trajectories, 0), rows, k)
         assert float(regulariser.detach().max()) < 1e-9
 
 
@@ -170,9 +170,9 @@ def test_pretrained_kl_is_zero_for_a_fresh_adapter_and_positive_afterwards(
     trainer, trajectories = rolled_out(make_recipe(regulariser={"pretrained_kl": 1.0}), run)
     learner, rows = trainer.parts.learner, torch.arange(4)
     rollout = learner.rollout(trajectories, 0)
-    assert learner.rows_loss(rollout, rows, 1)[1].abs().max() == 0
+    assert learner.loss.rows(rollout, rows, 1)[1].abs().max() == 0
     disturb(trainer.parts)
-    assert learner.rows_loss(rollout, rows, 1)[1].min() > 0
+    assert learner.loss.rows(rollout, rows, 1)[1].min() > 0
 
 
 def test_calibration_centres_the_residuals_of_its_rollout(make_recipe: MakeRecipe, run: RunFolder) -> None:
@@ -203,8 +203,8 @@ def test_step_subsets_keep_the_terminal_and_are_unbiased(make_recipe: MakeRecipe
     learner, totals = trainer.parts.learner, torch.zeros(10)
     draws = 3000
     for step in range(draws):
-        learner.optimizer_step = step
-        chosen = learner.choose_steps()
+        learner.updates.optimizer_step = step
+        chosen = learner.updates.choose_steps()
         assert len(chosen) == 3
         assert chosen[-1] == (9, 1.0)
         for k, weight in chosen:
@@ -230,7 +230,7 @@ def test_eight_bit_optimizer_trains(make_recipe: MakeRecipe, run: RunFolder) -> 
     recipe = make_recipe(train={"optimizer": "adamw8bit"}, adapter={"rank": 300})
     trainer, trajectories = rolled_out(recipe, run)
     trainer.update(trajectories, 0)
-    optimizer = trainer.parts.learner.stepper.optimizer
+    optimizer = trainer.parts.learner.updates.stepper.optimizer
     assert any(state["state1"].dtype == torch.uint8 for state in optimizer.state.values())
 
 
@@ -261,7 +261,7 @@ def test_residuals_of_micro_batches_are_those_of_whole_trajectories(make_recipe:
     table = learner.flow_fit.residuals(trajectories, rollout.scalars, rows)
     assert table.shape == (4, 4)
     for k in range(4):
-        found = learner.rows_loss(rollout, rows, k)[0].residual
+        found = learner.loss.rows(rollout, rows, k)[0].residual
         assert found is not None
         # Sums of 10^2 nats in float32.
         torch.testing.assert_close(found, table[:, k], rtol=1e-5, atol=2e-3)
@@ -325,7 +325,7 @@ def test_scaled_residuals_weigh_the_steps_once(make_recipe: MakeRecipe, run: Run
             learner.flow_fit.residual_scale = scales
         rollout = learner.rollout(trajectories, 0)
         for k in range(4):
-            output = learner.rows_loss(rollout, rows, k)[0]
+            output = learner.loss.rows(rollout, rows, k)[0]
             assert output.residual is not None
             s, weight = (1.0, 1.0) if scales is None else (float(scales[k]), float(scales[k]) / 4.0)
             torch.testing.assert_close(output.loss.detach(), weight * penalty(output.residual / s, 3.0))

@@ -138,7 +138,7 @@ def test_eight_bit_states_for_policy_and_flow(make_recipe: MakeRecipe, run: RunF
     )
     trainer, trajectories = rolled_out(recipe, run)
     trainer.update(trajectories, 0)
-    for stepper in trainer.parts.learner.steppers():
+    for stepper in trainer.parts.learner.updates.steppers():
         assert any(state["state1"].dtype == torch.uint8 for state in stepper.optimizer.state.values())
 
 

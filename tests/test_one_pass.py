@@ -152,7 +152,7 @@ def test_every_update_samples_with_the_policy_of_the_moment(make_recipe: MakeRec
     assert torch.equal(found.log_pb[:4], before.log_pb[:4])
     assert (found.log_pb[4:] - before.log_pb[4:]).abs().min() > 0
     assert metrics["ratio_max_dev"] == 0.0
-    assert trainer.parts.learner.optimizer_step == 2
+    assert trainer.parts.learner.updates.optimizer_step == 2
 
 
 def test_a_whole_run(make_recipe: MakeRecipe, run: RunFolder) -> None:
@@ -191,7 +191,7 @@ def test_out_of_memory_halves_the_micro_batch_and_keeps_the_update(
     found = []
     for limit in (8, 3):
         trainer = trainer_of(recipe, run)
-        trainer.parts.learner.warn = print
+        trainer.parts.learner.updates.warn = print
         predict = trainer.parts.policy.predict
 
         def limited(x_t: torch.Tensor, *rest: Any, limit: int = limit, predict: Any = predict, **options: Any) -> Any:
@@ -203,7 +203,7 @@ def test_out_of_memory_halves_the_micro_batch_and_keeps_the_update(
         update = in_one_pass if rollout == "one_pass" else in_two_passes
         with pytest.MonkeyPatch.context() as patch:
             found.append(update(trainer, patch))
-        assert trainer.parts.learner.micro_batch == (8 if limit == 8 else 2)
+        assert trainer.parts.learner.updates.micro_batch == (8 if limit == 8 else 2)
     assert "micro-batch 4 from here on" in capsys.readouterr().out
     scale = max(float(gradient.abs().max()) for gradient in found[0])
     # float32 sums in another order.
@@ -221,7 +221,7 @@ def test_out_of_memory_in_a_reward_halves_too(make_recipe: MakeRecipe, run: RunF
 
     trainer.parts.reward.parts = [(name, weight, limited)]
     trainer.one_pass(1)
-    assert trainer.parts.learner.micro_batch == 2
+    assert trainer.parts.learner.updates.micro_batch == 2
 
 
 def test_out_of_memory_in_the_evaluation_halves_the_tile(

@@ -126,7 +126,7 @@ def test_a_loss_scale_is_there_for_a_step_that_follows_a_resume(make_recipe: Mak
 
     def scaled(trainer: Trainer) -> Trainer:
         scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
-        trainer.parts.learner.stepper.scaler = scaler
+        trainer.parts.learner.updates.stepper.scaler = scaler
         return trainer
 
     recipe = make_recipe(train={"epochs": 1}, checkpoint={"every": 9})

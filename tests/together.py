@@ -32,7 +32,7 @@ def trainer_of(recipe: Recipe, run: Path, world: Processes, points: float = 1e9)
 
 def first_gradients(parts: Parts) -> dict[str, Tensor]:
     """Fills with the policy's gradients as the first optimizer step sees them: summed, not yet clipped."""
-    stepper, seen = parts.learner.stepper, dict[str, Tensor]()
+    stepper, seen = parts.learner.updates.stepper, dict[str, Tensor]()
     original = stepper.step
 
     def step() -> float:
