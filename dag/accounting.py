@@ -14,6 +14,8 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 
+GIB = 2**30
+
 _ATEN = torch.ops.aten
 # Below autograd, where a composite operator is still its plain definition and not what `as_on_cuda` makes of it.
 _META = torch._C.DispatchKeySet(torch._C.DispatchKey.Meta)

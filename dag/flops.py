@@ -10,10 +10,10 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
 
 from dag.accounting import as_on_cuda
-from dag.forecast import META, Simulation
 from dag.recipe import Recipe, is_scored
 from dag.reward_terms import Tower
 from dag.rewards.footprint import architecture
+from dag.simulation import META, Simulation
 
 Work = dict[str, float]
 

@@ -13,7 +13,7 @@ import torch
 from accelerate import Accelerator, PartialState
 from accelerate.utils import broadcast_object_list
 
-from dag import forecast
+from dag.accounting import GIB
 from dag.errors import RunError, UsageError
 from dag.interrupt import Interrupt
 from dag.parts import build, describe_run
@@ -134,7 +134,7 @@ def _limit_memory(config: Recipe, device: torch.device) -> None:
     """Hold a GPU's allocator to the recipe's budget."""
     if config.memory.budget_gib is not None and device.type == "cuda":
         total = torch.cuda.get_device_properties(device).total_memory
-        share = min(1.0, config.memory.budget_gib * forecast.GIB / total)
+        share = min(1.0, config.memory.budget_gib * GIB / total)
         torch.cuda.set_per_process_memory_fraction(share, device)
 
 

@@ -1,18 +1,15 @@
 """The training loop: sample, score, update, measure, save. No maths and no file formats here."""
 
-import shutil
 from collections.abc import Callable
 from contextlib import nullcontext
 from functools import partial
 from typing import Any
 
 import torch
-from PIL import Image
-from safetensors import SafetensorError
 from torch import Tensor
 from tqdm import tqdm
 
-from dag import checkpoint, durable, faults, prompts, report
+from dag import checkpoint, faults, prompts
 from dag.checkpoint import Position
 from dag.errors import RunError, UsageError
 from dag.evaluation import EvaluationResult
@@ -24,6 +21,7 @@ from dag.parts import Parts
 from dag.processes import ALONE, Processes
 from dag.progress import Flight
 from dag.recipe import ForwardLooking, PolicyGradient, Recipe, is_scored
+from dag.records import Records
 from dag.rest import Rest
 from dag.rollout import Batch, Score, assemble, sample_tile, score_tile
 from dag.run_folder import RunFolder
@@ -35,7 +33,7 @@ class Trainer:
     """Runs a recipe in a run folder.
 
     Args:
-        tracker:   gets (metrics, trajectories) of every epoch, e.g. accelerate's log; None logs to files alone.
+        tracker:   of every epoch, see `dag.records.Records`.
         world:     the processes that share the work; the main one writes.
         interrupt: tells of signals.
     """
@@ -49,7 +47,8 @@ class Trainer:
         world: Processes = ALONE,
         interrupt: Interrupt | None = None,
     ) -> None:
-        self.recipe, self.run, self.parts, self.tracker, self.world = recipe, run, parts, tracker, world
+        self.recipe, self.run, self.parts, self.world = recipe, run, parts, world
+        self.records = Records(recipe, run, parts, tracker)
         self.ledger = Ledger(parts.learner.device)
         self.tile = recipe.sampler.tile
         self.saver = Saver(run, parts, world, recipe.checkpoint.keep)
@@ -263,50 +262,13 @@ class Trainer:
 
     def record(self, epoch: int, metrics: dict[str, Any], measured: EvaluationResult | None) -> None:
         """One row of metrics, and after an evaluation its picture."""
-        self.rest.attempt(lambda: self._record(epoch, metrics, measured) if self.world.is_main else None)
-
-    def _record(self, epoch: int, metrics: dict[str, Any], measured: EvaluationResult | None) -> None:
-        trajectories = epoch * self.recipe.train.trajectories
-        row = {
-            "epoch": epoch,
-            "optimizer_step": self.parts.learner.updates.optimizer_step,
-            "trajectories": trajectories,
-            "micro_batch": self.parts.learner.updates.micro_batch,
-            **metrics,
-            **self.ledger.row(),
-        }
-        self.run.metrics.write(row)
-        if self.tracker is not None:
-            self.tracker({key: value for key, value in row.items() if isinstance(value, int | float)}, trajectories)
-        if measured is not None:
-            sheet = report.grid(measured.images, self._captions(measured), self.recipe.evaluation.images_per_prompt)
-            with durable.replacing(self.run.sheet(epoch)) as temporary:
-                sheet.save(temporary)
-        report.draw_curves(self.run.metrics.read(), self.run.path / "curves.png")
-        tqdm.write(report.line(row, self.recipe.train.epochs))
+        self.rest.attempt(
+            lambda: self.records.epoch(epoch, metrics | self.ledger.row(), measured) if self.world.is_main else None
+        )
 
     def finish(self) -> None:
         """Export the weights, and put the same prompts and seeds before and after side by side."""
-        self.rest.attempt(lambda: self._finish() if self.world.is_main else None)
-
-    def _finish(self) -> None:
-        temporary_weights = self.run.path / f"{durable.TEMPORARY}{self.run.weights.name}"
-        for old in (temporary_weights, self.run.weights):
-            shutil.rmtree(old, ignore_errors=True)
-        try:
-            self.parts.policy.export(temporary_weights)
-        except SafetensorError as error:
-            raise RunError(f"{self.run.weights}: cannot be written: {error}") from None
-        temporary_weights.rename(self.run.weights)
-        joined = self.run.samples / "before_after.png"
-        sheets = [self.run.sheet(epoch) for epoch in (0, self.recipe.train.epochs)]
-        if all(sheet.exists() for sheet in sheets):
-            with durable.replacing(joined) as temporary:
-                report.before_after(*map(Image.open, sheets)).save(temporary)
-        tqdm.write(f"weights in {self.run.weights}, pictures in {joined if joined.exists() else self.run.samples}")
-
-    def _captions(self, result: EvaluationResult) -> list[str]:
-        return [f"{p}  {r:.2f}" for p, r in zip(result.prompts, result.reward.tolist(), strict=True)]
+        self.rest.attempt(lambda: self.records.finish() if self.world.is_main else None)
 
     # -- checkpoints ---------------------------------------------------------------------------------------------
 

@@ -12,11 +12,12 @@ from torch import Tensor
 
 import train_dag
 from dag.accounting import LiveBytes
-from dag.forecast import LEVERS, forecast, optimizer_states, savings
+from dag.forecast import LEVERS, forecast, savings
 from dag.optim import build_optimizer
 from dag.recipe import Recipe
 from dag.recipe_file import load, parse
 from dag.run_folder import RunFolder
+from dag.simulation import optimizer_states
 from dag.trainer import Trainer
 
 ROOT = Path(__file__).parent.parent
