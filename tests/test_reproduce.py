@@ -113,17 +113,18 @@ def test_every_run_of_every_study_has_a_valid_recipe_and_a_folder_of_its_own(sca
 
 @pytest.mark.parametrize("name", ["unregularised", "regularised"])
 def test_a_comparison_differs_in_the_objective_alone(name: str) -> None:
-    """Same trajectories, updates, and settings tried."""
+    """Same trajectories and updates, as many settings tried, and the same learning rates among them."""
     study = reproduce.STUDIES["tiny"]["comparison"][name]
-    for setting in study.methods[0].tried:
-        settings = {method.name: setting for method in study.methods}
-        first, *others = (case.recipe() for case in cases_of(study, Path("x"), 1, settings))
-        assert first.regulariser.pretrained_kl == (setting.pretrained_kl or 0)
+    for tried in zip(*(method.tried for method in study.methods), strict=True):
+        settings = {method.name: setting for method, setting in zip(study.methods, tried, strict=True)}
+        first, *others = cases = [case.recipe() for case in cases_of(study, Path("x"), 1, settings)]
+        assert [recipe.regulariser.pretrained_kl for recipe in cases] == [s.pretrained_kl or 0 for s in tried]
         assert first.regulariser.sampling == 0
         for other in others:
-            same = {"objective": first.objective, "flow": first.flow}
+            strength = first.regulariser.pretrained_kl
+            pull = other.regulariser.model_copy(update={"pretrained_kl": strength})
+            same = {"objective": first.objective, "flow": first.flow, "regulariser": pull}
             assert other.model_copy(update=same) == first
-    assert len({method.tried for method in study.methods}) == 1
 
 
 # -- running ------------------------------------------------------------------------------------------------------
