@@ -12,7 +12,6 @@ Algorithm 1 of Zhang et al. (2025), as `dag.trainer.Trainer.fit` runs it:
 
 import argparse
 import io
-import logging
 import os
 import sys
 from collections.abc import Sequence
@@ -106,9 +105,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = parse_arguments(argv)
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(line_buffering=True)  # a log file shows an epoch when it is done
-    # At import these say which optional packages are missing, which concerns nobody here.
-    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
-    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     try:
         config = load(arguments.recipe, arguments.set)
         if arguments.plan:

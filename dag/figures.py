@@ -78,7 +78,7 @@ def markdown(table: Sequence[dict[str, Any]]) -> str:
 def _cell(value: Any) -> str:
     if value is None:
         return ""
-    return f"{value:.3f}" if isinstance(value, float) else str(value)
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
 def write_csv(rows: Sequence[dict[str, Any]], path: Path) -> None:
