@@ -21,7 +21,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from dag import durable
-from dag.errors import RunError
+from dag.errors import DivergedError, RunError
 
 FORMAT = 2
 MANIFEST, STATE = "manifest.json", "state.json"
@@ -159,7 +159,7 @@ def _check_finite(groups: Groups, position: Position) -> None:
     for name, group in groups.items():
         for key, value in group.items() if not name.startswith("flight") else ():
             if value.is_floating_point() and not bool(value.isfinite().all()):
-                raise RunError(
+                raise DivergedError(
                     f"{position.name}: not saved, {name} {key} is not finite; the checkpoint before it stays"
                 )
 

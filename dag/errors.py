@@ -3,6 +3,8 @@
 import signal
 import sys
 
+DIVERGED = 3
+
 
 class UsageError(Exception):
     """The recipe, the command line or a file they name is wrong. Exit code 2."""
@@ -10,6 +12,10 @@ class UsageError(Exception):
 
 class RunError(Exception):
     """The run met something it cannot go on with: a model, a reward or a disk. Exit code 1."""
+
+
+class DivergedError(RunError):
+    """The run's numbers are no longer finite. Exit code DIVERGED."""
 
 
 class StoppedError(Exception):
@@ -33,4 +39,6 @@ def exit_code(error: UsageError | RunError | StoppedError) -> int:
         print(error, file=sys.stderr)
         return 128 + error.number
     print(f"error: {error}", file=sys.stderr)
+    if isinstance(error, DivergedError):
+        return DIVERGED
     return 2 if isinstance(error, UsageError) else 1

@@ -2,7 +2,8 @@
 
 The base model and every run draw the same prompts with the same seeds. Each gets the training reward and the others at
 hand (over-optimisation shows there), diversity within a prompt, the distance of its pictures from the base model's, and
-prompt alignment. The base model draws a second time with other seeds: distances below that pair's are no distances.
+prompt alignment. The base model draws a second time with other seeds. Distances are from those: the base model's own
+tells how small one can be.
 
 Writes evaluation.json, evaluation.md and pictures.png.
 """
@@ -12,6 +13,8 @@ import importlib.metadata
 import json
 import sys
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,19 +23,18 @@ from torch import Tensor
 
 from dag import checkpoint, durable, report
 from dag.errors import RunError, UsageError, exit_code
-from dag.measure import Measure, Task
+from dag.measure import BASE, BASE_AGAIN, Measure, Task
 from dag.models.sd import StableDiffusion
 from dag.models.source import EMBEDDED, local_folder
-from dag.perceptual import DISTANCES, load_distance
+from dag.perceptual import DISTANCES, Distance, load_distance
 from dag.prompts import load_prompts, read_prompt_file
 from dag.recipe import Recipe
 from dag.recipe_file import parse_reward
 from dag.reward_terms import RewardTerm
-from dag.rewards.clip import feature_tower
+from dag.rewards.clip import ClipTower, feature_tower
 from dag.rollout import generate
 from dag.run_folder import RunFolder
 
-BASE, BASE_AGAIN = "base", "base, other seeds"
 # Apart from training (from 0 up), from the evaluations of a run (from 2^40 up) and from dag.sample (from 2^41 up).
 _FIRST_SAMPLE_ID, _OTHER_SAMPLE_ID = 1 << 42, 1 << 43
 # Rewards that cost nothing to add, whatever was trained on.
@@ -61,46 +63,81 @@ def evaluate(
     Raises:
         UsageError: the runs differ in their base model or sampler, an argument is out of range, a package is missing.
     """
-    folders = [RunFolder.open(path) for path in runs]
-    recipes = [folder.read_recipe() for folder in folders]
+    judged = _judged(runs)
+    recipes, first = [one.recipe for one in judged], judged[0].recipe
     _refuse_different(runs, recipes)
     if images_per_prompt < 2 or num_prompts < 1:
         raise UsageError("--images must be at least 2 (diversity is between pictures) and --prompts at least 1")
-    hashes, first = weights_of(runs), recipes[0]
     chosen = list(prompts or _prompts_of(first)[:num_prompts])
     task = Task([prompt for prompt in chosen for _ in range(images_per_prompt)], images_per_prompt, first.seed)
-    is_embedded = local_folder(first.model.path) == EMBEDDED
-    source = features or ("embedded" if is_embedded else None)
-    if source is None:
-        raise UsageError("--features: name a CLIP model for this base model, e.g. openai/clip-vit-large-patch14")
-    measure = Measure(
-        task,
-        _all_rewards(recipes, rewards),
-        feature_tower("--features", source, device),
-        {name: load_distance(name, device) for name in dict.fromkeys(distances)},
-        device,
-    )
-    pictures = dict(_drawn(folders, recipes, chosen, task, device))
+    source, tower, known_distances = instruments(first, features, distances, device)
+    measure = Measure(task, _all_rewards(recipes, rewards), tower, known_distances, device)
+    pictures = dict(_drawn(judged, chosen, task, device))
     report_data = {
         "features": source,
-        "distances": sorted(measure.distances),
+        "distances": list(known_distances),
         "prompts": chosen,
+        "num_prompts": num_prompts,
         "images_per_prompt": images_per_prompt,
         "seed": task.seed,
-        "weights": hashes,
+        "checkpoints": {one.name: one.checkpoint.name for one in judged},
+        "weights": _hashes(judged),
         "trained_on": [[term.name for term in recipe.reward] for recipe in recipes],
         "versions": {name: importlib.metadata.version(name) for name in ("torch", "diffusers", "transformers")},
-        "models": [measure.row(name, images) for name, images in pictures.items()],
+        "models": measure.rows(pictures),
     }
     return report_data, pictures
 
 
+def instruments(
+    recipe: Recipe,
+    features: str | None,
+    distances: Sequence[str],
+    device: torch.device,
+    key: str = "--features",
+) -> tuple[str, ClipTower, dict[str, Distance]]:
+    """(name of the feature space, its tower, perceptual distances by name) that pictures of a recipe's model are judged by.
+
+    Args:
+        key: what `features` is called where the user wrote it.
+
+    Raises:
+        UsageError: `features` names no CLIP model, or is needed; or a package is missing.
+        RunError:   weights cannot be fetched.
+    """
+    is_embedded = local_folder(recipe.model.path) == EMBEDDED
+    source = features or ("embedded" if is_embedded else None)
+    if source is None:
+        raise UsageError(f"{key}: name a CLIP model for this base model, e.g. openai/clip-vit-large-patch14")
+    found = {name: load_distance(name, device) for name in sorted(set(distances))}
+    return source, feature_tower(key, source, device), found
+
+
+@dataclass(frozen=True)
+class _Judged:
+    """A run, and what of it is judged."""
+
+    name: str
+    recipe: Recipe
+    checkpoint: Path
+
+
+def _judged(runs: Sequence[Path]) -> list[_Judged]:
+    """Each with its newest checkpoint. Raises UsageError if one is no run, RunError if one has no weights."""
+    folders = [RunFolder.open(path) for path in runs]
+    return [
+        _Judged(name, folder.read_recipe(), checkpoint.chosen(folder.checkpoints))
+        for name, folder in zip(_names(runs), folders, strict=True)
+    ]
+
+
 def weights_of(runs: Sequence[Path]) -> dict[str, str]:
     """SHA-256 of the trained weights, by run. Raises RunError if a run has none."""
-    names, found = _names(list(runs)), {}
-    for name, run in zip(names, runs, strict=True):
-        found[name] = durable.sha256(checkpoint.chosen(run / "checkpoints") / "policy.safetensors")
-    return found
+    return _hashes(_judged(runs))
+
+
+def _hashes(judged: Sequence[_Judged]) -> dict[str, str]:
+    return {one.name: durable.sha256(one.checkpoint / "policy.safetensors") for one in judged}
 
 
 def _refuse_different(runs: Sequence[Path], recipes: Sequence[Recipe]) -> None:
@@ -115,6 +152,9 @@ def _refuse_different(runs: Sequence[Path], recipes: Sequence[Recipe]) -> None:
         "sampler.steps",
         "sampler.eta",
         "sampler.guidance_scale",
+        "sampler.guidance_dtype",
+        "sampler.noise_dtype",
+        "sampler.chain_dtype",
     )
     for key in keys:
         section, name = key.split(".")
@@ -143,30 +183,33 @@ def _all_rewards(recipes: Sequence[Recipe], given: Sequence[RewardTerm]) -> list
 
 
 def _drawn(
-    folders: Sequence[RunFolder], recipes: Sequence[Recipe], chosen: Sequence[str], task: Task, device: torch.device
+    judged: Sequence[_Judged], chosen: Sequence[str], task: Task, device: torch.device
 ) -> Iterator[tuple[str, Tensor]]:
     """(name, pictures) of the base model, of it again with other seeds, and of each run."""
-    names = _names([folder.path for folder in folders])
-    for index, (folder, recipe, name) in enumerate(zip(folders, recipes, names, strict=True)):
+    for one in judged:
+        recipe = one.recipe
         policy = StableDiffusion(recipe.model, recipe.adapter, recipe.sampler, device, recipe.seed, recipe.memory)
         text = policy.encode(list(chosen)).repeat_interleave(task.images_per_prompt, dim=0)
         policy.free_text_encoder()
         same, other = (first + torch.arange(len(text)) for first in (_FIRST_SAMPLE_ID, _OTHER_SAMPLE_ID))
+        # What training came down to fits here too.
+        tile = int(checkpoint.load_state(one.checkpoint)["tile"])
+        draw = partial(generate, policy, text, seed=task.seed, sampler=recipe.sampler, tile=tile)
         with policy.decoder.at_work():
-            if index == 0:
-                yield BASE, generate(policy, text, same, task.seed, recipe.sampler)
-                yield BASE_AGAIN, generate(policy, text, other, task.seed, recipe.sampler)
-            policy.load_state_dict(checkpoint.load_tensors(checkpoint.chosen(folder.checkpoints), "policy"))
-            yield name, generate(policy, text, same, task.seed, recipe.sampler)
+            if one is judged[0]:
+                yield BASE, draw(same)
+                yield BASE_AGAIN, draw(other)
+            policy.load_state_dict(checkpoint.load_tensors(one.checkpoint, "policy"))
+            yield one.name, draw(same)
         # Before the next one is built.
-        del policy
+        del policy, draw
 
 
 def _names(paths: Sequence[Path]) -> list[str]:
-    """The folders' own names, with as much of the path as tells them apart."""
+    """The folders' own names, with as much of the path as tells them apart, also from the base model."""
     for depth in range(1, 10):
         names = ["/".join(path.resolve().parts[-depth:]) for path in paths]
-        if len(set(names)) == len(names):
+        if len({*names, BASE, BASE_AGAIN}) == len(names) + 2:
             return names
     raise UsageError("--against: a run is named twice")
 
@@ -177,26 +220,28 @@ def _names(paths: Sequence[Path]) -> list[str]:
 def table(data: dict[str, Any]) -> str:
     """The report in Markdown."""
     rewards = list(data["models"][0]["rewards"])
-    others = [("diversity", ".3f"), ("vendi", ".2f"), *((name, ".3f") for name in data["distances"])]
-    others += [("frechet", ".4f"), ("kernel", ".5f"), ("alignment", ".2f")]
+    others = ["diversity", "vendi", *data["distances"], "frechet", "kernel", "alignment"]
     if all("noun_top1" in row for row in data["models"]):
-        others.append(("noun_top1", ".2f"))
-    lines = ["| model | " + " | ".join([*rewards, *(name for name, _ in others)]) + " |"]
+        others.append("noun_top1")
+    lines = ["| model | " + " | ".join([*rewards, *others]) + " |"]
     lines.append("|---" * (1 + len(rewards) + len(others)) + "|")
     for row in data["models"]:
         cells = [row["model"]]
         for name in rewards:
             value = row["rewards"][name]
-            gain = "" if row["model"] in (BASE, BASE_AGAIN) else f" ({value['gain']:+.2f} ± {value['gain_error']:.2f})"
-            cells.append(f"{value['mean']:.2f}{gain}")
-        cells += ["" if row[name] is None else format(row[name], form) for name, form in others]
+            error = "" if value["gain_error"] is None else f" ± {value['gain_error']:.2g}"
+            gain = "" if row["model"] in (BASE, BASE_AGAIN) else f" ({value['gain']:+.3g}{error})"
+            cells.append(f"{value['mean']:.4g}{gain}")
+        cells += ["" if row[name] is None else format(row[name], ".3g") for name in others]
         lines.append("| " + " | ".join(cells) + " |")
     count = len(data["prompts"]) * data["images_per_prompt"]
     lines.append(
         f"\n{len(data['prompts'])} prompts, {data['images_per_prompt']} pictures each ({count} a model), seed {data['seed']}, "
         f"features of {data['features']}. Gains are over the base model with the same seeds, ± their standard error over "
         "prompts; vendi is the effective number of different pictures of a prompt; frechet and kernel are distances from "
-        "the base model's pictures, to be read against the row of other seeds."
+        "the base model's pictures of other seeds, to be read against those of the base model itself. Judged: "
+        + ", ".join(f"{name} at {place}" for name, place in data["checkpoints"].items())
+        + "."
     )
     return "\n".join(lines)
 
@@ -262,6 +307,11 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 
+def _leave_no_empty(folder: Path) -> None:
+    if folder.is_dir() and not any(folder.iterdir()):
+        folder.rmdir()
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     given = parse_arguments(argv)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -289,9 +339,15 @@ def main(argv: Sequence[str] | None = None) -> int:
         )
         write(out, data, drawn)
     except (UsageError, RunError) as error:
-        if out.is_dir() and not any(out.iterdir()):
-            out.rmdir()
+        _leave_no_empty(out)
         return exit_code(error)
+    except torch.OutOfMemoryError:
+        _leave_no_empty(out)
+        return exit_code(RunError("out of GPU memory while judging; nothing was written"))
+    except KeyboardInterrupt:
+        _leave_no_empty(out)
+        print("interrupted", file=sys.stderr)
+        return 130
     print(table(data))
     print(json.dumps({"written": str(out)}))
     return 0

@@ -9,7 +9,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from dag import durable
-from dag.errors import RunError
+from dag.errors import DivergedError
 from dag.metrics import finite
 from dag.objectives import ObjectiveOutput
 from dag.trajectory import Trajectories
@@ -75,7 +75,7 @@ class Suspects:
         return kept
 
 
-class NotFiniteError(RunError):
+class NotFiniteError(DivergedError):
     """A rollout, or gradients several times in a row: nothing has learnt from them.
 
     Args:

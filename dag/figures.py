@@ -22,9 +22,11 @@ class Line:
     """Rows of metrics.jsonl of every seed."""
 
 
-def common_reward(lines: Sequence[Line]) -> float:
-    """The highest fixed-evaluation reward that every run of every line reaches at some time."""
-    return min(max(row["eval_reward_mean"] for row in evaluated(run)) for line in lines for run in line.runs)
+def common_reward(lines: Sequence[Line]) -> float | None:
+    """The highest fixed-evaluation reward that every run of every line reaches by training; None if a run gains none."""
+    curves = [[row["eval_reward_mean"] for row in evaluated(run)] for line in lines for run in line.runs]
+    level = min(map(max, curves))
+    return level if level > max(curve[0] for curve in curves) else None
 
 
 # -- tables -------------------------------------------------------------------------------------------------------
@@ -47,14 +49,17 @@ def summary(lines: Sequence[Line]) -> list[dict[str, Any]]:
             "reward_last_quarter": _mean(last),
             "reward_last_quarter_sd": _sd(last),
             "eval_reward": _mean([final["eval_reward_mean"] for final in finals]),
+            "equal_reward": level,
         }
         for key in ("diversity", "fidelity_top1"):
             row[key] = _mean([final.get(key) for final in finals])
-            row[f"{key}_at_{level:.2f}"] = _mean([at_reward(run, level, key) for run in line.runs])
+            row[f"{key}_at_equal_reward"] = _mean(
+                [None if level is None else at_reward(run, level, key) for run in line.runs]
+            )
         row["trajectories"] = max(trained(run)[-1]["trajectories"] for run in line.runs)
         row["updates"] = max(trained(run)[-1]["optimizer_step"] for run in line.runs)
         row["seconds"] = _mean(seconds)
-        row["peak_memory_gib"] = _mean([run[-1].get("peak_memory_gib") for run in line.runs])
+        row["peak_memory_gib"] = _mean(list(map(_peak, line.runs)))
         table.append(row)
     return table
 
@@ -63,6 +68,11 @@ def _mean(values: Sequence[float | None]) -> float | None:
     """None if any value is missing: a mean over some seeds is another figure."""
     known = [value for value in values if value is not None]
     return float(np.mean(known)) if len(known) == len(values) else None
+
+
+def _peak(run: Rows) -> float | None:
+    """GiB; a resumed run starts to count anew."""
+    return max((row["peak_memory_gib"] for row in run if row.get("peak_memory_gib") is not None), default=None)
 
 
 def _sd(values: Sequence[float]) -> float | None:
@@ -109,8 +119,9 @@ def draw(lines: Sequence[Line], folder: Path) -> list[Path]:
     from matplotlib import pyplot
 
     kinds: dict[str, Callable[[Any], None]] = {
-        "reward_by_trajectories": lambda axis: _curves(axis, lines, "trajectories", "trajectories"),
-        "reward_by_updates": lambda axis: _curves(axis, lines, "optimizer_step", "optimizer updates"),
+        "reward_by_trajectories": lambda axis: _curves(axis, lines, "trajectories", 0, "trajectories"),
+        # A rollout is drawn before its own updates.
+        "reward_by_updates": lambda axis: _curves(axis, lines, "optimizer_step", 1, "optimizer updates before"),
         "reward_against_diversity": lambda axis: _trade_off(axis, lines, "diversity", "diversity within a prompt"),
         "reward_against_fidelity": lambda axis: _trade_off(axis, lines, "fidelity_top1", "judged noun right"),
         "time_and_memory": lambda axis: _costs(axis, lines),
@@ -128,12 +139,12 @@ def draw(lines: Sequence[Line], folder: Path) -> list[Path]:
     return files
 
 
-def _curves(axis: Any, lines: Sequence[Line], key: str, label: str) -> None:
-    """Mean over seeds, and one sd."""
+def _curves(axis: Any, lines: Sequence[Line], key: str, late: int, label: str) -> None:
+    """Mean over seeds, and one sd, against `key` as so many epochs earlier."""
     for line in lines:
         runs = [trained(run) for run in line.runs]
         epochs = min(map(len, runs))
-        x = [row[key] for row in runs[0][:epochs]]
+        x = [0] * late + [row[key] for row in runs[0][: epochs - late]]
         y = np.array([[row["reward_mean"] for row in run[:epochs]] for run in runs])
         (drawn,) = axis.plot(x, y.mean(0), label=f"{line.name} ({len(runs)} seeds)")
         if len(runs) > 1:
@@ -164,7 +175,7 @@ def _costs(axis: Any, lines: Sequence[Line]) -> None:
     names = []
     for line in lines:
         rows = [row for run in line.runs for row in trained(run)]
-        memory = _mean([run[-1].get("peak_memory_gib") for run in line.runs])
+        memory = _mean(list(map(_peak, line.runs)))
         names.append(line.name if memory is None else f"{line.name}\n{memory:.2f} GiB")
         count = sum(trained(run)[-1]["trajectories"] for run in line.runs)
         left = 0.0

@@ -16,6 +16,7 @@ Distance = Callable[[Tensor, Tensor], Tensor]
 """Two batches (B, 3, H, W) in [0, 1] -> () float32, the mean over the pairs; 0 between equal pictures."""
 
 _DREAMSIM_SIZE = 224
+_PAIRS_AT_ONCE = 16
 
 
 def load_distance(name: str, device: torch.device) -> Distance:
@@ -39,10 +40,11 @@ def within_prompt_distance(distance: Distance, images: Tensor, images_per_prompt
     Args:
         images: (P * n, 3, H, W) in [0, 1], the n pictures of a prompt side by side.
     """
-    first, second = torch.combinations(torch.arange(images_per_prompt)).T
-    return float(
-        torch.stack([distance(group[first], group[second]) for group in images.split(images_per_prompt)]).mean()
-    )
+    pairs, total = torch.combinations(torch.arange(images_per_prompt)), 0.0
+    for group in images.split(images_per_prompt):
+        for first, second in (some.T for some in pairs.split(_PAIRS_AT_ONCE)):
+            total += len(first) * float(distance(group[first], group[second]))
+    return total * images_per_prompt / (len(pairs) * len(images))
 
 
 def _lpips(device: torch.device) -> Distance:

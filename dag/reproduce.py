@@ -13,6 +13,7 @@ table.csv, and study.html, which holds everything in one file.
 import argparse
 import gc
 import json
+import os
 import signal
 import sys
 from collections.abc import Sequence
@@ -24,161 +25,74 @@ import torch
 
 from dag import evaluate, figures
 from dag.curves import ends, evaluated
-from dag.errors import RunError, UsageError, exit_code
+from dag.errors import DIVERGED, RunError, UsageError, exit_code
 from dag.figures import Line
+from dag.forecast import check_budget
+from dag.measure import BASE
 from dag.perceptual import DISTANCES
-from dag.study import Case, Method, Setting, Study, best_settings, cases_of, run_missing, tuning_cases
-
-_DDPO_AT_PAPER_SCALE = (
-    "objective={name: ddpo, clip_range: 1e-4, advantage_clip: 5, per_prompt: 32}",
-    "sampler.log_pf_at=stored",
-    "regulariser.sampling=0",
-)
-_TINY = (
-    Method("dag_db", "tiny_cpu.yaml"),
-    Method("dag_kl", "tiny_cpu_kl.yaml"),
-    Method("ddpo", "tiny_cpu_ddpo.yaml"),
-)
+from dag.study import Case, Study, best_settings, cases_of, run_missing, tuning_cases
+from dag.suites import STUDIES
 
 
-def _paper(name: str) -> tuple[Method, ...]:
-    """The published recipes on a reward's prompts: animals for networks, ImageNet's classes for JPEG."""
-    file = "compressibility" if "compressibility" in name else "aesthetic"
-    return (
-        Method("dag_db", f"paper/{file}.yaml"),
-        Method("dag_kl", f"paper/{file}_kl.yaml"),
-        Method("ddpo", f"paper/{file}.yaml", _DDPO_AT_PAPER_SCALE),
-    )
+def reproduce(study: Study, folder: Path, seeds: int, jobs: int, cards: Sequence[str] = ()) -> list[Case]:
+    """Everything that is missing of a study: tuning, runs, evaluation, figures.
 
+    Returns:
+        the runs that failed, which the figures lack.
 
-# The published micro-batch of 8 asks for more than 24 GB; the gradient does not depend on it.
-_ON_24_GB = ("train.micro_batch=4", "memory.budget_gib=21", "evaluation.diversity=openai/clip-vit-large-patch14")
-_CHOICE = "the reward of the last quarter decides among those that keep the judged noun in 70 % of pictures"
-_WITHOUT = tuple(Setting(rate) for rate in (0.002, 0.004, 0.008))
-# The pull of a strength depends on the loss beside it: a decade for each, near what its recipe ships with.
-_STRENGTHS = {"dag_db": (1e-5, 1e-4), "dag_kl": (1e-5, 1e-4), "ddpo": (1e-6, 1e-5)}
-
-
-def _regularised(method: Method) -> Method:
-    pairs = (Setting(rate, strength) for strength in _STRENGTHS[method.name] for rate in (0.004, 0.008))
-    return replace(method, tried=tuple(pairs))
-
-
-def _reward(name: str, title: str, scale: str) -> Study:
-    is_tiny = scale == "tiny"
-    return Study(
-        title=f"{title}, {'embedded model' if is_tiny else 'Stable Diffusion 1.5'}",
-        question="Reward against trajectories of DAG-DB, DAG-KL and DDPO, with each recipe's own settings.",
-        methods=_TINY if is_tiny else _paper(name),
-        overrides=(f"reward={{name: {name}}}", "evaluation.every=4" if is_tiny else "evaluation.every=10")
-        + (() if is_tiny else _ON_24_GB),
-    )
-
-
-_ABLATIONS = (
-    Method("dag_db", "tiny_cpu.yaml"),
-    Method("no_forward_looking", "tiny_cpu.yaml", ("objective.forward_looking.source=none",)),
-    Method("current_x0_hat", "tiny_cpu.yaml", ("objective.forward_looking.source=current",)),
-    Method("one_pass", "tiny_cpu.yaml", ("train.rollout=one_pass",)),
-    Method("dag_kl", "tiny_cpu_kl.yaml", ("train.learning_rate=5e-3", "regulariser.pretrained_kl=1.2e-4")),
-    Method("beta_quarter", "tiny_cpu.yaml", ("objective.beta.value=250",)),
-    Method("beta_fourfold", "tiny_cpu.yaml", ("objective.beta.value=4000",)),
-    Method("next_flow_trained", "tiny_cpu.yaml", ("objective.detach_next=false",)),
-    Method("mean_log_probs", "tiny_cpu.yaml", ("objective.log_prob_reduction=mean",)),
-)
-
-STUDIES: dict[str, dict[str, dict[str, Study]]] = {
-    "tiny": {
-        "figure3": {"image_text": _reward("image_text", "Image-text score", "tiny")},
-        "figure4": {
-            "compressibility": _reward("compressibility", "JPEG compressibility", "tiny"),
-            "incompressibility": _reward("incompressibility", "JPEG incompressibility", "tiny"),
-        },
-        "comparison": {
-            "unregularised": Study(
-                title="DAG-DB, DAG-KL and DDPO at the same budget, without a regulariser",
-                question="Same trajectories, same reward (colourfulness), no regulariser for any, and the best of three "
-                f"learning rates: {_CHOICE}.",
-                methods=tuple(replace(method, tried=_WITHOUT) for method in _TINY),
-                overrides=("regulariser.pretrained_kl=0", "evaluation.every=4"),
-            ),
-            "regularised": Study(
-                title="DAG-DB, DAG-KL and DDPO at the same budget, each with its regulariser",
-                question="Same trajectories, same reward (colourfulness), and for each the best of four pairs of learning "
-                f"rate and regulariser strength: {_CHOICE}. Losses differ in scale, so each has its own two strengths.",
-                methods=tuple(map(_regularised, _TINY)),
-                overrides=("evaluation.every=4",),
-            ),
-        },
-        "ablations": {
-            "colourfulness": Study(
-                title="One choice at a time",
-                question="recipes/tiny_cpu.yaml (dag_db), and what changes if one of its choices does.",
-                methods=_ABLATIONS,
-                overrides=("evaluation.every=4",),
-            )
-        },
-    },
-    "paper": {
-        "figure3": {
-            "aesthetic": _reward("aesthetic", "LAION's aesthetic score", "paper"),
-            "image_reward": _reward("image_reward", "ImageReward", "paper"),
-            "hpsv2": _reward("hpsv2", "Human Preference Score v2.1", "paper"),
-        },
-        "figure4": {
-            "compressibility": _reward("compressibility", "JPEG compressibility", "paper"),
-            "incompressibility": _reward("incompressibility", "JPEG incompressibility", "paper"),
-        },
-    },
-}
-
-
-def reproduce(study: Study, folder: Path, seeds: int, jobs: int) -> None:
-    """Everything that is missing of a study: tuning, runs, evaluation, figures."""
-    folder.mkdir(parents=True, exist_ok=True)
+    Raises:
+        RunError: none is left, or a setting could not be tried.
+    """
     tuned = tuning_cases(study, folder)
-    run_missing(tuned, jobs)  # a setting that breaks is not chosen
+    # A setting that breaks is no choice; one that was stopped by something else has not been tried.
+    broken = run_missing(tuned, jobs, cards)
+    if unknown := [case for case, code in broken.items() if code != DIVERGED]:
+        raise RunError(f"{len(unknown)} settings could not be tried; see {unknown[0].log}")
     cases = cases_of(study, folder, seeds, best_settings(tuned))
-    if failed := run_missing(cases, jobs):
-        raise RunError(f"{len(failed)} of {len(cases)} runs failed: {', '.join(case.folder.name for case in failed)}")
-    lines = [
-        Line(method.name, tuple(case.rows() for case in cases if case.method == method)) for method in study.methods
-    ]
-    judged = _judged(study, cases, folder)
-    write(study, folder, lines, tuned, cases, judged)
+    failed = run_missing(cases, jobs, cards)
+    done = [case for case in cases if case not in failed]
+    if not done:
+        raise RunError(f"every run failed; see {cases[0].log}")
+    by_method = {method.name: [case for case in done if case.method == method] for method in study.methods}
+    lines = [Line(name, tuple(case.rows() for case in mine)) for name, mine in by_method.items() if mine]
+    write(study, folder, lines, tuned, done, _judged(study, done, folder))
+    return list(failed)
 
 
 def _judged(study: Study, cases: Sequence[Case], folder: Path) -> list[dict[str, Any]]:
     """Rows of `dag.evaluate` for the base model and every run; made once for a set of runs."""
     file = folder / "evaluation" / "evaluation.json"
-    if file.is_file():
-        known = json.loads(file.read_text(encoding="utf-8"))
-        asked = (study.prompts, study.images_per_prompt, sorted(study.distances))
-        is_as_asked = (len(known["prompts"]), known["images_per_prompt"], known.get("distances", [])) == asked
-        if is_as_asked and known["weights"] == evaluate.weights_of([case.folder for case in cases]):
-            return known["models"]
+    if (known := _known(study, cases, file)) is not None:
+        return known
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     print(f"{len(cases)} runs are judged", flush=True)
-    features = None if cases[0].recipe().model.path == "embedded" else "openai/clip-vit-large-patch14"
     data, drawn = evaluate.evaluate(
         [case.folder for case in cases],
         device,
         num_prompts=study.prompts,
         images_per_prompt=study.images_per_prompt,
-        features=features,
+        features=cases[0].recipe().evaluation.diversity,
         distances=study.distances,
     )
-    shown = {
-        name
-        for name in drawn
-        if name == evaluate.BASE or name in {case.folder.name for case in cases if case.seed == 0}
-    }
+    shown = {BASE, *(case.folder.name for case in cases if case.seed == 0)}
     if device.type == "cuda":
         # The next study's runs are other processes on the same card.
         gc.collect()
         torch.cuda.empty_cache()
     evaluate.write(file.parent, data, {name: images for name, images in drawn.items() if name in shown})
     return data["models"]
+
+
+def _known(study: Study, cases: Sequence[Case], file: Path) -> list[dict[str, Any]] | None:
+    """The rows that are there, if they are of these runs' weights and as asked; None also for a file of another version."""
+    try:
+        known = json.loads(file.read_text(encoding="utf-8"))
+        found = (known["num_prompts"], known["images_per_prompt"], known["distances"], known["weights"])
+    except (OSError, ValueError, LookupError, TypeError):
+        return None
+    weights = evaluate.weights_of([case.folder for case in cases])
+    asked = (study.prompts, study.images_per_prompt, sorted(study.distances), weights)
+    return known["models"] if found == asked else None
 
 
 def write(
@@ -198,6 +112,7 @@ def write(
         pictures_of = [by_name[case.folder.name] for case in mine]
         for key in ("vendi", *study.distances, "frechet", "kernel", "alignment"):
             row[key] = sum(one[key] for one in pictures_of) / len(mine)
+        row["commit"] = ", ".join(sorted({str(case.commit())[:7] for case in mine}))
     tables: dict[str, Sequence[dict[str, Any]]] = {"Methods": table}
     if tuned:
         tables["Settings tried"] = [_tried(case) for case in tuned]
@@ -240,13 +155,46 @@ def _tried(case: Case) -> dict[str, Any]:
     }
 
 
-def _refuse_fixed(study: Study, given: Sequence[str]) -> None:
-    """Keys that a study sets itself, run by run."""
-    tuned = {key for method in study.methods for setting in method.tried for key in setting.overrides}
-    fixed = {"seed"} | tuned
-    for override in given:
-        if (key := override.partition("=")[0].strip()) in fixed:
-            raise UsageError(f"--set {key}: the study sets it itself, run by run")
+def _refuse_fixed(study: Study) -> None:
+    """Keys that a study sets itself, run by run or for all."""
+    tuned = [key for method in study.methods for setting in method.tried for key in setting.overrides]
+    chosen = [*study.overrides, *(override for method in study.methods for override in method.overrides)]
+    for key in map(_key, study.given):
+        for own in ("seed", *tuned, *map(_key, chosen)):
+            if f"{own}.".startswith(f"{key}.") or f"{key}.".startswith(f"{own}."):
+                raise UsageError(f"--set {key}: the study sets {own} itself")
+
+
+def _key(override: str) -> str:
+    return override.partition("=")[0].strip()
+
+
+def _check(study: Study, folder: Path, seeds: int, jobs: int, cards: Sequence[str]) -> None:
+    """What would otherwise end the study after hours."""
+    _refuse_fixed(study)
+    cases = [*tuning_cases(study, folder), *cases_of(study, folder, seeds, {})]
+    recipes = [case.recipe() for case in cases]
+    if cards and jobs > len(cards) and any(recipe.memory.budget_gib is not None for recipe in recipes):
+        raise UsageError(f"--jobs {jobs}: these runs need a GPU each, and there are {len(cards)}")
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UsageError(f"--out {folder}: cannot be made: {error.strerror}") from None
+    for recipe in {case.method.name: recipe for case, recipe in zip(cases, recipes, strict=True)}.values():
+        check_budget(recipe)
+    if not (folder / "evaluation").exists():
+        features = recipes[0].evaluation.diversity
+        evaluate.instruments(recipes[0], features, study.distances, torch.device("cpu"), "evaluation.diversity")
+
+
+def _cards() -> list[str]:
+    """The GPUs that this process may use, as CUDA_VISIBLE_DEVICES names them."""
+    named = os.environ.get("CUDA_VISIBLE_DEVICES")
+    return (
+        [str(index) for index in range(torch.cuda.device_count())]
+        if named is None
+        else list(filter(None, named.split(",")))
+    )
 
 
 def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -278,12 +226,26 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise UsageError(f"--scale {given.scale}: {given.name} is not defined at this scale")
         if given.jobs < 1 or (given.seeds is not None and given.seeds < 1):
             raise UsageError("--jobs and --seeds must be at least 1")
-        for name, study in studies.items():
-            _refuse_fixed(study, given.set)
-            changed = replace(study, given=tuple(given.set), distances=tuple(dict.fromkeys(given.distance)))
-            reproduce(changed, out.resolve() / name, given.seeds or study.seeds, given.jobs)
+        words, distances = tuple(given.set), tuple(dict.fromkeys(given.distance))
+        planned = [
+            (out.resolve() / name, replace(study, given=words, distances=distances)) for name, study in studies.items()
+        ]
+        cards = _cards()
+        for folder, study in planned:
+            _check(study, folder, given.seeds or study.seeds, given.jobs, cards)
+        problems = []
+        for folder, study in planned:
+            try:
+                failed = reproduce(study, folder, given.seeds or study.seeds, given.jobs, cards)
+                problems += [f"{case.folder.name} failed and is missing in the figures" for case in failed]
+            except RunError as error:
+                problems.append(f"{folder.name}: {error}")
+        if problems:
+            raise RunError("; ".join(problems))
     except (UsageError, RunError) as error:
         return exit_code(error)
+    except torch.OutOfMemoryError:
+        return exit_code(RunError("out of GPU memory while judging; the same command goes on"))
     except KeyboardInterrupt:
         print("stopped; the same command goes on", file=sys.stderr)
         return 130

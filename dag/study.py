@@ -6,6 +6,7 @@ interrupted is resumed, and a folder that holds another recipe's run is refused.
 
 import fcntl
 import os
+import queue
 import subprocess
 import sys
 import threading
@@ -64,7 +65,9 @@ class Study:
     question: str
     methods: tuple[Method, ...]
     overrides: tuple[str, ...] = ()
-    """For every method."""
+    """For every method; with the methods' own what the study is about."""
+    sizes: tuple[str, ...] = ()
+    """For every method; the user may set other ones."""
     given: tuple[str, ...] = ()
     """The user's own, which come last."""
     seeds: int = 3
@@ -89,7 +92,14 @@ class Case:
     def overrides(self) -> list[str]:
         tuned = {} if self.setting is None else self.setting.overrides
         chosen = [f"{key}={value}" for key, value in tuned.items()]
-        return [*self.study.overrides, *self.method.overrides, *chosen, f"seed={self.seed}", *self.study.given]
+        return [
+            *self.study.sizes,
+            *self.study.overrides,
+            *self.method.overrides,
+            *chosen,
+            f"seed={self.seed}",
+            *self.study.given,
+        ]
 
     @property
     def file(self) -> Path:
@@ -105,6 +115,10 @@ class Case:
 
     def rows(self) -> list[dict[str, Any]]:
         return RunFolder(self.folder).metrics.read()
+
+    def commit(self) -> str | None:
+        """Of the code that trained it."""
+        return RunFolder(self.folder).read_description().get("commit")
 
     def is_complete(self) -> bool:
         """Raises UsageError if the folder holds a run of another recipe."""
@@ -144,7 +158,8 @@ _FIDELITY_KEPT = 0.7
 def best_settings(tuned: Sequence[Case]) -> dict[str, Setting | None]:
     """The setting of every tuned method: the highest reward of those that keep the judged noun in 70 % of pictures.
 
-    Where none does, the one that keeps it best; where nothing judges, the highest reward. One that broke is no choice.
+    Where none does, the one that keeps it best; where nothing judges, the highest reward. One that is not complete is no
+    choice.
 
     Raises:
         RunError: every setting of a method broke.
@@ -168,15 +183,18 @@ def best_settings(tuned: Sequence[Case]) -> dict[str, Setting | None]:
 # -- running ------------------------------------------------------------------------------------------------------
 
 
-def run_missing(cases: Sequence[Case], jobs: int) -> list[Case]:
+def run_missing(cases: Sequence[Case], jobs: int, cards: Sequence[str] = ()) -> dict[Case, int]:
     """Train every case that is not complete, `jobs` at a time, each in a process of its own with its share of the cores.
+
+    Args:
+        cards: GPUs as CUDA_VISIBLE_DEVICES names them, dealt to the jobs in turn; empty leaves the environment alone.
 
     Raises:
         UsageError: a folder holds another recipe's run.
         RunError: another process is training one of them.
 
     Returns:
-        the runs that failed; the others are complete.
+        exit code of the runs that failed; the others are complete.
     """
     missing = [case for case in dict.fromkeys(cases) if not case.is_complete()]
     done = len(cases) - len(missing)
@@ -185,7 +203,10 @@ def run_missing(cases: Sequence[Case], jobs: int) -> list[Case]:
     threads = max(1, len(os.sched_getaffinity(0)) // jobs)
     children: set[subprocess.Popen[bytes]] = set()
     stopping = threading.Event()
-    failed: list[Case] = []
+    failed: dict[Case, int] = {}
+    free: queue.SimpleQueue[dict[str, str]] = queue.SimpleQueue()
+    for job in range(jobs):
+        free.put({"CUDA_VISIBLE_DEVICES": cards[job % len(cards)]} if cards else {})
 
     def work(case: Case) -> None:
         if stopping.is_set():
@@ -197,22 +218,26 @@ def run_missing(cases: Sequence[Case], jobs: int) -> list[Case]:
 
     def train(case: Case, lock: int) -> None:
         print(f"{case.folder.name}: {'resumed' if _has_begun(case) else 'started'}", flush=True)
+        card = free.get()
         with case.log.open("ab") as log:
             child = subprocess.Popen(
                 _command(case),
                 stdout=log,
                 stderr=subprocess.STDOUT,
-                env={**os.environ, "OMP_NUM_THREADS": str(threads)},
+                env={**os.environ, "OMP_NUM_THREADS": str(threads), **card},
                 # The lock lives as long as the child, should this process be killed.
                 pass_fds=[lock],
             )
             children.add(child)
+            if stopping.is_set():  # since this job was taken up
+                child.terminate()
             code = child.wait()
             children.discard(child)
+        free.put(card)
         if code == 0:
             print(f"{case.folder.name}: reward {ends(case.rows())[1]:.3f}", flush=True)
         elif not stopping.is_set():
-            failed.append(case)
+            failed[case] = code
             print(f"{case.folder.name}: failed, see {case.log}", flush=True)
 
     with ThreadPoolExecutor(jobs) as pool:

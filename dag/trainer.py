@@ -11,7 +11,7 @@ from tqdm import tqdm
 
 from dag import checkpoint, faults, prompts
 from dag.checkpoint import Position
-from dag.errors import RunError, UsageError
+from dag.errors import DivergedError, RunError, UsageError
 from dag.evaluation import EvaluationResult
 from dag.faults import NotFiniteError
 from dag.interrupt import Interrupt
@@ -63,7 +63,8 @@ class Trainer:
 
         Raises:
             StoppedError: a signal came; what was done is saved.
-            RunError:     the run cannot go on. What was done is saved, unless its numbers are to blame.
+            RunError:     the run cannot go on; what was done is saved.
+            DivergedError: its numbers are to blame, and not saved.
         """
         start = self._resume() if is_resumed else None
         on_start()
@@ -76,7 +77,7 @@ class Trainer:
             for epoch in range(start, self.recipe.train.epochs):
                 self.train_epoch(epoch)
         except NotFiniteError as error:
-            raise RunError(f"{error}{self._dumped(error)}{self._last_good()}") from None
+            raise DivergedError(f"{error}{self._dumped(error)}{self._last_good()}") from None
         except RunError:
             self._save_after_failure()
             raise

@@ -21,7 +21,7 @@ from test_run import write
 import train_dag
 from dag import checkpoint
 from dag.checkpoint import Position
-from dag.errors import RunError, UsageError
+from dag.errors import DivergedError, RunError, UsageError, exit_code
 from dag.objectives import ObjectiveOutput
 from dag.recipe import Recipe
 from dag.run_folder import RunFolder
@@ -256,9 +256,10 @@ def test_one_too_many_ends_the_run_with_the_transition(make_recipe: MakeRecipe, 
     run = RunFolder.create(tmp_path / "run")
     trainer = Trainer(recipe, run, parts_of(recipe))
     poisoned(trainer, sample=8 + 3, k=1, times=6)
-    with pytest.raises(RunError, match="gradient was not finite 6 times in a row") as caught:
+    with pytest.raises(DivergedError, match="gradient was not finite 6 times in a row") as caught:
         trainer.fit()
     assert "the last checkpoint is epoch_0001" in str(caught.value)
+    assert exit_code(caught.value) == 3, "a study tells a run that broke from one that was stopped"
     file = run.faults / "update_000011.json"
     assert f"the transitions are in {file}" in str(caught.value)
     (found,) = json.loads(file.read_text())["transitions"]
@@ -278,7 +279,7 @@ def test_a_rollout_that_is_not_finite_teaches_nothing(make_recipe: MakeRecipe, t
     log_pf = trajectories.log_pf.clone()
     log_pf[5, 2] = torch.nan
     flow = {name: value.clone() for name, value in trainer.parts.flow.state_dict().items()}  # type: ignore[union-attr]
-    with pytest.raises(RunError, match="log P_F of sample 5 at step 2 is nan"):
+    with pytest.raises(DivergedError, match="log P_F of sample 5 at step 2 is nan"):
         trainer.update(replace(trajectories, log_pf=log_pf), 0)
     after = trainer.parts.flow.state_dict()  # type: ignore[union-attr]
     assert all(torch.equal(flow[name], after[name]) for name in flow)

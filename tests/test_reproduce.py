@@ -2,6 +2,7 @@
 
 import csv
 import fcntl
+import importlib.util
 import json
 import shutil
 import signal
@@ -18,9 +19,13 @@ from dag import perceptual, reproduce
 from dag.curves import at_reward, ends
 from dag.errors import RunError
 from dag.figures import Line, common_reward, draw, markdown, summary
+from dag.forecast import check_budget
 from dag.study import Method, Setting, Study, best_settings, cases_of, run_missing, tuning_cases
 
 ROOT = Path(__file__).parent.parent
+without_lpips = pytest.mark.skipif(
+    importlib.util.find_spec("torchmetrics") is not None, reason="torchmetrics is installed"
+)
 SHORT = (
     *("train.epochs=2", "train.trajectories=4", "train.micro_batch=4", "sampler.steps=3"),
     *("evaluation.prompts=1", "evaluation.images_per_prompt=2", "evaluation.every=1", "checkpoint.every=1"),
@@ -76,12 +81,19 @@ def test_a_summary_compares_methods_where_all_of_them_have_been() -> None:
     quick, slow = summary(lines)
     assert (quick["reward_first"], quick["reward_last_quarter"]) == (2.5, 5.5)
     assert quick["reward_last_quarter_sd"] == pytest.approx(0.5**0.5)
-    assert quick["diversity_at_3.00"] == pytest.approx((0.5 + 0.7) / 2)
-    assert slow["diversity_at_3.00"] == pytest.approx(0.7)
+    assert (quick["equal_reward"], slow["equal_reward"]) == (3, 3)
+    assert quick["diversity_at_equal_reward"] == pytest.approx((0.5 + 0.7) / 2)
+    assert slow["diversity_at_equal_reward"] == pytest.approx(0.7)
     assert slow["reward_last_quarter_sd"] is None, "one seed has no spread"
     assert (slow["trajectories"], slow["updates"], slow["seconds"]) == (20, 2, 6.0)
     assert markdown([quick, slow]).count("\n") == 3
     assert ends(rows_of(*((reward, 0.5) for reward in range(9)))) == (1, 7.5)
+
+
+def test_nothing_is_compared_at_a_reward_that_needs_no_training() -> None:
+    lines = [Line("quick", (rows_of((1, 0.9), (3, 0.5)),)), Line("never", (rows_of((1, 0.9), (0, 0.5)),))]
+    assert common_reward(lines) is None
+    assert all(row["diversity_at_equal_reward"] is None for row in summary(lines))
 
 
 def test_what_was_not_measured_is_not_drawn(tmp_path: Path) -> None:
@@ -231,7 +243,7 @@ def test_a_failed_run_is_named_and_the_others_go_on(tmp_path: Path, capsys: pyte
     study = Study("t", "q", (broken,), SHORT)
     whole = Method("whole", "tiny_cpu_ddpo.yaml")
     cases = cases_of(replace(study, methods=(broken, whole)), tmp_path / "study", 1, {})
-    assert run_missing(cases, 1) == cases[:1]
+    assert run_missing(cases, 1) == {cases[0]: 1}
     assert cases[1].is_complete()
     log = tmp_path / "study" / "broken-s0.log"
     assert f"broken-s0: failed, see {log}" in capsys.readouterr().out
@@ -263,11 +275,90 @@ def test_tuning_takes_the_highest_reward_among_those_that_keep_the_subject(monke
 def test_keys_that_a_study_sets_itself_are_refused(
     done: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    for override in ("seed=5", "train.learning_rate=1e-3"):
+    for override, own in (
+        ("seed=5", "seed"),
+        ("train.learning_rate=1e-3", "train.learning_rate"),
+        ("train={learning_rate: 1e-3}", "train."),
+        ("flow.passes=1", "flow.passes"),
+        ("regulariser.pretrained_kl=1", "regulariser.pretrained_kl"),
+    ):
         assert again(done, monkeypatch, "--set", override) == 2
-        assert "the study sets it itself" in capsys.readouterr().err
+        assert f"the study sets {own}" in capsys.readouterr().err
     case = cases_of(replace(STUDY, given=("train.epochs=1",)), done, 1, {})[1]
     assert case.recipe().train.epochs == 1, "the user's own come last"
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--set", "train.epoch=3"], "train.epoch"),
+        (["--set", "evaluation.diversity=/nowhere"], "evaluation.diversity: there is no file or folder /nowhere"),
+        pytest.param(["--distance", "lpips"], "[perceptual]", marks=without_lpips),
+    ],
+)
+def test_what_would_fail_after_training_fails_before(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    options: list[str],
+    message: str,
+) -> None:
+    monkeypatch.setattr(reproduce, "run_missing", lambda *given: pytest.fail("trained"))
+    assert reproduce.main(["figure3", "--out", str(tmp_path), *options]) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_the_largest_runs_of_the_paper_fit_in_their_budget(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    largest = reproduce.STUDIES["paper"]["figure3"]["hpsv2"]
+    recipe = cases_of(largest, tmp_path, 1, {})[0].recipe()
+    assert recipe.memory.budget_gib == 21
+    check_budget(recipe)
+    monkeypatch.setattr(reproduce, "run_missing", lambda *given: pytest.fail("trained"))
+    options = ["figure4", "--scale", "paper", "--out", str(tmp_path), "--set", "memory.budget_gib=4"]
+    assert reproduce.main(options) == 2
+    assert "memory.budget_gib=4: the update is predicted to need" in capsys.readouterr().err
+
+
+def test_out_that_is_a_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "file").write_text("mine")
+    assert reproduce.main(["figure3", "--out", str(tmp_path / "file")]) == 2
+    assert "cannot be made" in capsys.readouterr().err
+
+
+def test_a_run_that_fails_is_missing_in_the_figures_and_said(
+    done: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(
+        reproduce, "run_missing", lambda cases, *_: {case: 1 for case in cases if case.method.name == "ddpo"}
+    )
+    assert again(done, monkeypatch) == 1
+    assert "ddpo-s0 failed and is missing in the figures" in capsys.readouterr().err
+    with (done / "short" / "table.csv").open() as file:
+        assert [row["method"] for row in csv.DictReader(file)] == ["dag_db"]
+
+
+def test_a_setting_that_was_not_tried_is_not_passed_over(
+    done: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(reproduce, "run_missing", lambda cases, *_: {cases[0]: 1})
+    assert again(done, monkeypatch) == 1
+    assert "1 settings could not be tried" in capsys.readouterr().err
+
+
+def test_jobs_share_the_cards(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    say = "import os, sys; print(os.environ['CUDA_VISIBLE_DEVICES']); sys.exit(1)"
+    monkeypatch.setattr("dag.study._command", lambda case: [sys.executable, "-c", say])
+    cases = cases_of(STUDY, tmp_path, 2, {})
+    assert set(run_missing(cases, 2, ("3", "GPU-7")).values()) == {1}
+    assert {case.log.read_text().strip() for case in cases} == {"3", "GPU-7"}
+    monkeypatch.setattr(reproduce, "_cards", lambda: ["0"])
+    options = ["figure3", "--scale", "paper", "--jobs", "2", "--out", str(tmp_path / "o")]
+    assert reproduce.main(options) == 2
+    assert "these runs need a GPU each, and there are 1" in capsys.readouterr().err
 
 
 def test_judgement_belongs_to_the_weights(done: Path, monkeypatch: pytest.MonkeyPatch) -> None:
