@@ -17,9 +17,10 @@ import pytest
 
 from dag import perceptual, reproduce
 from dag.curves import at_reward, ends
-from dag.errors import RunError
+from dag.errors import RunError, UsageError
 from dag.figures import Line, common_reward, draw, markdown, summary
 from dag.forecast import check_budget
+from dag.recipe import Recipe
 from dag.study import Method, Setting, Study, best_settings, cases_of, run_missing, tuning_cases
 
 ROOT = Path(__file__).parent.parent
@@ -42,6 +43,8 @@ STUDY = Study(
     prompts=2,
     images_per_prompt=2,
 )
+
+LONGER = replace(STUDY, methods=STUDY.methods[1:], overrides=(*STUDY.overrides, "train.epochs=12"))
 
 
 # -- curves -------------------------------------------------------------------------------------------------------
@@ -197,12 +200,12 @@ def test_what_is_done_is_not_done_again(
     assert (folder / "evaluation/evaluation.json").stat().st_mtime_ns == judged
 
 
-def test_a_study_killed_in_the_middle_goes_on_where_it_was(done: Path, tmp_path: Path) -> None:
+def test_a_study_killed_in_the_middle_goes_on_where_it_was(
+    done: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     program = (
-        "import sys; from dag import reproduce; sys.path.insert(0, 'tests'); from test_reproduce import STUDY\n"
-        "from dataclasses import replace\n"
-        "study = replace(STUDY, methods=STUDY.methods[1:], overrides=(*STUDY.overrides, 'train.epochs=12'))\n"
-        "reproduce.STUDIES['tiny']['comparison'] = {'short': study}\n"
+        "import sys; from dag import reproduce; sys.path.insert(0, 'tests'); from test_reproduce import LONGER\n"
+        "reproduce.STUDIES['tiny']['comparison'] = {'short': LONGER}\n"
         f"sys.exit(reproduce.main(['comparison', '--seeds', '1', '--out', {str(tmp_path)!r}]))"
     )
     run = tmp_path / "short" / "ddpo-s0"
@@ -214,8 +217,9 @@ def test_a_study_killed_in_the_middle_goes_on_where_it_was(done: Path, tmp_path:
     assert first.wait(timeout=60) == 128 + signal.SIGTERM
     stopped = len(metrics(run))
     assert stopped < 13
-    second = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=True)
-    assert "ddpo-s0: resumed" in second.stdout
+    monkeypatch.setitem(reproduce.STUDIES["tiny"], "comparison", {"short": LONGER})
+    assert reproduce.main(["comparison", "--seeds", "1", "--out", str(tmp_path)]) == 0
+    assert "ddpo-s0: resumed" in capsys.readouterr().out
     assert [row["epoch"] for row in metrics(run)] == list(range(13))
     assert metrics(run)[1:3] == metrics(done / "short" / "ddpo-s0")[1:3], "the same run as without the stop"
 
@@ -315,10 +319,15 @@ def test_the_largest_runs_of_the_paper_fit_in_their_budget(
     recipe = cases_of(largest, tmp_path, 1, {})[0].recipe()
     assert recipe.memory.budget_gib == 21
     check_budget(recipe)
+
+    def refuse(recipe: Recipe) -> None:
+        raise UsageError(f"memory.budget_gib={recipe.memory.budget_gib}: too little")
+
+    monkeypatch.setattr(reproduce, "check_budget", refuse)
     monkeypatch.setattr(reproduce, "run_missing", lambda *given: pytest.fail("trained"))
     options = ["figure4", "--scale", "paper", "--out", str(tmp_path), "--set", "memory.budget_gib=4"]
     assert reproduce.main(options) == 2
-    assert "memory.budget_gib=4: the update is predicted to need" in capsys.readouterr().err
+    assert "memory.budget_gib=4.0: too little" in capsys.readouterr().err
 
 
 def test_out_that_is_a_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
