@@ -12,6 +12,8 @@ import numpy as np
 
 from dag.curves import Rows, at_reward, ends, evaluated, trained
 
+_MOST_INSIDE = 4
+
 
 @dataclass(frozen=True)
 class Line:
@@ -133,8 +135,8 @@ def draw(lines: Sequence[Line], folder: Path) -> list[Path]:
         if axis.has_data():
             figure.tight_layout()
             files.append(folder / f"{name}.png")
-            figure.savefig(files[-1], dpi=120)
-            figure.savefig(folder / f"{name}.svg")
+            for path in (files[-1], folder / f"{name}.svg"):
+                figure.savefig(path, dpi=120, bbox_inches="tight")
         pyplot.close(figure)
     return files
 
@@ -146,12 +148,12 @@ def _curves(axis: Any, lines: Sequence[Line], key: str, late: int, label: str) -
         epochs = min(map(len, runs))
         x = [0] * late + [row[key] for row in runs[0][: epochs - late]]
         y = np.array([[row["reward_mean"] for row in run[:epochs]] for run in runs])
-        (drawn,) = axis.plot(x, y.mean(0), label=f"{line.name} ({len(runs)} seeds)")
+        (drawn,) = axis.plot(x, y.mean(0), label=f"{line.name} ({len(runs)} seed{'s' * (len(runs) > 1)})")
         if len(runs) > 1:
             spread = y.std(0, ddof=1)
             axis.fill_between(x, y.mean(0) - spread, y.mean(0) + spread, alpha=0.15, color=drawn.get_color())
     axis.set(xlabel=label, ylabel="reward of the rollouts, mean and sd over seeds")
-    axis.legend(fontsize=8)
+    _legend(axis)
 
 
 def _trade_off(axis: Any, lines: Sequence[Line], key: str, label: str) -> None:
@@ -166,7 +168,14 @@ def _trade_off(axis: Any, lines: Sequence[Line], key: str, label: str) -> None:
         axis.scatter(points[..., 0], points[..., 1], s=6, alpha=0.35, color=drawn.get_color())
     axis.set(xlabel=label, ylabel="reward of the fixed evaluation")
     if axis.lines:
-        axis.legend(fontsize=8)
+        _legend(axis)
+
+
+def _legend(axis: Any) -> None:
+    """Beside the figure where it would cover too much of it."""
+    is_long = len(axis.get_legend_handles_labels()[0]) > _MOST_INSIDE
+    place = {"loc": "center left", "bbox_to_anchor": (1, 0.5)} if is_long else {}
+    axis.legend(fontsize=8, **place)
 
 
 def _costs(axis: Any, lines: Sequence[Line]) -> None:
