@@ -23,7 +23,7 @@ from typing import Any
 
 import torch
 
-from dag import evaluate, figures
+from dag import evaluate, figures, verdict
 from dag.curves import ends, evaluated
 from dag.errors import DIVERGED, RunError, UsageError, exit_code
 from dag.figures import Line
@@ -79,7 +79,7 @@ def _judged(study: Study, cases: Sequence[Case], folder: Path) -> list[dict[str,
         # The next study's runs are other processes on the same card.
         gc.collect()
         torch.cuda.empty_cache()
-    evaluate.write(file.parent, data, {name: images for name, images in drawn.items() if name in shown})
+    verdict.write(file.parent, data, {name: images for name, images in drawn.items() if name in shown})
     return data["models"]
 
 

@@ -204,9 +204,7 @@ def run_missing(cases: Sequence[Case], jobs: int, cards: Sequence[str] = ()) -> 
     children: set[subprocess.Popen[bytes]] = set()
     stopping = threading.Event()
     failed: dict[Case, int] = {}
-    free: queue.SimpleQueue[dict[str, str]] = queue.SimpleQueue()
-    for job in range(jobs):
-        free.put({"CUDA_VISIBLE_DEVICES": cards[job % len(cards)]} if cards else {})
+    free = _dealt(cards, jobs)
 
     def work(case: Case) -> None:
         if stopping.is_set():
@@ -218,8 +216,7 @@ def run_missing(cases: Sequence[Case], jobs: int, cards: Sequence[str] = ()) -> 
 
     def train(case: Case, lock: int) -> None:
         print(f"{case.folder.name}: {'resumed' if _has_begun(case) else 'started'}", flush=True)
-        card = free.get()
-        with case.log.open("ab") as log:
+        with case.log.open("ab") as log, _taken(free) as card:
             child = subprocess.Popen(
                 _command(case),
                 stdout=log,
@@ -233,7 +230,6 @@ def run_missing(cases: Sequence[Case], jobs: int, cards: Sequence[str] = ()) -> 
                 child.terminate()
             code = child.wait()
             children.discard(child)
-        free.put(card)
         if code == 0:
             print(f"{case.folder.name}: reward {ends(case.rows())[1]:.3f}", flush=True)
         elif not stopping.is_set():
@@ -251,6 +247,24 @@ def run_missing(cases: Sequence[Case], jobs: int, cards: Sequence[str] = ()) -> 
                 child.terminate()
             raise
     return failed
+
+
+def _dealt(cards: Sequence[str], jobs: int) -> "queue.SimpleQueue[dict[str, str]]":
+    """What each job adds to its environment."""
+    free: queue.SimpleQueue[dict[str, str]] = queue.SimpleQueue()
+    for job in range(jobs):
+        free.put({"CUDA_VISIBLE_DEVICES": cards[job % len(cards)]} if cards else {})
+    return free
+
+
+@contextmanager
+def _taken(free: "queue.SimpleQueue[dict[str, str]]") -> Iterator[dict[str, str]]:
+    """One of them, for as long as a job runs, however it ends."""
+    card = free.get()
+    try:
+        yield card
+    finally:
+        free.put(card)
 
 
 def _has_begun(case: Case) -> bool:

@@ -50,6 +50,7 @@ LAYERS = (
     (6, ("dag.published", "dag.flops", "dag.approximations", "dag.study", "dag.figures")),
     (6, ("dag.timing",)),
     (6, ("dag.measure",)),
+    (6, ("dag.verdict",)),
     (6, ("dag.evaluate", "dag.suites")),
     (6, ("dag.launch",)),
     (6, ("train_dag", "dag.bench", "dag.sample", "dag.score", "dag.reproduce", "dag.assets.build")),

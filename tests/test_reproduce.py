@@ -112,18 +112,16 @@ def test_what_was_not_measured_is_not_drawn(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("scale", list(reproduce.STUDIES))
 def test_every_run_of_every_study_has_a_valid_recipe_and_a_folder_of_its_own(scale: str, tmp_path: Path) -> None:
-    for studies in reproduce.STUDIES[scale].values():
-        for study in studies.values():
-            settings = {method.name: (method.tried or (None,))[0] for method in study.methods}
-            cases = [*cases_of(study, tmp_path, 2, settings), *tuning_cases(study, tmp_path)]
-            assert len({case.folder for case in cases}) == len({(c.method, c.seed, c.setting) for c in cases})
-            recipes = [case.recipe() for case in cases]
-            assert len({recipe.train.trajectories * recipe.train.epochs for recipe in recipes}) == 1
-            for case, recipe in zip(cases, recipes, strict=True):
-                assert recipe.seed == case.seed
-                if case.setting is not None:
-                    assert case.setting.learning_rate == recipe.train.learning_rate
-                    assert case.setting.pretrained_kl in (None, recipe.regulariser.pretrained_kl)
+    for study in (study for studies in reproduce.STUDIES[scale].values() for study in studies.values()):
+        settings = {method.name: (method.tried or (None,))[0] for method in study.methods}
+        cases = [*cases_of(study, tmp_path, 2, settings), *tuning_cases(study, tmp_path)]
+        assert len({case.folder for case in cases}) == len({(c.method, c.seed, c.setting) for c in cases})
+        recipes = [case.recipe() for case in cases]
+        assert len({recipe.train.trajectories * recipe.train.epochs for recipe in recipes}) == 1
+        assert [recipe.seed for recipe in recipes] == [case.seed for case in cases]
+        for setting, recipe in ((c.setting, r) for c, r in zip(cases, recipes, strict=True) if c.setting is not None):
+            assert setting.learning_rate == recipe.train.learning_rate
+            assert setting.pretrained_kl in (None, recipe.regulariser.pretrained_kl)
 
 
 @pytest.mark.parametrize("name", ["unregularised", "regularised"])
