@@ -28,7 +28,7 @@ class Transition:
     log_pf_old: Tensor
     """(B,) at sampling time."""
     log_pb: Tensor
-    """(B,)"""
+    """(B,) what log P_F is balanced against."""
     log_reward: Tensor
     """(B,) beta * reward of the trajectory's x_0."""
     log_F_tilde: Tensor | None = None

@@ -48,6 +48,7 @@ _COMMON = (
     "flow.passes=0",
     "regulariser.sampling=0",
     "regulariser.pretrained_kl=0",
+    "objective.prior=none",
 )
 _STORED = (
     "train.rollout=stored",

@@ -27,7 +27,7 @@ from dag.learner import Learner
 from dag.progress import Outcome, Progress
 from dag.protocols import Prediction
 from dag.recipe import ForwardLooking, PolicyGradient, Sampler, is_scored
-from dag.rollout import Batch, Score, clean_latents, first_state, last_latents, noise_dtype, take_step
+from dag.rollout import Batch, Score, against_prior, clean_latents, first_state, last_latents, noise_dtype, take_step
 from dag.trajectory import Trajectories, concatenate
 
 # A timer of a named phase.
@@ -171,6 +171,8 @@ class OnePass:
                     prediction = self.policy.predict(x_t, self.schedule.timesteps[k].expand(len(x_t)), tile.text)
                     log_F_tilde = self._log_F_tilde(tile, x_t, k)
                 step = take_step(self.schedule, x_t, prediction, k, self.seed, tile.sample_id, self.sampler)
+                if self.objective.prior == "pretrained":
+                    step = against_prior(self.policy, step, x_t, tile.text, k)
             with timed("reward"):
                 looking = self._look(tile, x_t, prediction, step, k, epoch)
             with timed("update"):

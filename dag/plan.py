@@ -63,6 +63,7 @@ def make_plan(recipe: Recipe) -> Plan:
     looks = 0
     beta_eff = None
     if not isinstance(objective, PolicyGradient):
+        extra += train.trajectories * T if objective.prior == "pretrained" else 0
         source = objective.forward_looking.source
         looks = 0
         if source != "none":
@@ -83,6 +84,13 @@ def make_plan(recipe: Recipe) -> Plan:
     )
 
 
+def _target(recipe: Recipe) -> str:
+    """What the objective samples from, in words; nothing for one that only maximises."""
+    if isinstance(recipe.objective, PolicyGradient):
+        return ""
+    return " towards " + ("p_pretrained " if recipe.objective.prior == "pretrained" else "") + "exp(beta r)"
+
+
 def describe(recipe: Recipe, num_prompts: int) -> str:
     """The plan as a person reads it."""
     plan, train, sampler = make_plan(recipe), recipe.train, recipe.sampler
@@ -97,7 +105,7 @@ def describe(recipe: Recipe, num_prompts: int) -> str:
         f"latent        D = {plan.latent_elements} elements per sample ({known})",
         f"prompts       {num_prompts}",
         f"reward        {' + '.join(f'{term.weight:g} {term.name}' for term in recipe.reward)}",
-        f"objective     {recipe.objective.name}, log-probs reduced by {recipe.objective.log_prob_reduction}",
+        f"objective     {recipe.objective.name}{_target(recipe)}, log-probs reduced by {recipe.objective.log_prob_reduction}",
         f"sampling      {sampler.steps} steps, eta {sampler.eta:g}, guidance {sampler.guidance_scale:g}, {sampler.tile} at a time",
         f"per epoch     {train.trajectories} trajectories, {plan.rewards_per_epoch} images decoded and scored, "
         f"{plan.unet_rows_per_epoch} UNet rows",

@@ -119,6 +119,9 @@ def is_scored(k: int, num_transitions: int, stride: int) -> bool:
 
 class _Balance(Section):
     beta: Beta
+    prior: Literal["none", "pretrained"] = "none"
+    """What the target holds besides exp(beta r): nothing (published), or the pretrained model, p_pretrained exp(beta r).
+    Then log P_F is balanced against the pretrained log P_F; one more UNet forward per sampled transition."""
     log_prob_reduction: Literal["sum", "mean"] = "sum"
     """`sum` over latent dims is the density; `mean` is published and multiplies the effective beta by their number."""
     forward_looking: ForwardLooking = ForwardLooking()
@@ -316,6 +319,10 @@ def validate(recipe: Recipe) -> list[str]:
             problems.append(f"objective.forward_looking.stride={looking.stride} needs source=rollout")
         if looking.decoder_path is not None and looking.decoder != "tiny":
             problems.append("objective.forward_looking.decoder_path belongs to decoder=tiny")
+        if adapter.kind == "full" and recipe.objective.prior == "pretrained":
+            problems.append(
+                "objective.prior=pretrained needs adapter.kind=lora: a full fine-tune keeps no pretrained copy"
+            )
     if train.rollout == "one_pass":
         problems += _one_pass_problems(recipe)
     if isinstance(recipe.objective, KLDivergence):

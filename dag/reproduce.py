@@ -30,6 +30,7 @@ from dag.figures import Line
 from dag.forecast import check_budget
 from dag.measure import BASE
 from dag.perceptual import DISTANCES
+from dag.recipe import PolicyGradient, Recipe
 from dag.study import Case, Study, best_settings, cases_of, run_missing, tuning_cases
 from dag.suites import STUDIES
 
@@ -107,8 +108,7 @@ def write(
     table, by_name = figures.summary(lines), {one["model"]: one for one in judged}
     for row in table:
         mine = [case for case in cases if case.method.name == row["method"]]
-        row["learning_rate"] = mine[0].recipe().train.learning_rate
-        row["pretrained_kl"] = mine[0].recipe().regulariser.pretrained_kl
+        row |= _tunable(mine[0].recipe())
         pictures_of = [by_name[case.folder.name] for case in mine]
         for key in ("vendi", *study.distances, "frechet", "kernel", "alignment"):
             row[key] = sum(one[key] for one in pictures_of) / len(mine)
@@ -134,14 +134,19 @@ def write(
     print(f"{folder / 'study.html'}")
 
 
-def _tried(case: Case) -> dict[str, Any]:
-    """A setting of the tuning stage; one that broke has no figures."""
-    recipe = case.recipe()
-    setting = {
-        "method": case.method.name,
+def _tunable(recipe: Recipe) -> dict[str, float | None]:
+    """What a study may tune, as a recipe has it."""
+    objective = recipe.objective
+    return {
         "learning_rate": recipe.train.learning_rate,
         "pretrained_kl": recipe.regulariser.pretrained_kl,
+        "beta": None if isinstance(objective, PolicyGradient) else objective.beta.value,
     }
+
+
+def _tried(case: Case) -> dict[str, Any]:
+    """A setting of the tuning stage; one that broke has no figures."""
+    setting = {"method": case.method.name, **_tunable(case.recipe())}
     ended = ("reward_last_quarter", "eval_reward", "diversity", "fidelity_top1")
     if not case.is_complete():
         return {**setting, **dict.fromkeys(ended)}

@@ -51,7 +51,7 @@ class SampledTile:
     log_pf: Tensor
     """(B, T) sums"""
     log_pb: Tensor
-    """(B, T) sums"""
+    """(B, T) sums; of the pretrained model's P_F where that is the target's prior."""
     x0_hat: dict[int, Tensor]
     """(B, C, H, W) float32 at each scored step; empty without forward-looking."""
     x_0: Tensor
@@ -66,6 +66,7 @@ def sample_tile(
     seed: int,
     sampler: Sampler,
     looking: ForwardLooking | None = None,
+    has_prior: bool = False,
     on_step: Callable[[], object] = lambda: None,
 ) -> SampledTile:
     """Denoise B samples.
@@ -74,6 +75,7 @@ def sample_tile(
         text:      (B, S, D) prompt embeddings.
         sample_id: (B,) int64.
         looking:   keep each state's x0_hat as this section says; None keeps none.
+        has_prior: log P_F is to be balanced `against_prior`.
         on_step:   called after each transition, for progress.
     """
     schedule = policy.schedule
@@ -83,6 +85,8 @@ def sample_tile(
     for k in range(schedule.num_transitions):
         prediction = policy.predict(x_t, schedule.timesteps[k].expand(len(x_t)), text)
         step = take_step(schedule, x_t, prediction, k, seed, sample_id, sampler)
+        if has_prior:
+            step = against_prior(policy, step, x_t, text, k)
         log_pf.append(step.log_pf)
         log_pb.append(step.log_pb)
         if looking is not None and is_scored(k, schedule.num_transitions, looking.stride):
@@ -125,6 +129,19 @@ def take_step(
     log_pf = schedule.log_pf(x_t, evaluated_at, prediction.guided, k)
     x0_hat = schedule.x0_hat(x_t.float(), prediction.guided, k)
     return SampledStep(x_next, x0_hat, log_pf, schedule.log_pb(x_t, x_next, k))
+
+
+@torch.no_grad()
+def against_prior(policy: Policy, step: SampledStep, x_t: Tensor, text: Tensor, k: int) -> SampledStep:
+    """The step with log p_pre(x_next | x_t), (B,), in the place of log P_B, for a target p_pre(x_0) exp(beta r(x_0)).
+
+    The pretrained model is in balance with flows of its own, log F_pre + log p_pre = log F_pre' + log P_B (up to its
+    training error). Subtracted from DAG's balance this leaves, with G = F / F_pre, which ends in exp(beta r) alone,
+
+        log G(x_t) + log P_F(x_next | x_t) = log G(x_next) + log p_pre(x_next | x_t).
+    """
+    pretrained = policy.predict(x_t, policy.schedule.timesteps[k].expand(len(x_t)), text, pretrained=True)
+    return step._replace(log_pb=policy.schedule.log_pf(x_t, step.x_next, pretrained.guided, k))
 
 
 @torch.no_grad()

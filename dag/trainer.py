@@ -198,10 +198,18 @@ class Trainer:
     ) -> tuple[Tensor, Trajectories]:
         """(chain, scored trajectories without it) of a tile."""
         sampler, seed, size = self.recipe.sampler, self.recipe.seed, len(tile.sample_id)
+        objective = self.recipe.objective
         with self.ledger.phase("sample"):
             text = self.parts.text[tile.prompt_id]
             drawn = sample_tile(
-                self.parts.policy, text, tile.sample_id, seed, sampler, looking, on_step=lambda: sampled(size)
+                self.parts.policy,
+                text,
+                tile.sample_id,
+                seed,
+                sampler,
+                looking,
+                has_prior=not isinstance(objective, PolicyGradient) and objective.prior == "pretrained",
+                on_step=lambda: sampled(size),
             )
         with self.ledger.phase("reward"):
             score = self._scorer(tile.prompt_id, tile.sample_id)

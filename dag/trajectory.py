@@ -27,7 +27,7 @@ class Trajectories:
     log_pf: Tensor
     """(N, T) at sampling time."""
     log_pb: Tensor
-    """(N, T)"""
+    """(N, T); of the pretrained model's P_F where that is the target's prior (`dag.rollout.against_prior`)."""
     looking: Tensor | None
     """(N, T) raw reward of x0_hat at each state, or None if nothing was scored."""
     reward: Tensor

@@ -105,7 +105,7 @@ def test_plan_prints_counts_and_writes_nothing(file: Path, capsys: pytest.Captur
     assert captured.err == ""
     lines = {line[:14].strip(): line[14:] for line in captured.out.splitlines()}
     assert lines["prompts"] == "3"
-    assert lines["objective"].startswith("dag_db")
+    assert lines["objective"].startswith("dag_db towards exp(beta r), ")
     assert lines["sampling"].startswith("10 steps, eta 1, guidance 3")
     # 8 chains of 10 states and their ends; sampled and trained once, guidance doubling both.
     assert lines["per epoch"] == "8 trajectories, 88 images decoded and scored, 320 UNet rows"
@@ -128,6 +128,8 @@ def test_plan_counts_what_a_recipe_asks_for(file: Path) -> None:
     one_pass = plan_of("train.rollout=one_pass", "objective.forward_looking.stride=4")
     assert one_pass["unet_rows_per_epoch"] == base["unet_rows_per_epoch"] / 2
     assert one_pass["rewards_per_epoch"] == 8 * (1 + 5)
+    # The pretrained model looks at every sampled state.
+    assert plan_of("objective.prior=pretrained")["unet_rows_per_epoch"] == base["unet_rows_per_epoch"] * 3 / 2
     mean = plan_of("objective.log_prob_reduction=mean", "model.path=owner/name", "model.resolution=512")
     assert mean["beta_eff"] == 10 * 4 * 64 * 64
     ddpo = plan_of("objective={name: ddpo}")

@@ -93,6 +93,7 @@ def test_gradient_does_not_depend_on_the_micro_batch(
     "change",
     [
         {"objective": {"detach_next": False}},
+        {"objective": {"prior": "pretrained"}},
         {"objective": {"log_prob_reduction": "mean"}},
         {"objective": {"huber": 0.01}},
         {"objective": {"residual_scale": "running"}},

@@ -80,6 +80,7 @@ CHANGES: list[dict[str, Any]] = [
     {"objective": KL},
     {"objective": {**KL, "advantage_clip": 0.5, "weight": 3.0}},
     {"objective": {**DB, "detach_next": False}},
+    {"objective": {**DB, "prior": "pretrained"}},
     {"objective": {**DB, "huber": 0.5, "step_weight": "balanced", "residual_scale": "running"}},
     {"objective": {**DB, "forward_looking": {"source": "none"}}},
     {"objective": {**DB, "forward_looking": {"stride": 3, "weight": "one"}}},

@@ -175,6 +175,7 @@ CROSS_FIELD = [
         ("adapter.kind=full", "regulariser.pretrained_kl=0.1"),
         "regulariser.pretrained_kl needs adapter.kind=lora",
     ),
+    (("adapter.kind=full", "objective.prior=pretrained"), "objective.prior=pretrained needs adapter.kind=lora"),
     (("flow.channels=[]",), "flow.channels: name at least one width"),
 ]
 

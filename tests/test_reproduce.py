@@ -122,6 +122,7 @@ def test_every_run_of_every_study_has_a_valid_recipe_and_a_folder_of_its_own(sca
         for setting, recipe in ((c.setting, r) for c, r in zip(cases, recipes, strict=True) if c.setting is not None):
             assert setting.learning_rate == recipe.train.learning_rate
             assert setting.pretrained_kl in (None, recipe.regulariser.pretrained_kl)
+            assert setting.beta is None or setting.beta == recipe.objective.beta.value  # type: ignore[union-attr]
 
 
 @pytest.mark.parametrize("name", ["unregularised", "regularised"])
@@ -171,6 +172,7 @@ def test_a_study_leaves_figures_tables_and_one_page(done: Path) -> None:
         table = list(csv.DictReader(file))
     assert [row["method"] for row in table] == ["dag_db", "ddpo"]
     assert float(table[0]["learning_rate"]) in (0.001, 0.002)
+    assert [row["beta"] for row in table] == ["1000.0", ""], "DDPO has none"
     assert all(float(row["frechet"]) > 0 and float(row["vendi"]) >= 1 for row in table)
     with (folder / "curves.csv").open() as file:
         assert {(row["method"], row["epoch"]) for row in csv.DictReader(file)} == {

@@ -9,7 +9,7 @@ from building import disturb, parts_of
 from dag_kernels import standard_normal
 
 from dag.recipe import Recipe
-from dag.rollout import generate, sample_tile
+from dag.rollout import SampledTile, generate, sample_tile
 from dag.schedule import INITIAL_NOISE
 
 MakeRecipe = Callable[..., Recipe]
@@ -33,6 +33,27 @@ def test_the_stored_state_is_the_state(make_recipe: MakeRecipe) -> None:
         assert torch.equal(tile.chain[k + 1], expected)
         assert torch.equal(tile.log_pf[:, k], schedule.log_pf(tile.chain[k], tile.chain[k + 1], output, k))
         assert torch.equal(tile.log_pb[:, k], schedule.log_pb(tile.chain[k], tile.chain[k + 1], k))
+
+
+def test_a_prior_takes_the_place_of_the_noising_kernel(make_recipe: MakeRecipe) -> None:
+    """log p_pre of the same step, whatever the policy has become: an untrained one is in balance with it."""
+    recipe = make_recipe()
+    parts = parts_of(recipe)
+    policy, schedule, text = parts.policy, parts.policy.schedule, parts.text[torch.tensor([0, 1])]
+
+    def sampled() -> SampledTile:
+        return sample_tile(policy, text, torch.tensor([3, 8]), recipe.seed, recipe.sampler, has_prior=True)
+
+    untrained = sampled()
+    torch.testing.assert_close(untrained.log_pb, untrained.log_pf, rtol=1e-6, atol=0)
+    disturb(parts)
+    tile = sampled()
+    assert (tile.log_pb - tile.log_pf).abs().max() > 1
+    for k in range(4):
+        x_t, x_next = tile.chain[k], tile.chain[k + 1]
+        with torch.no_grad():
+            output = policy.predict(x_t, schedule.timesteps[k].expand(2), text, pretrained=True).guided
+        assert torch.equal(tile.log_pb[:, k], schedule.log_pf(x_t, x_next, output, k))
 
 
 def test_a_trajectory_does_not_depend_on_its_tile(make_recipe: MakeRecipe) -> None:

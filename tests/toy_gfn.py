@@ -11,6 +11,7 @@ of the state, J basis functions. Transitions are (T, N, ...) here, flattened ste
 
 import math
 from dataclasses import dataclass, replace
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -18,6 +19,14 @@ from torch import Tensor
 from dag.balance import Transition, residual_table
 from dag.objectives import Objective
 from dag.schedule import Schedule
+
+
+class Law(Protocol):
+    """Something with a log density, perhaps not normalised."""
+
+    def log_prob(self, x: Tensor) -> Tensor:
+        """(N,) of x (N, D)."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -47,6 +56,17 @@ class Mixture:
         variance = noised_variance(self.sd, alpha_bar)
         square = (x[:, None] - alpha_bar.sqrt() * self.means).square().sum(2)
         return self.weights.log() - 0.5 * square / variance - 0.5 * x.shape[1] * (2 * math.pi * variance).log()
+
+
+@dataclass(frozen=True)
+class Bowl:
+    """log R = slope x - (x - centre)^2 / 2 in one dimension: a reward that a pretrained model's law is tilted by."""
+
+    slope: float
+    centre: float
+
+    def log_prob(self, x: Tensor) -> Tensor:
+        return (self.slope * x - 0.5 * (x - self.centre).square()).sum(1)
 
 
 def noised_variance(sd: float, alpha_bar: Tensor) -> Tensor:
@@ -121,11 +141,12 @@ class Settings:
 class ToyGFN:
     """The pretrained chain with a learnt residual and flow, for S seeds that share nothing but the loop.
 
-    `policy` (T, S, J, D) is added to the noise prediction, `flow` (T, S, J, 1) is log F~; both start at zero.
+    `policy` (T, S, J, D) is added to the noise prediction, `flow` (T, S, J, 1) is log F~; both start at zero. The target
+    is the reward, or with `has_prior` the data law times the reward.
     """
 
-    def __init__(self, data: Mixture, target: Mixture, centres: Tensor, seeds: int) -> None:
-        self.data, self.target, self.centres = data, target, centres
+    def __init__(self, data: Mixture, reward: Law, centres: Tensor, seeds: int, has_prior: bool = False) -> None:
+        self.data, self.reward, self.centres, self.has_prior = data, reward, centres, has_prior
         self.schedule = toy_schedule(data.sd).to("cpu")  # in float32, like the states
         self.seeds, self.dims = seeds, data.means.shape[1]
         T, J = self.schedule.num_transitions, len(centres) ** self.dims
@@ -150,7 +171,7 @@ class ToyGFN:
             features.append(basis(x, self.centres))
             exact.append(self.data.eps(x, schedule.alpha_bar_t[k]))
             output = self.output(k, features[k], exact[k])
-            looking.append(schedule.alpha_bar_t[k] * self.target.log_prob(schedule.x0_hat(x, output, k)))
+            looking.append(schedule.alpha_bar_t[k] * self.reward.log_prob(schedule.x0_hat(x, output, k)))
             x = schedule.sample_next(x, output, self.noise(batch), k)
             states.append(x)
         return Rollout(
@@ -158,7 +179,7 @@ class ToyGFN:
             features=torch.stack(features),
             exact_eps=torch.stack(exact),
             looking=torch.stack(looking),
-            log_reward=self.target.log_prob(x),
+            log_reward=self.reward.log_prob(x),
         )
 
     def loss(self, objective: Objective, rollout: Rollout) -> Tensor:
@@ -168,7 +189,10 @@ class ToyGFN:
         x_t, x_next = rollout.states[:-1].flatten(0, 1), rollout.states[1:].flatten(0, 1)
         output = (rollout.exact_eps + self._lookup(self.policy, rollout.features)).flatten(0, 1)
         log_pf = self.schedule.log_pf(x_t, x_next, output, k)
-        log_pb = self.schedule.log_pb(x_t, x_next, k)
+        if self.has_prior:
+            log_pb = self.schedule.log_pf(x_t, x_next, rollout.exact_eps.flatten(0, 1), k)
+        else:
+            log_pb = self.schedule.log_pb(x_t, x_next, k)
         log_F_tilde = self._lookup(self.flow, rollout.features)[..., 0]
         past_the_end = torch.zeros(1, N)
         transition = Transition(
@@ -270,9 +294,10 @@ def fit(law: Tensor, other: Tensor) -> Fit:
     )
 
 
-def on_grid(target: Mixture) -> Tensor:
-    """A one-dimensional mixture as a law on GRID."""
-    return target.log_prob(GRID.float()[:, None]).double().softmax(0)
+def on_grid(*factors: Law) -> Tensor:
+    """The product of one-dimensional densities as a law on GRID."""
+    points = GRID.float()[:, None]
+    return torch.stack([factor.log_prob(points).double() for factor in factors]).sum(0).softmax(0)
 
 
 def histogram(samples: Tensor) -> Tensor:
@@ -282,7 +307,7 @@ def histogram(samples: Tensor) -> Tensor:
     return torch.bincount(nearest, minlength=len(GRID)).double() / len(samples)
 
 
-def best_gaussian_steps(target: Mixture, schedule: Schedule) -> tuple[Tensor, float]:
+def best_gaussian_steps(reward: Law, schedule: Schedule, prior: Mixture | None = None) -> tuple[Tensor, float]:
     """The best policy with steps N(mu_k(x), sigma_k^2), by dynamic programming.
 
     Returns its law on GRID and the mean of log F_0 over the initial noise.
@@ -292,15 +317,21 @@ def best_gaussian_steps(target: Mixture, schedule: Schedule) -> tuple[Tensor, fl
 
         log F_k(x) = max_mu E_{x' ~ N(mu, sigma_k^2)}[log F_{k+1}(x') + log P_B(x | x') - log P_F(x')].
 
-    mu is searched on GRID; nothing of `dag` but the noise levels and sigma enters.
+    mu is searched on GRID; nothing of `dag` but the noise levels and sigma enters. With the data law as a prior, whose
+    chain has steps N(m_k(x), sigma_k^2), log P_B above is the log-prob of that step.
     """
-    log_F = target.log_prob(GRID.float()[:, None]).double()
+    log_F = reward.log_prob(GRID.float()[:, None]).double()
     kernels = []
     for k in reversed(range(schedule.num_transitions)):
         rho, sigma = schedule.alpha_bar_t[k] / schedule.alpha_bar_next[k], schedule.sigma[k]
         step = (-0.5 * ((GRID - GRID[:, None]) / sigma).square()).softmax(1)
-        misfit = (GRID[:, None] - rho.sqrt() * GRID).square() + rho * sigma.square()
-        gain = step @ log_F - 0.5 * misfit / (1 - rho) - 0.5 * ((1 - rho) / sigma.square()).log() + 0.5
+        if prior is None:
+            misfit = (GRID[:, None] - rho.sqrt() * GRID).square() + rho * sigma.square()
+            gain = step @ log_F - 0.5 * misfit / (1 - rho) - 0.5 * ((1 - rho) / sigma.square()).log() + 0.5
+        else:
+            eps = prior.eps(GRID[:, None].float(), schedule.alpha_bar_t[k].float())[:, 0].double()
+            mean = schedule.mean_x[k] * GRID + schedule.mean_output[k] * eps
+            gain = step @ log_F - 0.5 * ((GRID - mean[:, None]) / sigma).square()
         log_F, best = gain.max(1)
         kernels.append(step[best])
     initial = law = (-0.5 * GRID.square()).softmax(0)
