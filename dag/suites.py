@@ -69,6 +69,8 @@ _ABLATIONS = (
     Method("beta_fourfold", "tiny_cpu.yaml", ("objective.beta.value=4000",)),
     Method("next_flow_trained", "tiny_cpu.yaml", ("objective.detach_next=false",)),
     Method("mean_log_probs", "tiny_cpu.yaml", ("objective.log_prob_reduction=mean",)),
+    Method("no_regulariser", "tiny_cpu.yaml", ("regulariser.pretrained_kl=0",)),
+    Method("prior", "tiny_cpu.yaml", ("regulariser.pretrained_kl=0", "objective.prior=pretrained")),
 )
 
 STUDIES: dict[str, dict[str, dict[str, Study]]] = {
