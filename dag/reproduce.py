@@ -108,7 +108,7 @@ def write(
     table, by_name = figures.summary(lines), {one["model"]: one for one in judged}
     for row in table:
         mine = [case for case in cases if case.method.name == row["method"]]
-        row |= _tunable(mine[0].recipe())
+        row |= _strengths(mine[0].recipe())
         pictures_of = [by_name[case.folder.name] for case in mine]
         for key in ("vendi", *study.distances, "frechet", "kernel", "alignment"):
             row[key] = sum(one[key] for one in pictures_of) / len(mine)
@@ -134,8 +134,8 @@ def write(
     print(f"{folder / 'study.html'}")
 
 
-def _tunable(recipe: Recipe) -> dict[str, float | None]:
-    """What a study may tune, as a recipe has it."""
+def _strengths(recipe: Recipe) -> dict[str, float | None]:
+    """What decides how far a run goes."""
     objective = recipe.objective
     return {
         "learning_rate": recipe.train.learning_rate,
@@ -146,7 +146,7 @@ def _tunable(recipe: Recipe) -> dict[str, float | None]:
 
 def _tried(case: Case) -> dict[str, Any]:
     """A setting of the tuning stage; one that broke has no figures."""
-    setting = {"method": case.method.name, **_tunable(case.recipe())}
+    setting = {"method": case.method.name, **_strengths(case.recipe())}
     ended = ("reward_last_quarter", "eval_reward", "diversity", "fidelity_top1")
     if not case.is_complete():
         return {**setting, **dict.fromkeys(ended)}

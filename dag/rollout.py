@@ -133,12 +133,12 @@ def take_step(
 
 @torch.no_grad()
 def against_prior(policy: Policy, step: SampledStep, x_t: Tensor, text: Tensor, k: int) -> SampledStep:
-    """The step with log p_pre(x_next | x_t), (B,), in the place of log P_B, for a target p_pre(x_0) exp(beta r(x_0)).
+    """The step with log p_pre(x_next | x_t), (B,), of the pretrained model in the place of log P_B.
 
-    The pretrained model is in balance with flows of its own, log F_pre + log p_pre = log F_pre' + log P_B (up to its
-    training error). Subtracted from DAG's balance this leaves, with G = F / F_pre, which ends in exp(beta r) alone,
+        log F(x_t) + log P_F(x_next | x_t) = log F(x_next) + log p_pre(x_next | x_t),    log F(x_0) = beta r(x_0)
 
-        log G(x_t) + log P_F(x_next | x_t) = log G(x_next) + log p_pre(x_next | x_t).
+    telescopes over a chain to P_F(chain | x_T) = p_pre(chain | x_T) exp(beta r(x_0)) / F(x_T): the target is what the
+    pretrained model samples, tilted by the reward, where with P_B it is exp(beta r) alone.
     """
     pretrained = policy.predict(x_t, policy.schedule.timesteps[k].expand(len(x_t)), text, pretrained=True)
     return step._replace(log_pb=policy.schedule.log_pf(x_t, step.x_next, pretrained.guided, k))

@@ -60,9 +60,8 @@ class Simulation:
         # What a lever does to weights is arithmetic; a kernel or a compiler on the meta device would be none.
         memory = recipe.memory.model_copy(update={"base": "compute", "attention": "auto", "compile": False})
         self.looking: ForwardLooking | None = None
-        self.has_prior = False
         if not isinstance(objective, PolicyGradient):
-            self.looking, self.has_prior = objective.forward_looking, objective.prior == "pretrained"
+            self.looking = objective.forward_looking
         self.policy = StableDiffusion(model, recipe.adapter, recipe.sampler, META, recipe.seed, memory, self.looking)
         self.policy.blank_prompt()
         if recipe.memory.base == "int8":
@@ -172,7 +171,7 @@ class Simulation:
         """A tile's chain, then its pictures."""
         rows = min(self.recipe.sampler.tile, self.recipe.train.trajectories)
         with torch.no_grad():
-            x_0, chain = self._sampled(rows, self.has_prior)
+            x_0, chain = self._sampled(rows)
             seen = self._seen(rows)
             if seen:
                 self._score(self.policy.preview(seen[0]))
@@ -182,19 +181,17 @@ class Simulation:
     def evaluation(self) -> None:
         rows = min(self.recipe.sampler.tile, self.recipe.evaluation.prompts * self.recipe.evaluation.images_per_prompt)
         with torch.no_grad():
-            x_0, chain = self._sampled(rows, has_prior=False)
+            x_0, chain = self._sampled(rows)
             self._score(self.policy.decode(x_0))
             del chain
 
-    def _sampled(self, rows: int, has_prior: bool) -> tuple[Tensor, list[Tensor]]:
+    def _sampled(self, rows: int) -> tuple[Tensor, list[Tensor]]:
         """(x_0, a tile's chain as it is kept): states one by one, then together."""
         x_t = self.state(rows)
         # Two steps: the second finds what the first left.
         for k in range(2):
             prediction = self.predict(x_t, k)
             x_next = self._step(x_t, prediction, k)
-            if has_prior:
-                self._pretrained(x_t)
         del prediction, x_next
         states = [self.state(rows) for _ in range(self.T + 1)]
         return x_t.float(), [torch.stack(states)]
@@ -236,8 +233,6 @@ class Simulation:
             prediction = self.predict(x_t, k)
             with torch.no_grad():
                 x_next = self._step(x_t, prediction, k)
-                if self.has_prior:
-                    self._pretrained(x_t)
                 if self.looking is not None and self.looking.source != "none":
                     self._score(self.policy.preview(x_t.float()))
             log_F = self.log_F(x_t)
@@ -272,15 +267,12 @@ class Simulation:
         rows, scale = prediction.rows, prediction.guidance_scale
         return self.schedule.sampling_step(x_t, rows, min(k, self.T - 1), 0, ids, scale, x_t.dtype).x_next
 
-    def _pretrained(self, x_t: Tensor) -> Tensor:
-        return self.policy.predict(x_t, self.timestep(len(x_t)), self.text(len(x_t)), pretrained=True).guided
-
     def _loss(self, x_t: Tensor, x_next: Tensor, prediction: Prediction, log_F: Tensor | None = None) -> Tensor:
         """What a transition's loss holds: log-probs, references, the flow."""
         rows, reference, old = len(x_t), None, None
         if self.recipe.regulariser.pretrained_kl > 0:
             with torch.no_grad():
-                reference = self._pretrained(x_t)
+                reference = self.policy.predict(x_t, self.timestep(rows), self.text(rows), pretrained=True).guided
         if self.recipe.regulariser.sampling > 0:
             old = torch.empty(rows, *self.policy.latent_shape, device=META)
         ks = torch.zeros(rows, dtype=torch.int64, device=META)

@@ -33,23 +33,16 @@ class Setting:
     learning_rate: float
     pretrained_kl: float | None = None
     """Strength of the regulariser; None keeps the recipe's."""
-    beta: float | None = None
-    """Inverse temperature of the target; None keeps the recipe's."""
 
     @property
     def name(self) -> str:
-        given = {"lr": self.learning_rate, "kl": self.pretrained_kl, "beta": self.beta}
-        return "-".join(f"{short}{value}" for short, value in given.items() if value is not None)
+        return f"lr{self.learning_rate}" + ("" if self.pretrained_kl is None else f"-kl{self.pretrained_kl}")
 
     @property
     def overrides(self) -> dict[str, float]:
         """Values of recipe keys."""
-        given = {
-            "train.learning_rate": self.learning_rate,
-            "regulariser.pretrained_kl": self.pretrained_kl,
-            "objective.beta.value": self.beta,
-        }
-        return {key: value for key, value in given.items() if value is not None}
+        strength = {} if self.pretrained_kl is None else {"regulariser.pretrained_kl": self.pretrained_kl}
+        return {"train.learning_rate": self.learning_rate, **strength}
 
 
 @dataclass(frozen=True)
