@@ -118,6 +118,7 @@ def draw(lines: Sequence[Line], folder: Path) -> list[Path]:
     import matplotlib
 
     matplotlib.use("Agg")
+    from cycler import cycler
     from matplotlib import pyplot
 
     kinds: dict[str, Callable[[Any], None]] = {
@@ -128,9 +129,12 @@ def draw(lines: Sequence[Line], folder: Path) -> list[Path]:
         "reward_against_fidelity": lambda axis: _trade_off(axis, lines, "fidelity_top1", "judged noun right"),
         "time_and_memory": lambda axis: _costs(axis, lines),
     }
+    # Where the colours are used up, the next dash begins.
+    looks = cycler(linestyle=["-", "--", ":"]) * matplotlib.rcParams["axes.prop_cycle"]
     files = []
     for name, plot in kinds.items():
         figure, axis = pyplot.subplots(figsize=(6.4, 4.2))
+        axis.set_prop_cycle(looks)
         plot(axis)
         if axis.has_data():
             figure.tight_layout()

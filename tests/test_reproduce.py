@@ -99,6 +99,18 @@ def test_nothing_is_compared_at_a_reward_that_needs_no_training() -> None:
     assert all(row["diversity_at_equal_reward"] is None for row in summary(lines))
 
 
+def test_a_dozen_methods_are_told_apart(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from matplotlib import pyplot
+
+    kept: list[Any] = []
+    monkeypatch.setattr(pyplot, "close", kept.append)
+    draw([Line(str(index), (rows_of((1, 0.9), (2, 0.8)),)) for index in range(12)], tmp_path)
+    monkeypatch.undo()
+    for figure in kept[:3]:
+        assert len({(line.get_color(), line.get_linestyle()) for line in figure.axes[0].lines}) == 12
+    pyplot.close("all")
+
+
 def test_what_was_not_measured_is_not_drawn(tmp_path: Path) -> None:
     rows = rows_of((1, 0.9), (2, 0.8))
     drawn = {path.stem for path in draw([Line("a", (rows, rows))], tmp_path)}
