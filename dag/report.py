@@ -4,6 +4,7 @@
 """
 
 import argparse
+import math
 import sys
 import time
 from collections.abc import Sequence
@@ -21,6 +22,8 @@ from dag.run_folder import RunFolder
 
 _CAPTION_PX = 12
 _SMALLEST_CELL_PX = 96
+# Sheets.
+_ABREAST, _GAP_PX = 4, 12
 
 
 def to_pictures(images: Tensor) -> list[Image.Image]:
@@ -33,7 +36,7 @@ def grid(images: Tensor, captions: Sequence[str], columns: int) -> Image.Image:
     """Pictures row by row, a caption above each; small pictures are enlarged to be seen."""
     pictures = to_pictures(images)
     side = max(pictures[0].width, _SMALLEST_CELL_PX)
-    rows = -(-len(pictures) // columns)
+    rows = math.ceil(len(pictures) / columns)
     sheet = Image.new("RGB", (columns * (side + 2), rows * (side + _CAPTION_PX + 2)), "white")
     draw = ImageDraw.Draw(sheet)
     for index, (picture, caption) in enumerate(zip(pictures, captions, strict=True)):
@@ -51,14 +54,12 @@ def with_title(sheet: Image.Image, title: str) -> Image.Image:
 
 
 def beside(sheets: Sequence[Image.Image]) -> Image.Image:
-    """Pictures side by side."""
-    joined = Image.new(
-        "RGB", (sum(s.width for s in sheets) + 12 * (len(sheets) - 1), max(s.height for s in sheets)), "white"
-    )
-    left = 0
-    for sheet in sheets:
-        joined.paste(sheet, (left, 0))
-        left += sheet.width + 12
+    """Pictures side by side, in as many rows as it takes to stay readable on a page."""
+    width, height = (max(sizes) + _GAP_PX for sizes in zip(*(sheet.size for sheet in sheets), strict=True))
+    columns, rows = min(len(sheets), _ABREAST), math.ceil(len(sheets) / _ABREAST)
+    joined = Image.new("RGB", (columns * width - _GAP_PX, rows * height - _GAP_PX), "white")
+    for index, sheet in enumerate(sheets):
+        joined.paste(sheet, (index % _ABREAST * width, index // _ABREAST * height))
     return joined
 
 

@@ -1,4 +1,4 @@
-"""Following a run by its lines."""
+"""Following a run by its lines, and its pictures on one sheet."""
 
 import json
 import threading
@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from PIL import Image, ImageColor
 
 from dag import report
 from dag.recipe_file import load
@@ -69,3 +70,12 @@ def test_no_run_there(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Non
     (tmp_path / "run.json").write_text(json.dumps({}))
     assert report.main([str(tmp_path)]) == 2
     assert "holds no recipe" in capsys.readouterr().err
+
+
+def test_many_sheets_take_several_rows() -> None:
+    colours = ("red", "green", "blue", "black", "orange")
+    joined = report.beside([Image.new("RGB", (30, 20), colour) for colour in colours])
+    assert joined.size == (4 * 30 + 3 * 12, 2 * 20 + 12)
+    places = [(index * 42, 0) for index in range(4)] + [(0, 32)]
+    assert [joined.getpixel(place) for place in places] == [ImageColor.getrgb(colour) for colour in colours]
+    assert report.beside([Image.new("RGB", (30, 20))] * 2).size == (72, 20)
