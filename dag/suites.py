@@ -103,8 +103,8 @@ STUDIES: dict[str, dict[str, dict[str, Study]]] = {
         "prior": {
             "colourfulness": Study(
                 title="The pretrained model in the target, or not",
-                question="DAG-DB towards p_pretrained exp(beta r) and towards exp(beta r) (recipes/tiny_cpu.yaml), no regulariser for "
-                f"either, and the better of two learning rates: {_CHOICE}.",
+                question="DAG-DB towards p_pretrained exp(beta r) and towards exp(beta r), no regulariser for either, and the "
+                f"better of two learning rates: {_CHOICE}.",
                 methods=(
                     Method("dag_db", "tiny_cpu.yaml", tried=_SLOW),
                     Method("dag_db_prior", "tiny_cpu.yaml", ("objective.prior=pretrained",), tried=_SLOW),
