@@ -215,7 +215,7 @@ def run_missing(cases: Sequence[Case], jobs: int, cards: Sequence[str] = ()) -> 
             train(case, lock)
 
     def train(case: Case, lock: int) -> None:
-        print(f"{case.folder.name}: {'resumed' if _has_begun(case) else 'started'}", flush=True)
+        _say(case, "resumed" if _has_begun(case) else "started")
         with case.log.open("ab") as log, _taken(free) as card:
             child = subprocess.Popen(
                 _command(case),
@@ -231,10 +231,10 @@ def run_missing(cases: Sequence[Case], jobs: int, cards: Sequence[str] = ()) -> 
             code = child.wait()
             children.discard(child)
         if code == 0:
-            print(f"{case.folder.name}: reward {ends(case.rows())[1]:.3f}", flush=True)
+            _say(case, f"reward {ends(case.rows())[1]:.3f}")
         elif not stopping.is_set():
             failed[case] = code
-            print(f"{case.folder.name}: failed, see {case.log}", flush=True)
+            _say(case, f"failed, see {case.log}")
 
     with ThreadPoolExecutor(jobs) as pool:
         futures = [pool.submit(work, case) for case in missing]
@@ -247,6 +247,11 @@ def run_missing(cases: Sequence[Case], jobs: int, cards: Sequence[str] = ()) -> 
                 child.terminate()
             raise
     return failed
+
+
+def _say(case: Case, text: str) -> None:
+    """A line in one write: other jobs say theirs at the same time."""
+    print(f"{case.folder.name}: {text}\n", end="", flush=True)
 
 
 def _dealt(cards: Sequence[str], jobs: int) -> "queue.SimpleQueue[dict[str, str]]":
