@@ -35,7 +35,7 @@ _ON_24_GB = (
 )
 _CHOICE = "the reward of the last quarter decides among those that keep the judged noun in 70 % of pictures"
 _WITHOUT = tuple(Setting(rate) for rate in (0.002, 0.004, 0.008))
-# At the recipe's own .005 the policy leaves this target within an epoch: see the ablations.
+# At the recipe's own .005 the policy leaves this target within a few epochs: see the ablations.
 _SLOW = tuple(Setting(rate) for rate in (0.001, 0.002))
 # The pull of a strength depends on the loss beside it: a decade for each, near what its recipe ships with.
 _STRENGTHS = {"dag_db": (1e-5, 1e-4), "dag_kl": (1e-5, 1e-4), "ddpo": (1e-6, 1e-5)}
