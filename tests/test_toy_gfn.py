@@ -58,6 +58,18 @@ def line_fits(toy: ToyGFN, law: torch.Tensor, label: str) -> list[Fit]:
     return fits
 
 
+def has_ended(toy: ToyGFN, best: tuple[torch.Tensor, float], left: float, tolerance: float, label: str) -> None:
+    """Samples and the initial log F (within a tolerance, in nats) are those of the `best_gaussian_steps`."""
+    law, initial_log_F = best
+    for result in line_fits(toy, law, label):
+        assert result.left == pytest.approx(left, abs=0.025)
+        assert result.kl <= 0.0055
+        assert result.w1 <= 0.04
+    flows = toy.initial_log_F(SAMPLES)
+    print(f"\n{label}  mean log F_0 {flows.tolist()}, exactly {initial_log_F:.4f}", end="")
+    torch.testing.assert_close(flows, torch.full_like(flows, initial_log_F), atol=tolerance, rtol=0)
+
+
 def corner_shares(name: str, settings: Settings) -> torch.Tensor:
     """(S, 4) share of each mode after training, also printed."""
     toy = ToyGFN(EVEN_CORNERS, UNEVEN_CORNERS, torch.linspace(-2.5, 2.5, 11), SEEDS)
@@ -105,14 +117,7 @@ def test_dag_ends_at_the_best_gaussian_steps(name: str) -> None:
     """
     toy = line_toy(centres=57)
     toy.train(objective(name), Settings(iterations=1200, policy_lr=4e-2, flow_lr=4e-1))
-    law, initial_log_F = best_gaussian_steps(TARGET, toy_schedule(SD))
-    for result in line_fits(toy, law, f"{name} longer"):
-        assert result.left == pytest.approx(0.257, abs=0.025)
-        assert result.kl <= 0.0055
-        assert result.w1 <= 0.04
-    flows = toy.initial_log_F(SAMPLES)
-    print(f"\n{name} longer  mean log F_0 {flows.tolist()}, exactly {initial_log_F:.4f}", end="")
-    torch.testing.assert_close(flows, torch.full_like(flows, initial_log_F), atol=0.3, rtol=0)
+    has_ended(toy, best_gaussian_steps(TARGET, toy_schedule(SD)), left=0.257, tolerance=0.3, label=f"{name} longer")
 
 
 @pytest.mark.slow
@@ -121,15 +126,9 @@ def test_with_a_prior_dag_ends_at_the_tilted_data_law(name: str) -> None:
     """Its best steps leave 0.274 on the left; the data law times the reward has 0.227 there, the reward alone 0.256."""
     toy = ToyGFN(DATA, TILT, torch.linspace(-3.5, 3.5, 57), SEEDS, has_prior=True)
     toy.train(objective(name), Settings(iterations=600, policy_lr=4e-2, flow_lr=4e-1))
-    best, initial_log_G = best_gaussian_steps(TILT, toy_schedule(SD), prior=DATA)
-    print(f"\n{'optimum':<14}         {fit(best, on_grid(DATA, TILT))}", end="")
-    for result in line_fits(toy, best, f"{name} prior"):
-        assert result.left == pytest.approx(0.274, abs=0.025)
-        assert result.kl <= 0.0055
-        assert result.w1 <= 0.04
-    flows = toy.initial_log_F(SAMPLES)
-    print(f"\n{name} prior  mean log G_0 {flows.tolist()}, exactly {initial_log_G:.4f}", end="")
-    torch.testing.assert_close(flows, torch.full_like(flows, initial_log_G), atol=0.1, rtol=0)
+    best = best_gaussian_steps(TILT, toy_schedule(SD), prior=DATA)
+    print(f"\n{'optimum':<14}         {fit(best[0], on_grid(DATA, TILT))}", end="")
+    has_ended(toy, best, left=0.274, tolerance=0.1, label=f"{name} prior")
 
 
 @pytest.mark.slow
