@@ -156,3 +156,11 @@ def test_chains_are_exact_where_log_pf_is_taken_at_the_stored_state(tmp_path: Pa
     assert 0 < rows["fp16", "unrounded"]["log_pf_error"] < rows["bf16", "unrounded"]["log_pf_error"]
     # 7 states of 4 x 16 x 16, 3 numbers a step in fp32, and a reward, a prompt and a sample id.
     assert rows["fp16", "stored"]["bytes"] == 7 * 4 * 16 * 16 * 2 + 6 * 3 * 4 + 4 + 8 + 8
+
+
+def test_every_row_leaves_out_the_passes_of_the_pretrained_model() -> None:
+    """FLOP counts do not know them."""
+    given = ["objective.prior=pretrained"]
+    recipes = [r for _, r in bench.cases(str(ROOT / "recipes/tiny_cpu.yaml"), given, None, is_ablation=True)]
+    assert {recipe.objective.prior for recipe in recipes} == {"none"}  # type: ignore[union-attr]
+    assert {recipe.regulariser.pretrained_kl for recipe in recipes} == {0}
