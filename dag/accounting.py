@@ -6,22 +6,18 @@ Owns the counting, and what it takes for a run on the meta device to hold the te
 import weakref
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves, tree_map
+from torch.utils._pytree import tree_leaves
 
 GIB = 2**30
 
 _ATEN = torch.ops.aten
 # Below autograd, where a composite operator is still its plain definition and not what `as_on_cuda` makes of it.
 _META = torch._C.DispatchKeySet(torch._C.DispatchKey.Meta)
-# CUDA's lists of autocast (ATen/autocast_mode.h), as far as diffusers' networks call what is on them.
-_RUN_IN_HALF = (_ATEN.linear.default, _ATEN.conv2d.default)
-_RUN_IN_FLOAT32 = (_ATEN.layer_norm.default, _ATEN.group_norm.default, _ATEN.upsample_nearest2d.vec)
 
 
 class LiveBytes(TorchDispatchMode):
@@ -85,18 +81,12 @@ class LiveBytes(TorchDispatchMode):
 def as_on_cuda() -> Iterator[None]:
     """Meta tensors take the way they would take on CUDA; other tensors go theirs. Cannot be nested.
 
-    Attention: PyTorch gives meta tensors its reference implementation, which holds the attention matrices in fp32. Here
-    they get the memory-efficient kernel, which holds what flash attention holds. Attention with a mask is left alone.
-
-    Autocast: PyTorch has none for meta tensors, and `torch.autocast("meta")` raises. Here they follow CUDA's rules
-    inside `torch.autocast("cpu", dtype)`, a region that gradient checkpointing restores when it recomputes. Unlike
-    CUDA's, it does not keep the casts of trainable weights until the region ends: a full fine-tune's forward pass
-    without gradients takes less here.
+    PyTorch gives meta tensors its reference implementation of attention, which holds the attention matrices in fp32.
+    Here they get the memory-efficient kernel, which holds what flash attention holds. Attention with a mask is left
+    alone. There is no autocast here: the policy uses none.
     """
     library = torch.library.Library("aten", "IMPL")
     library.impl("scaled_dot_product_attention", _attention, "AutogradMeta")
-    for operator in _RUN_IN_HALF + _RUN_IN_FLOAT32:
-        library.impl(operator, partial(_with_autocast, operator), "AutogradMeta")
     try:
         yield
     finally:
@@ -119,14 +109,6 @@ def _tensors(tree: Any) -> list[Tensor]:
     return [leaf for leaf in tree_leaves(tree) if isinstance(leaf, Tensor)]
 
 
-def _with_autocast(operator: Any, *args: Any, **kwargs: Any) -> Any:
-    """A composite operator on meta tensors, in the dtype of CUDA's autocast."""
-    if torch.is_autocast_enabled("cpu"):
-        dtype = torch.get_autocast_dtype("cpu") if operator in _RUN_IN_HALF else torch.float32
-        args, kwargs = tree_map(partial(_cast, dtype=dtype), (args, kwargs))
-    return operator.redispatch(_META, *args, **kwargs)
-
-
 def _attention(
     query: Tensor,
     key: Tensor,
@@ -139,9 +121,6 @@ def _attention(
     enable_gqa: bool = False,
 ) -> Tensor:
     """(B, heads, tokens, width) of meta tensors, without the (tokens, tokens) matrices."""
-    if torch.is_autocast_enabled("cpu"):
-        dtype = torch.get_autocast_dtype("cpu")
-        query, key, value, mask = (_cast(tensor, dtype) for tensor in (query, key, value, mask))
     if mask is not None or enable_gqa:
         return _ATEN.scaled_dot_product_attention.default.redispatch(
             _META, query, key, value, mask, dropout, is_causal, scale=scale, enable_gqa=enable_gqa
@@ -149,7 +128,3 @@ def _attention(
     # Like flash attention, with the logarithms of the sums even where no backward pass will need them.
     options = {"compute_log_sumexp": True, "dropout_p": dropout, "is_causal": is_causal, "scale": scale}
     return _ATEN._scaled_dot_product_efficient_attention(query, key, value, None, **options)[0]
-
-
-def _cast(value: Any, dtype: torch.dtype) -> Any:
-    return value.to(dtype) if isinstance(value, Tensor) and value.is_floating_point() else value

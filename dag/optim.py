@@ -4,10 +4,11 @@ import math
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from dag.errors import UsageError
 from dag.faults import NotFiniteError, Suspects
+from dag.models.adapter import TrainedWeights
 from dag.recipe import Train
 
 # In a row; a single overflow is ordinary in half precision.
@@ -25,7 +26,8 @@ def build_optimizer(
         "eps": 1e-8,
     }
     if kind == "adamw":
-        return torch.optim.AdamW(parameters, **options)
+        # On a GPU one launch moves all weights; on a CPU the plain form keeps earlier runs' numbers.
+        return torch.optim.AdamW(parameters, **options, fused=parameters[0].is_cuda)
     try:
         import bitsandbytes
     except ImportError:
@@ -42,17 +44,31 @@ class Stepper:
 
     Args:
         name: for error messages, "policy" or "flow".
+        weights: whose masters the optimizer moves; None where the parameters are computed with as they are.
         use_scaler: scale losses against underflow; for fp16 alone.
     """
 
-    def __init__(self, name: str, optimizer: torch.optim.Optimizer, clip_norm: float, use_scaler: bool = False) -> None:
-        self.name, self.optimizer, self.clip_norm = name, optimizer, clip_norm
+    def __init__(
+        self,
+        name: str,
+        optimizer: torch.optim.Optimizer,
+        clip_norm: float,
+        weights: TrainedWeights | None = None,
+        use_scaler: bool = False,
+    ) -> None:
+        self.name, self.optimizer, self.clip_norm, self.weights = name, optimizer, clip_norm, weights
         self.parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
         self.scaler = torch.amp.GradScaler("cuda", enabled=use_scaler)
         self.skipped = 0
 
     def zero_grad(self) -> None:
         self.optimizer.zero_grad(set_to_none=True)
+
+    def backward(self, loss: Tensor) -> None:
+        """Accumulate the gradients of a loss ()."""
+        self.scaler.scale(loss).backward()
+        if self.weights is not None:
+            self.weights.gather()
 
     def step(self) -> float:
         """Apply the accumulated gradients; returns their norm before clipping. A non-finite gradient is skipped."""
@@ -61,6 +77,8 @@ class Stepper:
         self.skipped = 0 if math.isfinite(norm) else self.skipped + 1
         if math.isfinite(norm):
             self.scaler.step(self.optimizer)
+            if self.weights is not None:
+                self.weights.refresh()
         self.scaler.update()
         return norm
 

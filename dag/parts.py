@@ -57,6 +57,7 @@ class Parts:
         for module in (self.policy.unet, decoder.vae, decoder.tiny, flow):
             if module is not None:
                 yield from (*module.parameters(), *module.buffers())
+        yield from self.policy.trainable()
         for stepper in self.learner.updates.steppers():
             yield from (p.grad for p in stepper.parameters if p.grad is not None)
             for state in stepper.optimizer.state.values():
@@ -103,7 +104,7 @@ def build(
     policy.free_text_encoder()
     train = recipe.train
     optimizer = build_optimizer(policy.trainable(), train.learning_rate, train, train.optimizer)
-    stepper = Stepper("policy", optimizer, train.clip_norm, use_scaler=recipe.model.dtype == "fp16")
+    stepper = Stepper("policy", optimizer, train.clip_norm, policy.weights, use_scaler=recipe.model.dtype == "fp16")
     flow_fit = _flow_fit(recipe, policy, text) if objective.uses_flow else None
     learner = Learner(recipe, policy, objective, stepper, flow_fit, text, warn, world)
     evaluated = (found.held_out, held_out) if recipe.evaluation.held_out else (found.training, text)

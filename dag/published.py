@@ -89,7 +89,8 @@ class Published:
         log_F_next = with_rewarded_end(self._log_F(tile, rows, x_next, following, text), tile.reward[rows], is_last)
         delta = residual(log_F, log_pf, self.schedule.log_pb(x_t, x_next, k), log_F_next) / x_t[0].numel()
         pull = (output - tile.output[k, rows].float()).square().flatten(1).mean(1)
-        ((delta.square() + pull).sum() / (num_trajectories * self.schedule.num_transitions)).backward()
+        loss = (delta.square() + pull).sum() / (num_trajectories * self.schedule.num_transitions)
+        self.learner.updates.stepper.backward(loss)
 
     def _log_F(self, tile: _Stored, rows: Tensor, x_t: Tensor, k: int, text: Tensor) -> Tensor:
         """Flow and reward of x0_hat at one end of a transition."""

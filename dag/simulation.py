@@ -222,7 +222,7 @@ class Simulation:
                     unguided = self.looking.prediction == "conditional"
                     self.policy.predict(x_t, self.timestep(rows), self.text(rows), unguided=unguided)
                     self._score(self.policy.preview(x_t.float()))
-            loss.backward()
+            self._backward(loss)
             del prediction, loss
 
     def one_pass(self) -> None:
@@ -237,14 +237,14 @@ class Simulation:
                     self._score(self.policy.preview(x_t.float()))
             log_F = self.log_F(x_t)
             if pending is not None:
-                pending.backward()
+                self._backward(pending)
             pending = self._loss(x_t, x_next, prediction, log_F)
             del prediction, log_F
             x_t = x_next
         with torch.no_grad():
             self._score(self.policy.decode(x_t.float()))
         assert pending is not None
-        pending.backward()
+        self._backward(pending)
 
     # -- steps ---------------------------------------------------------------------------------------------------
 
@@ -283,6 +283,10 @@ class Simulation:
         for extra in (now.kl, now.gap, log_F if log_F is not None or self.flow is None else self.log_F(x_t)):
             total = total if extra is None else total + extra.sum()
         return total
+
+    def _backward(self, loss: Tensor) -> None:
+        loss.backward()
+        self.policy.weights.gather()
 
     def log_F(self, x_t: Tensor) -> Tensor | None:
         if self.flow is None:

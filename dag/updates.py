@@ -124,7 +124,7 @@ class Updates:
         """Accumulate the gradient of a micro-batch's share in the mean over the update's transitions."""
         transitions = num_trajectories * self.num_transitions
         loss = weight * (output.loss + regulariser).sum() / transitions
-        self.stepper.scaler.scale(loss).backward()
+        self.stepper.backward(loss)
         outcome.add(output, loss.detach())
 
     def _unscale_flow(self) -> None:

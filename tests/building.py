@@ -60,3 +60,4 @@ def disturb(parts: Parts, scale: float = 0.05) -> None:
     with torch.no_grad():
         for parameter in modules:
             parameter.add_(scale * torch.randn(parameter.shape, generator=generator))
+    parts.policy.weights.refresh()

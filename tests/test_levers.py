@@ -37,6 +37,7 @@ def gradients(parts: Parts) -> list[Tensor]:
     for parameter in parts.policy.trainable():
         parameter.grad = None
     parts.policy.predict(*states(parts)).rows.float().square().sum().backward()
+    parts.policy.weights.gather()
     return [p.grad.clone() for p in parts.policy.trainable() if p.grad is not None]
 
 

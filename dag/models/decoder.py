@@ -4,7 +4,7 @@ Legend: B samples, C H W pixels.
 """
 
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -65,28 +65,27 @@ class Decoder:
         if self.offloads and self.device.type != "meta":
             self.vae.to(device)
 
-    def __call__(self, x_0: Tensor, autocast: AbstractContextManager[None]) -> Tensor:
+    def __call__(self, x_0: Tensor) -> Tensor:
         """(B, 3, H, W) float32 in [0, 1], in full."""
-        return self._decoded(self.vae, x_0 / self.vae.config.scaling_factor, autocast)
+        return self._decoded(self.vae, x_0 / self.vae.config.scaling_factor)
 
-    def preview(self, x0_hat: Tensor, autocast: AbstractContextManager[None], kind: str | None = None) -> Tensor:
+    def preview(self, x0_hat: Tensor, kind: str | None = None) -> Tensor:
         """The same shape by a `forward_looking.decoder`; None is the recipe's, and `tiny` must be if asked for."""
         kind = kind or self.kind
         if kind == "tiny":
             # Tiny autoencoders read latents as the UNet has them.
-            return self._decoded(self.tiny, x0_hat, autocast)
+            return self._decoded(self.tiny, x0_hat)
         if kind == "half":
-            small = self(functional.avg_pool2d(x0_hat.float(), 2), autocast)
+            small = self(functional.avg_pool2d(x0_hat.float(), 2))
             # Rewards see the size that they will judge in the end.
             return functional.interpolate(small, scale_factor=2, mode="bilinear").clamp(0, 1)
-        return self(x0_hat, autocast)
+        return self(x0_hat)
 
     @torch.no_grad()
-    def _decoded(self, vae: Any, latents: Tensor, autocast: AbstractContextManager[None]) -> Tensor:
+    def _decoded(self, vae: Any, latents: Tensor) -> Tensor:
         images, dtype = [], next(vae.parameters()).dtype
         for part in latents.float().split(self.batch):
-            with autocast:
-                image = vae.decode(part.to(dtype).contiguous(memory_format=self.layout), return_dict=False)[0]
+            image = vae.decode(part.to(dtype).contiguous(memory_format=self.layout), return_dict=False)[0]
             images.append((image.float() / 2 + 0.5).clamp(0, 1))
         return torch.cat(images)
 

@@ -6,7 +6,6 @@ and every module stays in eval mode, so that the same state always gives the sam
 Legend: B samples, S text tokens, D text width, C H W latent.
 """
 
-import contextlib
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -16,13 +15,14 @@ import torch
 from dag_kernels import guided
 from diffusers import DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
 from diffusers.utils import convert_state_dict_to_kohya
-from peft import LoraConfig, get_peft_model_state_dict, set_peft_model_state_dict
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from dag import recipe
 from dag.errors import RunError, UsageError
+from dag.models.adapter import TrainedWeights, add_lora
 from dag.models.decoder import Decoder
+from dag.models.frozen import freeze_convolutions
 from dag.models.levers import checkpoint_activations, choose_attention, compile_blocks, quantise
 from dag.models.source import read_config, resolve
 from dag.models.weights import load_module, load_text_encoder, load_tokenizer
@@ -79,7 +79,7 @@ class StableDiffusion:
         self.latent_shape = (int(self.unet.config.in_channels), side, side)
         self._text: tuple[Any, Any] | None = None
         self._uncond: Tensor | None = None
-        self._add_adapter(seed)
+        self.weights = self._train_weights(seed)
         compile_blocks(self.unet, memory.compile)
 
     @property
@@ -104,7 +104,7 @@ class StableDiffusion:
         tokens = tokenizer(
             ["", *prompts], padding="max_length", max_length=length, truncation=True, return_tensors="pt"
         )
-        with torch.no_grad(), self._autocast():
+        with torch.no_grad():
             embedded = torch.cat(
                 [encoder(ids.to(self.device))[0].to(self.dtype).cpu() for ids in tokens.input_ids.split(64)]
             )
@@ -154,16 +154,18 @@ class StableDiffusion:
         return Prediction(output, B, guidance_scale, conditional)
 
     def _run(self, x_t: Tensor, t: Tensor, text: Tensor, pretrained: bool) -> Tensor:
-        with self._adapter_switched(off=pretrained), self._autocast():
+        if pretrained and self.adapter.kind == "full":
+            raise RuntimeError("a full fine-tune keeps no pretrained weights to predict with")
+        with self.weights.switched(off=pretrained):
             return self.unet(x_t, t, encoder_hidden_states=text, return_dict=False)[0]
 
     def decode(self, x_0: Tensor) -> Tensor:
         """(B, 3, H, W) float32 in [0, 1]."""
-        return self.decoder(x_0, self._autocast())
+        return self.decoder(x_0)
 
     def preview(self, x0_hat: Tensor, decoder: str | None = None) -> Tensor:
         """The same of predicted latents, as the recipe's `forward_looking.decoder` shows them."""
-        return self.decoder.preview(x0_hat, self._autocast(), decoder)
+        return self.decoder.preview(x0_hat, decoder)
 
     def base_weights(self) -> dict[str, list[Tensor]]:
         """What was loaded, before any training; the text encoder if it is still there."""
@@ -180,31 +182,26 @@ class StableDiffusion:
         }
 
     def trainable(self) -> list[nn.Parameter]:
-        return [parameter for parameter in self.unet.parameters() if parameter.requires_grad]
+        return self.weights.masters
 
     def state_dict(self) -> dict[str, Tensor]:
-        state = get_peft_model_state_dict(self.unet) if self.adapter.kind == "lora" else self.unet.state_dict()
-        return {name: tensor.detach().cpu().contiguous() for name, tensor in state.items()}
+        return self.weights.state_dict()
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
         """Raises RunError if the weights do not fit this adapter exactly."""
-        expected = {name: tuple(tensor.shape) for name, tensor in self.state_dict().items()}
-        found = {name: tuple(tensor.shape) for name, tensor in state.items()}
-        if expected != found:
-            odd = sorted(name for name in expected.keys() | found.keys() if expected.get(name) != found.get(name))
-            raise RunError(f"the saved weights do not fit this model and adapter ({len(odd)} differ, first: {odd[0]})")
-        if self.adapter.kind == "lora":
-            set_peft_model_state_dict(self.unet, state)
-        else:
-            self.unet.load_state_dict(state)
+        self.weights.load_state_dict(state)
 
     def export(self, folder: Path) -> None:
         """LoRA: pytorch_lora_weights.safetensors (diffusers) and a kohya file; full: a diffusers `unet` folder."""
         folder.mkdir(parents=True, exist_ok=True)
-        if self.adapter.kind == "full":
-            self.unet.save_pretrained(folder / "unet")
-            return
         state = self.state_dict()
+        if self.adapter.kind == "full":
+            # The network may hold half-precision copies; the file gets the float32 weights.
+            with torch.device("meta"):
+                unet = UNet2DConditionModel.from_config(self.unet.config)
+            unet.load_state_dict(state, assign=True)
+            unet.save_pretrained(folder / "unet")
+            return
         StableDiffusionPipeline.save_lora_weights(
             folder,
             # As peft names them: diffusers' older names exist for attention alone, and it loads no mixture.
@@ -235,7 +232,7 @@ class StableDiffusion:
 
     def _load_unet(self, memory: recipe.Memory) -> tuple[str, Any]:
         """(attention and its reason, the frozen UNet with the recipe's levers)."""
-        # Trainable weights are fp32 masters; frozen ones are held in the compute dtype.
+        # What is trained is read in float32; what is frozen in the dtype it computes in.
         frozen = torch.float32 if self.adapter.kind == "full" else self.dtype
         unet = load_module(UNet2DConditionModel, self.folder, "unet", frozen, self.device, self._variant)
         unet.to(memory_format=self.layout)
@@ -259,41 +256,14 @@ class StableDiffusion:
             self._text = load_tokenizer(self.folder), encoder
         return self._text
 
-    def _add_adapter(self, seed: int) -> None:
+    def _train_weights(self, seed: int) -> TrainedWeights:
         if self.adapter.kind == "full":
             self.unet.requires_grad_(True)
-            return
-        _check_targets(self.unet, self.adapter.targets)
-        config = LoraConfig(
-            r=self.adapter.rank,
-            lora_alpha=self.adapter.alpha,
-            target_modules=list(self.adapter.targets),
-            init_lora_weights="gaussian",
-        )
-        with torch.random.fork_rng():
-            torch.manual_seed(seed)
-            self.unet.add_adapter(config)
-        for parameter in self.trainable():
-            parameter.data = parameter.data.float()
-
-    @contextlib.contextmanager
-    def _adapter_switched(self, off: bool) -> Any:
-        if not off:
-            yield
-            return
-        if self.adapter.kind == "full":
-            raise RuntimeError("a full fine-tune keeps no pretrained weights to predict with")
-        self.unet.disable_adapters()
-        try:
-            yield
-        finally:
-            self.unet.enable_adapters()
-
-    def _autocast(self) -> Any:
-        if self.dtype == torch.float32:
-            return contextlib.nullcontext()
-        # Meta tensors have no autocast of their own; `dag.accounting` follows this one's dtypes.
-        return torch.autocast("cpu" if self.device.type == "meta" else self.device.type, self.dtype)
+        else:
+            _check_targets(self.unet, self.adapter.targets)
+            add_lora(self.unet, self.adapter, seed)
+        freeze_convolutions(self.unet)
+        return TrainedWeights(self.unet, self.dtype)
 
 
 def _check_family(folder: Path) -> None:

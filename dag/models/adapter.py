@@ -1,0 +1,205 @@
+"""The trained weights of a network: LoRA factors or all weights, held in float32, computed with in the network's dtype.
+
+In half precision there is no autocast: every module computes in its own dtype. So each trained weight exists twice, as a
+float32 master, which the optimizer moves, and as a half-precision copy in the network. Gradients of the copies are summed
+in float32 on the masters.
+
+Legend: N rows (batch times tokens), I and O features in and out, R the LoRA rank.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from peft import LoraConfig, get_peft_model_state_dict
+from peft.tuners.lora import Linear as LoraLinear
+from peft.tuners.lora import LoraLayer
+from torch import Tensor, nn
+from torch.nn import functional
+
+from dag import recipe
+from dag.errors import RunError
+
+# Gradients of so many elements go to their master at once, so that they are not all in memory twice; smaller ones wait for
+# the end of the backward pass and go together, in a few launches instead of one each.
+_LARGE = 1 << 16
+_ADAPTER = "default"
+
+
+def add_lora(network: Any, adapter: recipe.Adapter, seed: int) -> None:
+    """LoRA factors on a diffusers network, by peft; their initial values depend on the seed alone and add nothing."""
+    config = LoraConfig(
+        r=adapter.rank,
+        lora_alpha=adapter.alpha,
+        target_modules=list(adapter.targets),
+        init_lora_weights="gaussian",
+    )
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        network.add_adapter(config, _ADAPTER)
+
+
+class TrainedWeights:
+    """The weights of a network that need a gradient.
+
+    Args:
+        network: a module, with its adapter if it has one.
+        dtype:   what the copies compute in; float32 needs no copies.
+
+    Attributes:
+        masters: float32, what is optimized, saved and exported; in float32 the network's own parameters.
+    """
+
+    def __init__(self, network: nn.Module, dtype: torch.dtype) -> None:
+        trained = {name: weight for name, weight in network.named_parameters() if weight.requires_grad}
+        self.copies = list(trained.values())
+        self.has_copies = dtype != torch.float32
+        for copy in self.copies:
+            copy.data = copy.data.float()
+        self.masters = [nn.Parameter(copy.detach().clone()) for copy in self.copies] if self.has_copies else self.copies
+        self.layers = [module for module in network.modules() if isinstance(module, LoraLayer)]
+        self.network = network
+        self.names = list(trained)
+        if self.has_copies:
+            self._compute_in(dtype)
+
+    def _compute_in(self, dtype: torch.dtype) -> None:
+        masters = {id(copy): master for copy, master in zip(self.copies, self.masters, strict=True)}
+
+        def hand_over(copy: Tensor) -> None:
+            if copy.numel() >= _LARGE and copy.grad is not None:
+                _add([masters[id(copy)]], [copy.grad.float()])
+                copy.grad = None
+
+        for copy in self.copies:
+            copy.data = copy.data.to(dtype)
+            copy.register_post_accumulate_grad_hook(hand_over)
+        for layer in self.layers:
+            if _is_plain(layer):
+                layer.forward = _Fused(layer)
+
+    def gather(self) -> None:
+        """Add the gradients that backward passes left in the copies to those of the masters. Call it after each."""
+        if not self.has_copies:
+            return
+        pairs = zip(self.masters, self.copies, strict=True)
+        waiting = [(master, copy) for master, copy in pairs if copy.grad is not None]
+        if not waiting:
+            return
+        joined = torch.cat([copy.grad.flatten() for _, copy in waiting]).float()  # type: ignore[union-attr]
+        parts = joined.split([copy.numel() for _, copy in waiting])
+        _add(
+            [master for master, _ in waiting],
+            [part.view_as(copy) for part, (_, copy) in zip(parts, waiting, strict=True)],
+        )
+        for _, copy in waiting:
+            copy.grad = None
+
+    @torch.no_grad()
+    def refresh(self) -> None:
+        """Compute with the masters' present values."""
+        if self.has_copies:
+            torch._foreach_copy_(self.copies, self.masters)
+
+    @contextmanager
+    def switched(self, *, off: bool) -> Iterator[None]:
+        """Inside, the LoRA factors add nothing if `off`."""
+        # peft's own switch walks the whole network and changes which weights need a gradient.
+        for layer in self.layers:
+            layer._disable_adapters = off
+        try:
+            yield
+        finally:
+            for layer in self.layers:
+                layer._disable_adapters = False
+
+    # -- by name -------------------------------------------------------------------------------------------------
+
+    def named(self) -> dict[str, Tensor]:
+        """The masters by the names that files have: peft's for LoRA factors, else the network's own."""
+        masters = dict(zip(self.names, self.masters, strict=True))
+        return get_peft_model_state_dict(self.network, masters, _ADAPTER) if self.layers else masters
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """The same on the CPU, detached."""
+        return {name: master.detach().cpu().contiguous() for name, master in self.named().items()}
+
+    @torch.no_grad()
+    def load_state_dict(self, state: dict[str, Tensor]) -> None:
+        """Raises RunError if the weights do not fit exactly."""
+        masters = self.named()
+        expected = {name: tuple(master.shape) for name, master in masters.items()}
+        found = {name: tuple(tensor.shape) for name, tensor in state.items()}
+        if expected != found:
+            bad = sorted(name for name in expected.keys() | found.keys() if expected.get(name) != found.get(name))
+            raise RunError(f"the saved weights do not fit this model and adapter ({len(bad)} differ, first: {bad[0]})")
+        for name, master in masters.items():
+            master.copy_(state[name])
+        self.refresh()
+
+
+@torch.no_grad()
+def _add(masters: list[nn.Parameter], gradients: list[Tensor]) -> None:
+    """Accumulate float32 gradients, which become the masters' own where these have none yet."""
+    there = [(m.grad, g) for m, g in zip(masters, gradients, strict=True) if m.grad is not None]
+    for master, gradient in zip(masters, gradients, strict=True):
+        if master.grad is None:
+            master.grad = gradient
+    if there:
+        torch._foreach_add_([total for total, _ in there], [gradient for _, gradient in there])
+
+
+def _is_plain(layer: LoraLayer) -> bool:
+    """Whether a layer is an ordinary linear one with one ordinary pair of factors: no quantised base, no dropout."""
+    return (
+        type(layer) is LoraLinear
+        and type(layer.base_layer) is nn.Linear
+        and list(layer.lora_A) == [_ADAPTER]
+        and not layer.lora_variant
+        and isinstance(layer.lora_dropout[_ADAPTER], nn.Identity)
+    )
+
+
+class _Fused:
+    """The forward pass of a plain LoRA layer by `_LoraProduct`."""
+
+    def __init__(self, layer: Any) -> None:
+        self.layer, self.base, self.scale = layer, layer.base_layer, float(layer.scaling[_ADAPTER])
+        self.down, self.up = layer.lora_A[_ADAPTER], layer.lora_B[_ADAPTER]
+
+    def __call__(self, x: Tensor) -> Tensor:
+        if self.layer._disable_adapters:
+            return self.base(x)
+        return _LoraProduct.apply(x, self.base.weight, self.base.bias, self.down.weight, self.up.weight, self.scale)
+
+
+class _LoraProduct(torch.autograd.Function):
+    """y = x W^T + b + s (x A^T) B^T with a frozen W, in three products; no sum, scaling or gradient is a launch of its own.
+
+        h = s x A^T,   y = x W^T + b,   y += h B^T
+        g = s dy B,    dx = dy W,       dx += g A,      dA = g^T x,     dB = dy^T h
+
+    x (..., I), W (O, I), b (O,) or None, A (R, I), B (O, R), all of one dtype; y (..., O).
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, a: Tensor, b: Tensor, scale: float) -> Tensor:
+        rows = x.reshape(-1, x.shape[-1])
+        hidden = _scaled(rows @ a.T, scale)
+        ctx.save_for_backward(rows, weight, a, b, hidden)
+        ctx.scale, ctx.shape = scale, x.shape
+        y = functional.linear(rows, weight, bias).addmm_(hidden, b.T)
+        return y.view(*x.shape[:-1], len(weight))
+
+    @staticmethod
+    def backward(ctx: Any, *upstream: Tensor) -> tuple[Tensor | None, ...]:
+        rows, weight, a, b, hidden = ctx.saved_tensors
+        dy = upstream[0].reshape(-1, len(weight))
+        g = _scaled(dy @ b, ctx.scale)
+        dx = (dy @ weight).addmm_(g, a).view(ctx.shape) if ctx.needs_input_grad[0] else None
+        return dx, None, None, g.T @ rows, dy.T @ hidden, None
+
+
+def _scaled(product: Tensor, scale: float) -> Tensor:
+    return product if scale == 1.0 else product.mul_(scale)
