@@ -2,6 +2,7 @@
 
     python -m dag.bench train-step --recipe R [--set key=value ...] [--literal] [--ablation] [--cap-gib G] [--json FILE]
     python -m dag.bench count --recipe R
+    python -m dag.bench launches --recipe R [--json FILE]
     python -m dag.bench previews --recipe R
     python -m dag.bench storage --recipe R
 
@@ -9,7 +10,8 @@ A row is one epoch of a recipe's own training loop, repeated: seconds per transi
 memory, predicted peak, FLOP per transition. `--literal` adds the published amount of work (`dag.published`) and the ratio
 to it; `--ablation` goes from there to everything on, one lever at a time. Models and rewards of the hub are replaced by
 their architectures with random weights: the work is the same, and nothing is downloaded. `count` runs nothing: it counts
-FLOP from the configs. `previews` and `storage` measure what cheaper decoders and half-precision chains change
+FLOP from the configs. `launches` runs a few transitions of the recipe's own loop on the meta device and counts what they
+would ask of a GPU (`dag.rehearsal`). `previews` and `storage` measure what cheaper decoders and half-precision chains change
 (`dag.approximations`).
 """
 
@@ -25,7 +27,7 @@ from pathlib import Path
 
 import torch
 
-from dag import approximations, flops
+from dag import approximations, flops, rehearsal
 from dag.accounting import GIB
 from dag.durable import write_json
 from dag.errors import RunError, UsageError, exit_code
@@ -164,6 +166,20 @@ def count(given: argparse.Namespace, device: torch.device) -> Iterator[Row]:
         print(f"{label:30} {sum(parts.values()):9.2f} GFLOP a transition, published / this = {ratio:.2f}  ({shown})")
 
 
+def launches(given: argparse.Namespace, device: torch.device) -> Iterator[Row]:
+    """Kernels, host copies and peak memory of one transition, counted without a GPU."""
+    found = rehearsal.rehearse(load(given.recipe, given.set))
+    row = rehearsal.row_of(given.recipe, found)
+    yield row
+    for part, number in row["launches_of"].items():
+        print(f"{part:20} {number:6} launches  {100 * row['shares'][part]:5.1f} %")
+    copies = ", ".join(f"{number} at {at}" for at, number in row["host_copies_at"].items())
+    print(
+        f"one transition: {row['launches']} launches, {row['host_copies']} copies between host and device"
+        f"{f' ({copies})' if copies else ''}, {row['host_copies_per_tile']} more a micro-batch; peak {row['peak_gib']:.2f} GiB"
+    )
+
+
 def previews(given: argparse.Namespace, device: torch.device) -> Iterator[Row]:
     """Rewards of x0_hat by decoder and stride, against the full VAE at every state."""
     trainer, batch = _rolled_by(given, ["objective.forward_looking.decoder=tiny"], device)
@@ -241,17 +257,26 @@ def main(arguments: Sequence[str] | None = None) -> int:
     step.add_argument("--trajectories", type=int, metavar="N", help="per epoch; default: one micro-batch")
     step.add_argument("--repeats", type=int, default=3, metavar="N", help="timed epochs a row; their median counts")
     counting = commands.add_parser("count", help="FLOP of a transition for each lever, without running anything")
+    launching = commands.add_parser(
+        "launches", help="kernels, host copies and peak memory of a transition, without a GPU"
+    )
     looking = commands.add_parser("previews", help="rewards of x0_hat by decoder and stride, against the full VAE")
     storing = commands.add_parser("storage", help="bytes and rounding of stored chains, by dtype")
     for command in (looking, storing):
         command.add_argument("--trajectories", type=int, default=16, metavar="N", help="default: 16")
-    for command in (step, counting, looking, storing):
+    for command in (step, counting, launching, looking, storing):
         command.add_argument("--recipe", required=True, metavar="FILE")
         command.add_argument("--set", action="append", default=[], metavar="key.sub=value", help="override a key")
         command.add_argument("--json", type=Path, metavar="FILE")
     given = parser.parse_args(arguments)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    commands_of = {"train-step": train_step, "count": count, "previews": previews, "storage": storage}
+    commands_of = {
+        "train-step": train_step,
+        "count": count,
+        "launches": launches,
+        "previews": previews,
+        "storage": storage,
+    }
     rows: list[Row] = []
     try:
         if getattr(given, "repeats", 1) < 1:

@@ -104,8 +104,8 @@ def not_finite(trajectories: Trajectories) -> str | None:
     if trajectories.looking is not None:
         tables["the forward-looking reward"] = trajectories.looking
     for name, table in tables.items():
-        odd = (~table.isfinite()).nonzero()
-        if len(odd):
+        if not bool(table.isfinite().all()):
+            odd = (~table.isfinite()).nonzero()
             row, k = odd[0].tolist()
             at = "" if name == "reward" else f" at step {k}"
             return f"{name} of sample {int(trajectories.sample_id[row])}{at} is {float(table[row, k])}"

@@ -12,11 +12,12 @@ from dag_kernels import residual, with_rewarded_end
 from torch import Tensor
 
 from dag import balance
+from dag.embeddings import Embeddings
 from dag.optim import Stepper
 from dag.processes import ALONE, Processes
 from dag.schedule import Schedule
 from dag.state_flow import StateFlow
-from dag.trajectory import Trajectories
+from dag.trajectory import Rows, Trajectories, count, cut, on_cpu
 from dag.units import Scalars
 
 # Share of a new rollout in the running means per step.
@@ -28,7 +29,7 @@ class FlowFit:
     """Owns what the flow carries from rollout to rollout.
 
     Args:
-        text:        (P, S, D) embeddings of the recipe's prompts.
+        text:        embeddings of the recipe's prompts.
         calibration: share by which a rollout moves the constants (`flow.calibration`); 0 never.
         is_scaled:   divide residuals by their running sd per step (`objective.residual_scale: running`).
     """
@@ -38,7 +39,7 @@ class FlowFit:
         flow: StateFlow,
         stepper: Stepper,
         schedule: Schedule,
-        text: Tensor,
+        text: Embeddings,
         calibration: float,
         is_scaled: bool,
     ) -> None:
@@ -57,20 +58,20 @@ class FlowFit:
         """
         return self.residual_scale / self.residual_scale.mean()
 
-    def log_F_tilde(self, trajectories: Trajectories, rows: Tensor, k: int | Tensor) -> Tensor:
-        """(B,) learnt part of the flow at state k of each row, with gradients; k an int or (B,)."""
-        ks = torch.full((len(rows),), k, device=rows.device) if isinstance(k, int) else k
-        return self.log_F_tilde_at(trajectories.states(ks, rows), trajectories.prompt_id[rows.cpu()], ks)
+    def log_F_tilde(self, trajectories: Trajectories, rows: Rows, k: int | Tensor) -> Tensor:
+        """(B,) learnt part of the flow at state k of each row, with gradients; k an int, or (B,) beside indices."""
+        ks = torch.full((count(rows),), k, device=self.baseline.device) if isinstance(k, int) else k
+        return self.log_F_tilde_at(trajectories.states(k, rows), trajectories.prompt_id[on_cpu(rows)], ks)
 
     def log_F_tilde_at(self, x_t: Tensor, prompt_id: Tensor, ks: Tensor) -> Tensor:
         """(B,) the same at states (B, C, H, W) of steps (B,)."""
-        return self.flow(x_t, self.schedule.timesteps[ks], ks, self.text[prompt_id].to(x_t.device))
+        return self.flow(x_t, self.schedule.timesteps[ks], ks, self.text.rows(prompt_id))
 
     @torch.no_grad()
-    def residuals(self, trajectories: Trajectories, scalars: Scalars, rows: Tensor) -> Tensor:
+    def residuals(self, trajectories: Trajectories, scalars: Scalars, rows: Rows) -> Tensor:
         """(B, T) residuals of some trajectories at the sampling-time policy and the current flow."""
         steps = range(self.schedule.num_transitions)
-        parts = rows.split(_ROWS_AT_ONCE)
+        parts = cut(rows, _ROWS_AT_ONCE)
         table = torch.cat(
             [torch.stack([self.log_F_tilde(trajectories, part, k) for k in steps], dim=1) for part in parts]
         )

@@ -16,9 +16,10 @@ import torch
 from dag_kernels import penalty
 from torch import Tensor
 
+from dag.embeddings import Embeddings
 from dag.faults import NotFiniteError, not_finite
 from dag.flow_fit import FlowFit, describe_residuals
-from dag.loss import Loss, Rollout, Score
+from dag.loss import Loss, Rollout
 from dag.objectives import Objective
 from dag.optim import Stepper
 from dag.processes import ALONE, Processes
@@ -26,7 +27,8 @@ from dag.progress import Outcome, Progress
 from dag.protocols import Policy
 from dag.recipe import PolicyGradient, Recipe
 from dag.rest import Rest
-from dag.trajectory import Trajectories
+from dag.rollout import Score
+from dag.trajectory import Rows, Trajectories, count, cut
 from dag.units import RewardScale, Units
 from dag.updates import Updates
 
@@ -39,7 +41,7 @@ class Learner:
 
     Args:
         flow_fit: None for objectives without a flow.
-        text:     (P, S, D) embeddings of the recipe's prompts.
+        text:     embeddings of the recipe's prompts.
         warn:     hears of a micro-batch that had to be halved.
         world:    the processes that share each update's trajectories.
 
@@ -55,7 +57,7 @@ class Learner:
         objective: Objective,
         stepper: Stepper,
         flow_fit: FlowFit | None,
-        text: Tensor,
+        text: Embeddings,
         warn: Callable[[str], object] = print,
         world: Processes = ALONE,
     ) -> None:
@@ -86,7 +88,8 @@ class Learner:
         if self.progress is None:
             self.progress = self._begin(rollout)
         progress = self.progress
-        groups = torch.arange(trajectories.num_trajectories, device=self.device).chunk(train.updates)
+        N = trajectories.num_trajectories
+        groups = cut(slice(0, N), N // train.updates)
         if self.flow_fit is None or epoch >= self.recipe.flow.warmup_epochs:
             for number in range(progress.outcome.updates, train.inner_epochs * len(groups)):
                 self._update(rollout, groups[number % len(groups)], progress, on_rows)
@@ -98,8 +101,7 @@ class Learner:
         metrics: dict[str, float | list[float]] = {}
         trajectories, groups = rollout.trajectories, rollout.groups
         if self.flow_fit is not None and rollout.scalars is not None:
-            everything = torch.arange(trajectories.num_trajectories, device=self.device)
-            mine = self.flow_fit.residuals(trajectories, rollout.scalars, everything)
+            mine = self.flow_fit.residuals(trajectories, rollout.scalars, slice(0, trajectories.num_trajectories))
             residuals = self.world.everyones(mine, groups)
             metrics |= describe_residuals(residuals)
             self.flow_fit.calibrate(residuals)
@@ -140,21 +142,21 @@ class Learner:
                 rollout.groups,
             )
 
-    def _update(self, rollout: Rollout, rows: Tensor, progress: Progress, on_rows: Callable[[int], object]) -> None:
+    def _update(self, rollout: Rollout, rows: Rows, progress: Progress, on_rows: Callable[[int], object]) -> None:
         """One optimizer step over the transitions of `rows`, and of the other processes'."""
         advantages = self._advantages(rollout, rows, progress.per_trajectory)
-        count = self.world.size * len(rows)
+        together = self.world.size * count(rows)
 
         def accumulate() -> None:
             self.updates.suspects.trajectories = rollout.trajectories
             steps = self.updates.choose_steps()
-            work = [(tile, k, weight) for tile in rows.split(self.updates.micro_batch) for k, weight in steps]
+            work = [(tile, k, weight) for tile in cut(rows, self.updates.micro_batch) for k, weight in steps]
             for tile, k, weight in work[progress.micro_batches :]:
                 self.rest.attempt(
-                    partial(self._micro_batch, rollout, tile, k, weight, advantages, count, progress.share)
+                    partial(self._micro_batch, rollout, tile, k, weight, advantages, together, progress.share)
                 )
                 progress.micro_batches += 1
-                on_rows(len(tile))
+                on_rows(count(tile))
                 self.rest.point()
 
         self.updates.run(accumulate, progress)
@@ -162,18 +164,18 @@ class Learner:
     def _micro_batch(
         self,
         rollout: Rollout,
-        rows: Tensor,
+        rows: Rows,
         k: int,
         weight: float,
         advantages: Tensor | None,
-        count: int,
+        together: int,
         share: Outcome,
     ) -> None:
         output, regulariser = self.loss.rows(rollout, rows, k, advantages)
         self.updates.suspects.add(k, rollout.trajectories.sample_id[rows], output)
-        self.updates.backward(output, regulariser, weight, count, share)
+        self.updates.backward(output, regulariser, weight, together, share)
 
-    def _advantages(self, rollout: Rollout, rows: Tensor, per_trajectory: Tensor | None) -> Tensor | None:
+    def _advantages(self, rollout: Rollout, rows: Rows, per_trajectory: Tensor | None) -> Tensor | None:
         """(N, T) advantages, filled in for `rows`, or None. Formed over the rows of all processes."""
         if per_trajectory is not None:
             return per_trajectory.to(self.device)[:, None].expand(-1, self.schedule.num_transitions)

@@ -10,6 +10,8 @@ import torch
 
 PHASES = ("sample", "reward", "update", "evaluation")
 _GIB = 2**30
+# Moments that are kept before the first of them are added up.
+_MOST_MARKS = 4096
 
 
 class Meter(Protocol):
@@ -27,7 +29,7 @@ class Meter(Protocol):
 
 
 class CudaMeter:
-    """The allocator of a GPU."""
+    """The allocator of a GPU, which keeps count on the CPU: reading it does not wait for the device."""
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
@@ -36,8 +38,6 @@ class CudaMeter:
         torch.cuda.reset_peak_memory_stats(self.device)
 
     def peak(self) -> int:
-        # What a phase has queued is its own time too.
-        torch.cuda.synchronize(self.device)
         return torch.cuda.max_memory_allocated(self.device)
 
     def peak_held(self) -> int:
@@ -73,6 +73,37 @@ def meter_of(device: torch.device) -> Meter | None:
     return meter
 
 
+class Clock(Protocol):
+    """Marks moments, and tells the seconds between two of them."""
+
+    def mark(self) -> Any: ...
+
+    def seconds(self, start: Any, end: Any) -> float: ...
+
+
+class CpuClock:
+    """What was called is done when it returns."""
+
+    def mark(self) -> float:
+        return time.perf_counter()
+
+    def seconds(self, start: float, end: float) -> float:
+        return end - start
+
+
+class CudaClock:
+    """Moments of a GPU's stream of work; only `seconds` waits for it."""
+
+    def mark(self) -> torch.cuda.Event:
+        event = torch.cuda.Event(enable_timing=True)
+        event.record()
+        return event
+
+    def seconds(self, start: torch.cuda.Event, end: torch.cuda.Event) -> float:
+        end.synchronize()
+        return start.elapsed_time(end) / 1000
+
+
 class Ledger:
     """What the phases of an epoch took; a phase may be entered many times.
 
@@ -82,7 +113,9 @@ class Ledger:
 
     def __init__(self, device: torch.device) -> None:
         self.meter = meter_of(device)
-        self.seconds: dict[str, float] = {}
+        self.clock: Clock = CudaClock() if device.type == "cuda" else CpuClock()
+        self._marks: list[tuple[str, Any, Any]] = []
+        self._seconds: dict[str, float] = {}
         self.peaks: dict[str, int] = {}
         self.in_use, self.held = 0, 0
         self.start_epoch()
@@ -90,18 +123,46 @@ class Ledger:
     def start_epoch(self) -> None:
         """Forget the epoch before, but not what the run held at most."""
         self.read()
-        self.seconds, self.peaks, self.in_use = dict.fromkeys(PHASES, 0.0), {}, 0
+        self._marks = []
+        self._seconds, self.peaks, self.in_use = dict.fromkeys(PHASES, 0.0), {}, 0
 
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:
-        """Time and peak of what runs inside are `name`'s."""
+        """Time and peak memory of what runs inside are `name`'s."""
+        with self.peak(name), self.timed(name):
+            yield
+
+    @contextmanager
+    def peak(self, name: str) -> Iterator[None]:
+        """The peak memory of what runs inside is `name`'s."""
         self.read()
-        start = time.perf_counter()
         try:
             yield
         finally:
             self.peaks[name] = max(self.peaks.get(name, 0), self.read())
-            self.seconds[name] += time.perf_counter() - start
+
+    @contextmanager
+    def timed(self, name: str) -> Iterator[None]:
+        """The time of what runs inside is `name`'s. A GPU is not waited for."""
+        start = self.clock.mark()
+        try:
+            yield
+        finally:
+            self._marks.append((name, start, self.clock.mark()))
+            if len(self._marks) >= _MOST_MARKS:
+                self._settle(_MOST_MARKS // 2)  # so old that they are over
+
+    @property
+    def seconds(self) -> dict[str, float]:
+        """Of each phase of the epoch so far."""
+        self._settle()
+        return self._seconds
+
+    def _settle(self, count: int | None = None) -> None:
+        """Add up the first `count` marks, or all."""
+        marks, self._marks = self._marks[:count], self._marks[len(self._marks) if count is None else count :]
+        for name, start, end in marks:
+            self._seconds[name] += self.clock.seconds(start, end)
 
     def read(self) -> int:
         """Bytes in use at most since the last call, which also count for the epoch, whatever the phase."""

@@ -4,7 +4,6 @@ Legend: N trajectories, B rows of a micro-batch, T transitions.
 """
 
 import math
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import torch
@@ -12,16 +11,14 @@ from dag_kernels import TransitionLogProbs
 from torch import Tensor
 
 from dag.balance import Transition
+from dag.embeddings import Embeddings
 from dag.flow_fit import FlowFit
 from dag.objectives import Objective, ObjectiveOutput
 from dag.protocols import Policy, Prediction
 from dag.recipe import PolicyGradient, Recipe
-from dag.rollout import look_ahead
-from dag.trajectory import Trajectories
+from dag.rollout import Score, look_ahead
+from dag.trajectory import Rows, Trajectories, count, on_cpu
 from dag.units import Scalars, Units
-
-# Rewards of (images, trajectory rows).
-Score = Callable[[Tensor, Tensor], Tensor]
 
 
 @dataclass(frozen=True)
@@ -43,12 +40,18 @@ class Loss:
 
     Args:
         flow_fit: None for objectives without a flow.
-        text:     (P, S, D) embeddings of the recipe's prompts.
+        text:     embeddings of the recipe's prompts.
         units:    of log-probs and rewards.
     """
 
     def __init__(
-        self, recipe: Recipe, policy: Policy, objective: Objective, flow_fit: FlowFit | None, text: Tensor, units: Units
+        self,
+        recipe: Recipe,
+        policy: Policy,
+        objective: Objective,
+        flow_fit: FlowFit | None,
+        text: Embeddings,
+        units: Units,
     ) -> None:
         self.recipe, self.policy, self.objective = recipe, policy, objective
         self.flow_fit, self.text, self.units = flow_fit, text, units
@@ -58,13 +61,13 @@ class Loss:
         self.policy_weight = self.schedule.balanced_weights() if is_balanced else ones
 
     def rows(
-        self, rollout: Rollout, rows: Tensor, k: int, advantages: Tensor | None = None
+        self, rollout: Rollout, rows: Rows, k: int, advantages: Tensor | None = None
     ) -> tuple[ObjectiveOutput, Tensor]:
         """(objective output, regulariser (B,)) of step k of some trajectories, with gradients."""
         trajectories = rollout.trajectories
         x_t, x_next = trajectories.states(k, rows), trajectories.states(k + 1, rows)
         prediction = self._predict(rollout, rows, k)
-        ks = torch.full((len(rows),), k, device=self.device)
+        ks = torch.full((count(rows),), k, device=self.device)
         now = self.schedule.transition_log_probs(
             x_t, x_next, prediction.rows, ks, prediction.guidance_scale, *self._references(rollout, rows, k)
         )
@@ -93,9 +96,9 @@ class Loss:
         output = self.objective(transition)
         return output if self.flow_fit is None else replace(output, loss=self.flow_fit.step_weights()[k] * output.loss)
 
-    def _predict(self, rollout: Rollout, rows: Tensor, k: int, **switches: bool) -> Prediction:
-        text = self.text[rollout.trajectories.prompt_id[rows.cpu()]]
-        t = self.schedule.timesteps[k].expand(len(rows))
+    def _predict(self, rollout: Rollout, rows: Rows, k: int, **switches: bool) -> Prediction:
+        text = self.text.rows(rollout.trajectories.prompt_id[on_cpu(rows)])
+        t = self.schedule.timesteps[k].expand(count(rows))
         return self.policy.predict(rollout.trajectories.states(k, rows), t, text, **switches)
 
     def _with_flows(
@@ -104,7 +107,7 @@ class Loss:
         flow_fit: FlowFit,
         scalars: Scalars,
         rollout: Rollout,
-        rows: Tensor,
+        rows: Rows,
         k: int,
         prediction: Prediction,
     ) -> Transition:
@@ -127,7 +130,7 @@ class Loss:
 
     @torch.no_grad()
     def _looking(
-        self, rollout: Rollout, scalars: Scalars, rows: Tensor, k: int, prediction: Prediction | None = None
+        self, rollout: Rollout, scalars: Scalars, rows: Rows, k: int, prediction: Prediction | None = None
     ) -> Tensor:
         """(B,) forward-looking term at state k: the rollout's, or (published) of the current policy's x0_hat."""
         assert not isinstance(self.recipe.objective, PolicyGradient)
@@ -138,11 +141,12 @@ class Loss:
         prediction = prediction or self._predict(rollout, rows, k, unguided=section.prediction == "conditional")
         x_t = rollout.trajectories.states(k, rows)
         x0_hat = look_ahead(self.schedule, x_t, prediction.guided, prediction.conditional, k, section)
-        reward = rollout.score(self.policy.preview(x0_hat), rows.cpu()).to(self.device)
+        index = torch.arange(rows.start, rows.stop) if isinstance(rows, slice) else rows.cpu()
+        reward = rollout.score(self.policy.preview(x0_hat), index, is_preview=True).to(self.device)
         return self.units.looking(reward, rollout.epoch, k)
 
     @torch.no_grad()
-    def _references(self, rollout: Rollout, rows: Tensor, k: int) -> tuple[Tensor | None, Tensor | None]:
+    def _references(self, rollout: Rollout, rows: Rows, k: int) -> tuple[Tensor | None, Tensor | None]:
         """(B, C, H, W) outputs of the pretrained and of the sampling-time policy, each None if nothing pulls to it."""
         weights, pretrained, old = self.recipe.regulariser, None, None
         if weights.pretrained_kl > 0:

@@ -148,7 +148,7 @@ class OnePass:
     # -- one micro-batch -----------------------------------------------------------------------------------------
 
     def _start(self, batch: Batch, score: Score) -> _Tile:
-        text = self.learner.text[batch.prompt_id]
+        text = self.learner.text.rows(batch.prompt_id)
         return _Tile(batch, text, batch.sample_id.to(self.device), score)
 
     def _walk(
@@ -223,7 +223,7 @@ class OnePass:
             return torch.zeros(len(x_t), device=self.device)
         if is_scored(k, self.schedule.num_transitions, section.stride):
             x0_hat = clean_latents(self.schedule, step, x_t, prediction, k, section)
-            tile.reward_seen.append(tile.score(self.policy.preview(x0_hat), tile.rows))
+            tile.reward_seen.append(tile.score(self.policy.preview(x0_hat), tile.rows, is_preview=True))
         else:
             tile.reward_seen.append(tile.reward_seen[-1])
         return self.learner.units.looking(tile.reward_seen[-1].to(self.device), epoch, k)

@@ -15,6 +15,7 @@ from PIL import features
 from torch import Tensor
 
 from dag import prompts
+from dag.embeddings import Embeddings
 from dag.errors import UsageError
 from dag.evaluation import Evaluator
 from dag.fingerprint import of_texts, of_weights
@@ -92,7 +93,6 @@ def build(
         kernels = choose(recipe.kernels, device)
     except ValueError as error:
         raise UsageError(str(error)) from None
-    objective = OBJECTIVES[recipe.objective.name](recipe.objective, kernels)
     looking = None if isinstance(recipe.objective, PolicyGradient) else recipe.objective.forward_looking
     policy = StableDiffusion(recipe.model, recipe.adapter, recipe.sampler, device, recipe.seed, recipe.memory, looking)
     policy.schedule = replace(policy.schedule, kernels=kernels)
@@ -102,17 +102,35 @@ def build(
     fingerprint["prompts"] = of_texts(texts)
     text, held_out = policy.encode(texts).split([len(found.training), len(found.held_out)])
     policy.free_text_encoder()
-    train = recipe.train
-    optimizer = build_optimizer(policy.trainable(), train.learning_rate, train, train.optimizer)
-    stepper = Stepper("policy", optimizer, train.clip_norm, policy.weights, use_scaler=recipe.model.dtype == "fp16")
-    flow_fit = _flow_fit(recipe, policy, text) if objective.uses_flow else None
-    learner = Learner(recipe, policy, objective, stepper, flow_fit, text, warn, world)
+    learner = learner_of(recipe, policy, text, kernels, warn, world)
     evaluated = (found.held_out, held_out) if recipe.evaluation.held_out else (found.training, text)
     evaluator = Evaluator(recipe, *evaluated, device, world)
     return Parts(policy, reward, learner, evaluator, found.training, text, fingerprint)
 
 
-def _flow_fit(recipe: Recipe, policy: Policy, text: Tensor) -> FlowFit:
+def learner_of(
+    recipe: Recipe,
+    policy: StableDiffusion,
+    text: Tensor,
+    kernels: Kernels,
+    warn: Callable[[str], object] = print,
+    world: Processes = ALONE,
+) -> Learner:
+    """The recipe's objective, optimizers and flow for a policy.
+
+    Args:
+        text: (P, S, D) embeddings of the prompts, on the CPU.
+    """
+    train, device = recipe.train, policy.schedule.timesteps.device
+    objective = OBJECTIVES[recipe.objective.name](recipe.objective, kernels)
+    optimizer = build_optimizer(policy.trainable(), train.learning_rate, train, train.optimizer)
+    stepper = Stepper("policy", optimizer, train.clip_norm, policy.weights, use_scaler=recipe.model.dtype == "fp16")
+    embeddings = Embeddings(text, device)
+    flow_fit = _flow_fit(recipe, policy, embeddings) if objective.uses_flow else None
+    return Learner(recipe, policy, objective, stepper, flow_fit, embeddings, warn, world)
+
+
+def _flow_fit(recipe: Recipe, policy: Policy, text: Embeddings) -> FlowFit:
     """A fresh state flow with its optimizer; its weights depend on the seed alone."""
     assert not isinstance(recipe.objective, PolicyGradient)
     schedule = policy.schedule

@@ -9,6 +9,7 @@ Legend: N trajectories, B rows of a tile, T transitions.
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 from dag_kernels import SampledStep
@@ -20,8 +21,15 @@ from dag.schedule import INITIAL_NOISE, Schedule, x0_coefficients
 from dag.trajectory import Trajectories, draw_noise
 
 CHAIN_DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
-# Reward of (images, rows): rows index the tile's samples, so that a reward can be told prompts and sample ids.
-Score = Callable[[Tensor, Tensor], Tensor]
+
+
+class Score(Protocol):
+    """Rewards (B,) of images of some rows of a batch, which tell the prompts and sample ids.
+
+    `is_preview` is set for pictures of x0_hat, which may be scored less exactly than final ones (`dag.rewards`).
+    """
+
+    def __call__(self, images: Tensor, rows: Tensor, *, is_preview: bool = False) -> Tensor: ...
 
 
 @dataclass(frozen=True)
@@ -79,7 +87,8 @@ def sample_tile(
         on_step:   called after each transition, for progress.
     """
     schedule = policy.schedule
-    sample_id = sample_id.to(schedule.timesteps.device)
+    # Once a tile: what a transition needs is on the device.
+    sample_id, text = sample_id.to(schedule.timesteps.device), text.to(schedule.timesteps.device)
     x_t = first_state(policy, sample_id, seed, sampler)
     chain, log_pf, log_pb, x0_hat = [x_t], [], [], {}
     for k in range(schedule.num_transitions):
@@ -176,7 +185,7 @@ def look_ahead(
 def score_tile(
     policy: Policy, tile: SampledTile, score: Score, on_image: Callable[[], object] = lambda: None
 ) -> tuple[Tensor | None, Tensor, Tensor]:
-    """((B, T) rewards of x0_hat or None, (B,) rewards of x_0, images (B, 3, H, W)), rewards on the CPU.
+    """((B, T) rewards of x0_hat or None, (B,) rewards of x_0, images (B, 3, H, W)).
 
     A step that was not scored itself carries the newest reward before it.
     """
@@ -184,7 +193,7 @@ def score_tile(
     looking: list[Tensor] = []
     for k in range(tile.log_pf.shape[1] if tile.x0_hat else 0):
         if k in tile.x0_hat:
-            looking.append(score(policy.preview(tile.x0_hat[k]), rows))
+            looking.append(score(policy.preview(tile.x0_hat[k]), rows, is_preview=True))
             on_image()
         else:
             looking.append(looking[-1])

@@ -76,7 +76,7 @@ def _epoch_of(label: str, recipe: Recipe, trainer: Trainer) -> Callable[[], obje
     """One epoch of the recipe's loop, or of the published one."""
     if label == LITERAL:
         published = Published(recipe, trainer.parts, trainer.tile_scorer)
-        return lambda: published.epoch(trainer.batch(0), trainer.ledger.phase)
+        return lambda: published.epoch(trainer.batch(0), trainer.ledger.timed)
     if trainer.is_one_pass(0):
         return lambda: trainer.one_pass(0)
     return lambda: trainer.update(trainer.sample(0), 0)

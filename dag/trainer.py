@@ -171,8 +171,13 @@ class Trainer:
         """Sample, score and update at once."""
         learner, recipe, batch = self.parts.learner, self.recipe, self.batch(epoch)
         one_pass, T = OnePass(learner, recipe.seed, recipe.sampler), learner.schedule.num_transitions
-        with self.parts.scoring(), self._bar(epoch, "one pass", len(batch.sample_id) * T, self._walked() * T) as bar:
-            return one_pass.learn(batch, epoch, self.tile_scorer, self.ledger.phase, bar.update)
+        label, rows = "one pass", len(batch.sample_id)
+        with (
+            self.parts.scoring(),
+            self._bar(epoch, label, rows * T, self._walked() * T) as bar,
+            self.ledger.peak("update"),
+        ):
+            return one_pass.learn(batch, epoch, self.tile_scorer, self.ledger.timed, bar.update)
 
     def _walked(self) -> int:
         """Trajectories that one pass has behind it in this epoch."""
@@ -251,11 +256,11 @@ class Trainer:
             )
 
     def _scorer(self, prompt_id: Tensor, sample_id: Tensor) -> Score:
-        """A reward of (images, rows), rows indexing these trajectories."""
+        """The rewards of these trajectories; indices are on the CPU."""
 
-        def score(images: Tensor, rows: Tensor) -> Tensor:
+        def score(images: Tensor, rows: Tensor, *, is_preview: bool = False) -> Tensor:
             texts = [self.parts.prompts[i] for i in prompt_id[rows].tolist()]
-            return self.parts.reward.detailed(images, texts, sample_id[rows].tolist())[0]
+            return self.parts.reward(images, texts, sample_id[rows].tolist(), is_preview=is_preview)
 
         return score
 
@@ -316,7 +321,7 @@ class Trainer:
                 f"--resume: {folder.name} is beyond train.epochs={self.recipe.train.epochs}; give as many epochs or more"
             )
         self.tile, self.rest.passed = state["tile"], state["rests"]
-        self.ledger.seconds |= state["seconds"]
+        self.ledger.seconds.update(state["seconds"])
         self.rest.attempt(
             lambda: self.run.metrics.restore(self.saver.metrics_of(folder)) if self.world.is_main else None
         )

@@ -17,6 +17,27 @@ from torch import Tensor
 
 from dag.schedule import Schedule
 
+Rows = slice | Tensor
+"""Some of a batch's trajectories: a run of them, which needs no index on the device, or their indices (B,)."""
+
+
+def count(rows: Rows) -> int:
+    """B"""
+    return rows.stop - rows.start if isinstance(rows, slice) else len(rows)
+
+
+def cut(rows: Rows, size: int) -> list[Rows]:
+    """The rows in parts of at most `size`."""
+    if isinstance(rows, Tensor):
+        return list(rows.split(size))
+    starts = range(rows.start, rows.stop, size)
+    return [slice(start, min(start + size, rows.stop)) for start in starts]
+
+
+def on_cpu(rows: Rows) -> Rows:
+    """The same rows, to index what is in CPU memory."""
+    return rows.cpu() if isinstance(rows, Tensor) else rows
+
 
 @dataclass(frozen=True)
 class Trajectories:
@@ -63,17 +84,18 @@ class Trajectories:
             sample_id=self.sample_id.to(device),
         )
 
-    def states(self, k: int | Tensor, rows: Tensor) -> Tensor:
-        """(B, C, H, W) of step k, an int or (B,), on the device of the scalars."""
+    def states(self, k: int | Tensor, rows: Rows) -> Tensor:
+        """(B, C, H, W) of step k on the device of the scalars; k an int, or (B,) beside indices."""
         place = self.chain.device
         k = k.to(place) if isinstance(k, Tensor) else k
-        return self.chain[k, rows.to(place)].to(self.log_pf.device)
+        rows = rows.to(place) if isinstance(rows, Tensor) else rows
+        return self.chain[k, rows].to(self.log_pf.device)
 
-    def noise(self, rows: Tensor, k: int) -> Tensor:
+    def noise(self, rows: Rows, k: int) -> Tensor:
         """(B, C, H, W) float32: the noise that led from state k to k + 1."""
         return draw_noise(self.seed, self.sample_id[rows], k, tuple(self.chain.shape[2:]), self.noise_dtype)
 
-    def output_old(self, schedule: Schedule, rows: Tensor, k: int) -> Tensor:
+    def output_old(self, schedule: Schedule, rows: Rows, k: int) -> Tensor:
         """(B, C, H, W) float32: the guided network output at sampling time, up to the rounding of the chain."""
         return schedule.output_of(self.states(k, rows), self.states(k + 1, rows), self.noise(rows, k), k)
 

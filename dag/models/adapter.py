@@ -100,7 +100,7 @@ class TrainedWeights:
     def refresh(self) -> None:
         """Compute with the masters' present values."""
         if self.has_copies:
-            torch._foreach_copy_(self.copies, self.masters)
+            torch._foreach_copy_(list[Tensor](self.copies), list[Tensor](self.masters))
 
     @contextmanager
     def switched(self, *, off: bool) -> Iterator[None]:
@@ -118,7 +118,7 @@ class TrainedWeights:
 
     def named(self) -> dict[str, Tensor]:
         """The masters by the names that files have: peft's for LoRA factors, else the network's own."""
-        masters = dict(zip(self.names, self.masters, strict=True))
+        masters: dict[str, Tensor] = dict(zip(self.names, self.masters, strict=True))
         return get_peft_model_state_dict(self.network, masters, _ADAPTER) if self.layers else masters
 
     def state_dict(self) -> dict[str, Tensor]:

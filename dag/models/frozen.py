@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
+from torch.nn.grad import conv2d_input
 
 
 def freeze_convolutions(network: nn.Module) -> None:
@@ -40,5 +41,5 @@ class _Convolution(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *upstream: Tensor) -> tuple[Tensor | None, ...]:
         (weight,) = ctx.saved_tensors
-        dx = torch.nn.grad.conv2d_input(ctx.shape, weight, upstream[0], *ctx.geometry)
+        dx = conv2d_input(ctx.shape, weight, upstream[0], *ctx.geometry)
         return dx, None, None, None, None, None, None

@@ -6,6 +6,7 @@ the standard form. Only this package imports CLIP-like towers.
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -26,6 +27,9 @@ from dag.rewards import (  # noqa: F401  (registers them)
 from dag.rewards.registry import REWARDS
 from dag.rewards.tower import TowerReward
 
+# Values of previews that wait for their check at most.
+_MOST_UNCHECKED = 256
+
 
 def build_reward(name: str, **options: object) -> Reward:
     """A reward by its registered name. Raises ValueError for an unknown name."""
@@ -41,7 +45,11 @@ def build_term(term: RewardTerm, device: torch.device) -> Reward:
 
 
 class RewardSum:
-    """sum_i weight_i * reward_i, each part checked under its own name; keeps the parts' means for the metrics."""
+    """sum_i weight_i * reward_i, each part checked under its own name.
+
+    Args:
+        device: the policy's, where sums are.
+    """
 
     def __init__(
         self,
@@ -56,6 +64,7 @@ class RewardSum:
             for term, (_, _, reward) in zip(terms, self.parts, strict=True)
             if isinstance(term, Tower) and term.offload and isinstance(reward, TowerReward)
         ]
+        self._unchecked: list[_Told] = []
         self._move(torch.device("cpu"))
 
     @contextmanager
@@ -71,8 +80,28 @@ class RewardSum:
         for reward in self.offloaded:
             reward.to(device)
 
-    def __call__(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
-        return self.detailed(images, prompts)[0]
+    def __call__(
+        self,
+        images: Tensor,
+        prompts: Sequence[str],
+        sample_ids: Sequence[int] | None = None,
+        *,
+        is_preview: bool = False,
+    ) -> Tensor:
+        """(B,) float32 weighted sum on the policy's device.
+
+        Args:
+            is_preview: the images are pictures of x0_hat. Networks read them on their device, and values there are checked
+                together with those of the next final pictures, so that nothing waits for the device in between.
+        """
+        total = torch.zeros(len(prompts), device=self.device)
+        for (_, weight, _), values in zip(
+            self.parts, self._parts(images, prompts, sample_ids, is_preview), strict=True
+        ):
+            total = total + weight * values.to(self.device, non_blocking=True)
+        if not is_preview or len(self._unchecked) >= _MOST_UNCHECKED:
+            self.check()
+        return total
 
     def detailed(
         self, images: Tensor, prompts: Sequence[str], sample_ids: Sequence[int] | None = None
@@ -80,26 +109,85 @@ class RewardSum:
         """(total (B,), {name: unweighted part (B,)}), float32 on the CPU; a repeated name gets #2, #3, ..."""
         parts: dict[str, Tensor] = {}
         total = torch.zeros(len(prompts))
-        for name, weight, reward in self.parts:
-            values = checked(name, reward, images, prompts, sample_ids)
+        found = self._parts(images, prompts, sample_ids, is_preview=False)
+        self.check()
+        for (name, weight, _), values in zip(self.parts, found, strict=True):
+            values = values.cpu()
             total = total + weight * values
             repeated = sum(key.split("#")[0] == name for key in parts)
             parts[f"{name}#{repeated + 1}" if repeated else name] = values
         return total, parts
 
+    def _parts(
+        self, images: Tensor, prompts: Sequence[str], sample_ids: Sequence[int] | None, is_preview: bool
+    ) -> list[Tensor]:
+        """(B,) of each part, where it was computed; what is not on the CPU waits for `check`."""
+        found = []
+        for name, _, reward in self.parts:
+            values = scored(name, reward, images, prompts, sample_ids, is_preview)
+            told = _Told(name, values, list(prompts), None if sample_ids is None else list(sample_ids))
+            if values.device.type == "cpu":
+                told.check()
+            else:
+                self._unchecked.append(told)
+            found.append(values)
+        return found
+
+    def check(self) -> None:
+        """Raises RunError for the first value since the last check that is not finite; waits for the device once."""
+        unchecked, self._unchecked = self._unchecked, []
+        if unchecked and not bool(torch.stack([told.values.isfinite().all() for told in unchecked]).all()):
+            for told in unchecked:
+                told.check()
+
+
+@dataclass(frozen=True)
+class _Told:
+    """What a reward said of some pictures."""
+
+    name: str
+    values: Tensor
+    prompts: Sequence[str]
+    sample_ids: Sequence[int] | None
+
+    def check(self) -> None:
+        """Raises RunError, naming the reward, the sample and the prompt, unless all values are finite."""
+        values = self.values.cpu()
+        if not bool(values.isfinite().all()):
+            row = int((~values.isfinite()).nonzero()[0])
+            where = f"sample {self.sample_ids[row]}, " if self.sample_ids else ""
+            raise RunError(
+                f"reward {self.name} returned {float(values[row])} for {where}prompt {self.prompts[row]!r}; "
+                "rewards must be finite"
+            )
+
 
 def checked(
     name: str, reward: Reward, images: Tensor, prompts: Sequence[str], sample_ids: Sequence[int] | None = None
 ) -> Tensor:
-    """The reward's values (B,) float32 on the CPU.
+    """The reward's values (B,) float32 on the CPU; see `scored`. Raises RunError also for one that is not finite."""
+    values = scored(name, reward, images, prompts, sample_ids).cpu()
+    _Told(name, values, prompts, sample_ids).check()
+    return values
+
+
+def scored(
+    name: str,
+    reward: Reward,
+    images: Tensor,
+    prompts: Sequence[str],
+    sample_ids: Sequence[int] | None = None,
+    is_preview: bool = False,
+) -> Tensor:
+    """The reward's values (B,) float32, on the device where it computed them.
 
     Raises:
-        RunError: it raised, or returned anything but B finite float32 numbers; names the reward, the sample and
-            the prompt.
+        RunError: it raised, or returned anything but B float32 numbers; names the reward, the sample and the prompt.
     """
+    options = {"is_preview": True} if is_preview and isinstance(reward, TowerReward) else {}
     try:
         with torch.no_grad():
-            values = reward(images, prompts)
+            values = reward(images, prompts, **options)
     except (RunError, UsageError, torch.OutOfMemoryError):
         # Out of memory is for the caller, who can ask for fewer at a time.
         raise
@@ -115,14 +203,7 @@ def checked(
         )
     if values.dtype != torch.float32:
         raise RunError(f"reward {name} returned dtype {values.dtype}; expected torch.float32")
-    values = values.detach().cpu()
-    if not bool(values.isfinite().all()):
-        row = int((~values.isfinite()).nonzero()[0])
-        where = f"sample {sample_ids[row]}, " if sample_ids else ""
-        raise RunError(
-            f"reward {name} returned {float(values[row])} for {where}prompt {prompts[row]!r}; rewards must be finite"
-        )
-    return values
+    return values.detach()
 
 
-__all__ = ["REWARDS", "RewardSum", "build_reward", "build_term", "checked"]
+__all__ = ["REWARDS", "RewardSum", "build_reward", "build_term", "checked", "scored"]

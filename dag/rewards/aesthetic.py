@@ -40,8 +40,8 @@ class Aesthetic(TowerReward):
         state = read_state("aesthetic.head", locate("aesthetic.head", head, HEAD))
         self.head = LinearHead("aesthetic.head", state, self.tower.model.config.projection_dim).to(device)
 
-    def score(self, images: Tensor, prompts: Sequence[str], *, grad: bool) -> Tensor:
-        return self.head(self.tower.embed_images(images, grad=grad))
+    def score(self, images: Tensor, prompts: Sequence[str], *, smooth: bool) -> Tensor:
+        return self.head(self.tower.embed_images(images, smooth=smooth))
 
     def to(self, device: torch.device) -> None:
         self.tower.to(device)

@@ -65,12 +65,10 @@ class ClipTower:
         """exp of the trained temperature, in units of one cosine."""
         return float(self.model.logit_scale.float().exp())
 
-    def embed_images(self, images: Tensor, *, grad: bool = False) -> Tensor:
-        """(B, D) of (B, 3, H, W) images in [0, 1]: of their 8-bit pictures, or with `grad` differentiably."""
-        images = images.to(self.device)
-        with torch.set_grad_enabled(grad):
-            pixels = self.preprocessing.smooth(images) if grad else self.preprocessing.exact(images)
-            return self.embed_pixels(pixels)
+    def embed_images(self, images: Tensor, *, smooth: bool = False) -> Tensor:
+        """(B, D) of (B, 3, H, W) images in [0, 1]: of their 8-bit pictures, or of the tensors, where gradients reach."""
+        with torch.set_grad_enabled(smooth and torch.is_grad_enabled()):
+            return self.embed_pixels(self.preprocessing.read(images.to(self.device), smooth=smooth))
 
     def embed_pixels(self, pixels: Tensor) -> Tensor:
         """(B, D) of preprocessed (B, 3, S, S) pixels."""

@@ -40,9 +40,9 @@ class ClipScore(TowerReward):
         self.scale, self.clamp, self.prefix = scale, clamp, prefix
         self.tower = shared_tower(ClipSource(f"{self.name}.path", VIT_L, path, tokenizer, config, dtype=dtype), device)
 
-    def score(self, images: Tensor, prompts: Sequence[str], *, grad: bool) -> Tensor:
+    def score(self, images: Tensor, prompts: Sequence[str], *, smooth: bool) -> Tensor:
         texts = self.tower.embed_texts([self.prefix + prompt for prompt in prompts], openai_cleaning)
-        cosine = (self.tower.embed_images(images, grad=grad) * texts).sum(-1)
+        cosine = (self.tower.embed_images(images, smooth=smooth) * texts).sum(-1)
         return self.scale * (cosine.clamp(min=0) if self.clamp else cosine)
 
     def to(self, device: torch.device) -> None:

@@ -63,6 +63,8 @@ class ImageReward(TowerReward):
         self.head = LinearHead(key, head, self.text.config.hidden_size)
         self.tokenizer = _tokenizer(tokenizer, location.parent)
         self.preprocessing = Preprocessing(size=self.vision.config.image_size)
+        self._read: tuple[str, ...] = ()
+        self._ids = self._mask = torch.empty(0)
         for module in (self.vision, self.text):
             module.eval().requires_grad_(False)
         self.to(torch.device(device))
@@ -72,26 +74,33 @@ class ImageReward(TowerReward):
         for module in (self.vision, self.text, self.head):
             module.to(device)
 
-    def score(self, images: Tensor, prompts: Sequence[str], *, grad: bool) -> Tensor:
+    def score(self, images: Tensor, prompts: Sequence[str], *, smooth: bool) -> Tensor:
         images = images.to(self.device)
-        pixels = self.preprocessing.smooth(images) if grad else self.preprocessing.exact(images)
+        pixels = self.preprocessing.read(images, smooth=smooth)
         return self.score_pixels(pixels, prompts)
 
     def score_pixels(self, pixels: Tensor, prompts: Sequence[str]) -> Tensor:
         """(B,) of preprocessed (B, 3, S, S) pixels."""
         # last_hidden_state, not the pooled output: that is normalised twice.
         picture = self.vision(pixel_values=pixels.to(self.dtype)).last_hidden_state
-        tokens = self.tokenizer(
-            list(prompts), padding="max_length", max_length=MAX_TOKENS, truncation=True, return_tensors="pt"
-        )
+        ids, mask = self._tokens(tuple(prompts))
         hidden = self.text(
-            input_ids=tokens.input_ids.to(self.device),
-            attention_mask=tokens.attention_mask.to(self.device),
+            input_ids=ids,
+            attention_mask=mask,
             encoder_hidden_states=picture,
             encoder_attention_mask=torch.ones(picture.shape[:2], dtype=torch.long, device=self.device),
             is_decoder=False,  # a bidirectional mask
         ).last_hidden_state
         return (self.head(hidden[:, 0]) - MEAN) / SD
+
+    def _tokens(self, prompts: tuple[str, ...]) -> tuple[Tensor, Tensor]:
+        """Ids and mask (B, MAX_TOKENS) on the device; a micro-batch asks for the same ones again and again."""
+        if prompts != self._read or self._ids.device != self.device:
+            options = {"padding": "max_length", "max_length": MAX_TOKENS, "truncation": True, "return_tensors": "pt"}
+            tokens = self.tokenizer(list(prompts), **options)
+            self._ids, self._mask = tokens.input_ids.to(self.device), tokens.attention_mask.to(self.device)
+            self._read = prompts
+        return self._ids, self._mask
 
 
 def _tokenizer(path: str | None, beside: Path) -> Any:

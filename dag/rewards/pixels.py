@@ -1,12 +1,13 @@
 """From images to what a reward's vision tower reads: exactly as the original code does, and differentiably.
 
-Exact: 8-bit pictures, resized by Pillow. Smooth: tensors, for gradients; within one grey level of Pillow for the
-shortest-side form, identical for the longest-side form, whose original works on tensors.
+Exact: 8-bit pictures, resized by Pillow on the CPU. Smooth: tensors on their device, for gradients and previews; without
+the rounding to 8 bits, and within one grey level of Pillow's resizing.
 
 Legend: B images, H x W their size, S the tower's size, all pixels RGB.
 """
 
 from dataclasses import dataclass
+from functools import cache
 from typing import Literal
 
 import numpy as np
@@ -39,6 +40,10 @@ class Preprocessing:
     std: tuple[float, ...] = CLIP_STD
     fit: Literal["shortest", "longest"] = "shortest"
     crop_rounding: Literal["half_even", "down"] = "half_even"
+
+    def read(self, images: Tensor, *, smooth: bool) -> Tensor:
+        """(B, 3, S, S) by `smooth` or by `exact`."""
+        return self.smooth(images) if smooth else self.exact(images)
 
     def exact(self, images: Tensor) -> Tensor:
         """(B, 3, S, S) float32 on the images' device, what the original code computes from the saved pictures."""
@@ -77,8 +82,14 @@ class Preprocessing:
         return functional.pad(pixels, (right // 2, right - right // 2, down // 2, down - down // 2))
 
     def _normalised(self, pixels: Tensor) -> Tensor:
-        mean, std = (pixels.new_tensor(values)[:, None, None] for values in (self.mean, self.std))
+        mean, std = (_channels(values, pixels.dtype, pixels.device) for values in (self.mean, self.std))
         return (pixels - mean) / std
+
+
+@cache
+def _channels(values: tuple[float, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """(C, 1, 1); copied to a device once, not in every call."""
+    return torch.tensor(values, dtype=dtype, device=device)[:, None, None]
 
 
 def _shortest_side(height: int, width: int, size: int) -> tuple[int, int]:

@@ -47,9 +47,9 @@ class PickScore(TowerReward):
         source = ClipSource("pickscore.path", PICKSCORE, path, tokenizer, config, _VIT_H, _PICKSCORE_PIXELS, dtype)
         self.tower = shared_tower(source, device)
 
-    def score(self, images: Tensor, prompts: Sequence[str], *, grad: bool) -> Tensor:
+    def score(self, images: Tensor, prompts: Sequence[str], *, smooth: bool) -> Tensor:
         # Its own code uses the bare tokenizer: no cleaning.
-        cosine = (self.tower.embed_images(images, grad=grad) * self.tower.embed_texts(prompts)).sum(-1)
+        cosine = (self.tower.embed_images(images, smooth=smooth) * self.tower.embed_texts(prompts)).sum(-1)
         return self.tower.logit_scale * cosine
 
     def to(self, device: torch.device) -> None:
@@ -79,9 +79,9 @@ class HPSv2(TowerReward):
         source = ClipSource("hpsv2.path", HPS[version], path, tokenizer, config, _VIT_H, _HPS_PIXELS, dtype)
         self.tower = shared_tower(source, device)
 
-    def score(self, images: Tensor, prompts: Sequence[str], *, grad: bool) -> Tensor:
+    def score(self, images: Tensor, prompts: Sequence[str], *, smooth: bool) -> Tensor:
         texts = self.tower.embed_texts(prompts, openai_cleaning)
-        return (self.tower.embed_images(images, grad=grad) * texts).sum(-1)
+        return (self.tower.embed_images(images, smooth=smooth) * texts).sum(-1)
 
     def to(self, device: torch.device) -> None:
         self.tower.to(device)

@@ -25,8 +25,8 @@ class StandIn(TowerReward):
             tower.to(self.dtype).eval().requires_grad_(False)
         self.preprocessing = Preprocessing(mean=CLIP_MEAN, std=CLIP_STD, size=size)
 
-    def score(self, images: Tensor, prompts: Sequence[str], *, grad: bool) -> Tensor:
-        pixels = self.preprocessing.exact(images.to(self.device)).to(self.dtype)
+    def score(self, images: Tensor, prompts: Sequence[str], *, smooth: bool) -> Tensor:
+        pixels = self.preprocessing.read(images.to(self.device), smooth=smooth).to(self.dtype)
         return self.forward(pixels).pooler_output.float().mean(1)
 
     def to(self, device: torch.device) -> None:

@@ -13,8 +13,9 @@ from dag.rewards.weights import State
 class TowerReward(ABC):
     """A reward that reads pictures with a frozen network.
 
-    Called plainly it scores 8-bit pictures as the original code does; with `grad=True` it scores the tensors
-    themselves, with gradients to the images and to nothing else.
+    Called plainly it scores 8-bit pictures as the original code does, which takes them through CPU memory. With
+    `is_preview` it scores the tensors themselves, resized on their device; with `grad=True` too, and gradients reach the
+    images and nothing else.
 
     Args:
         max_batch: pictures per forward pass; memory grows with it, scores do not depend on it.
@@ -25,20 +26,23 @@ class TowerReward(ABC):
     def __init__(self, max_batch: int = 16) -> None:
         self.max_batch = max_batch
 
-    def __call__(self, images: Tensor, prompts: Sequence[str], *, grad: bool = False) -> Tensor:
+    def __call__(
+        self, images: Tensor, prompts: Sequence[str], *, grad: bool = False, is_preview: bool = False
+    ) -> Tensor:
         """(B,) float32 scores of (B, 3, H, W) images in [0, 1] for B prompts."""
         if len(images) != len(prompts):
             raise ValueError(f"{len(images)} images but {len(prompts)} prompts")
-        starts = range(0, len(images), self.max_batch)
+        size, smooth = self.max_batch, grad or is_preview
         with torch.set_grad_enabled(grad):
             parts = [
-                self.score(images[i : i + self.max_batch], prompts[i : i + self.max_batch], grad=grad) for i in starts
+                self.score(images[i : i + size], prompts[i : i + size], smooth=smooth)
+                for i in range(0, len(images), size)
             ]
         return torch.cat(parts) if parts else torch.zeros(0)
 
     @abstractmethod
-    def score(self, images: Tensor, prompts: Sequence[str], *, grad: bool) -> Tensor:
-        """(B,) float32 of at most `max_batch` pictures."""
+    def score(self, images: Tensor, prompts: Sequence[str], *, smooth: bool) -> Tensor:
+        """(B,) float32 of at most `max_batch` pictures, read `smooth`ly or exactly (`dag.rewards.pixels`)."""
 
     @abstractmethod
     def to(self, device: torch.device) -> None:

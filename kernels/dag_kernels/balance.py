@@ -15,6 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from dag_kernels.launching import launch
 from dag_kernels.reference import BalanceLoss
 
 BLOCK = 256
@@ -73,7 +74,8 @@ class _DetailedBalance(torch.autograd.Function):
         # An absent column's pointer is never followed.
         given = [columns[0] if c is None else c.contiguous() for c in options]
         result = torch.empty((4 if detach_next else 5, rows), dtype=torch.float32, device=log_F.device)
-        _loss[(triton.cdiv(rows, BLOCK),)](
+        launch(
+            _loss, (triton.cdiv(rows, BLOCK),), result,
             *columns, *given, result, rows, 0.0 if huber is None else float(huber),
             HAS_LOOKING=looking is not None, HAS_END=is_terminal is not None, HAS_SCALE=scale is not None,
             HAS_WEIGHT=weight is not None, HAS_HUBER=huber is not None, DETACH_NEXT=detach_next, BLOCK=BLOCK,

@@ -34,6 +34,7 @@ def choose(kernels: str, device: torch.device) -> Kernels:
     """The operations for a device.
 
     Args:
+        device:  also the meta device, where "triton" counts launches and computes nothing.
         kernels: "auto" takes Triton on CUDA and PyTorch elsewhere; "triton" and "torch" insist.
 
     Raises:
@@ -53,7 +54,7 @@ def choose(kernels: str, device: torch.device) -> Kernels:
 
 def _obstacle(device: torch.device, may_interpret: bool) -> str | None:
     """Why Triton cannot run there, or None."""
-    if device.type != "cuda" and not (may_interpret and is_interpreted()):
+    if device.type not in ("cuda", "meta") and not (may_interpret and is_interpreted()):
         return f"Triton needs a GPU, the run is on {device.type}"
     try:
         import triton  # noqa: F401

@@ -13,6 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from dag_kernels.launching import launch
 from dag_kernels.layout import alike
 from dag_kernels.reference import SampledStep
 from dag_kernels.transition import BLOCK, COLUMNS, NUM_WARPS, combine, log_density
@@ -103,7 +104,8 @@ def sampling_step(
     result = torch.empty((2, len(x_t)), dtype=torch.float32, device=x_t.device)
     # Triton passes integers as signed: the same 64 bits.
     signed = seed - (1 << 64) if seed >= 1 << 63 else seed
-    _step[(len(x_t),)](
+    launch(
+        _step, (len(x_t),), result,
         x_t, output, table, sample_id, x_next, x0_hat, result,
         signed, k, len(x_t), x_t[0].numel(), x_t.stride(0), output.stride(0), float(guidance_scale),
         GUIDED=len(output) == 2 * len(x_t), BLOCK=BLOCK, num_warps=NUM_WARPS,

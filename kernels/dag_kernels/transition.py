@@ -21,6 +21,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from dag_kernels.launching import launch
 from dag_kernels.layout import alike, empty_alike
 from dag_kernels.reference import TransitionLogProbs
 
@@ -121,7 +122,7 @@ class _TransitionLogProbs(torch.autograd.Function):
         ctx.guidance_scale = float(guidance_scale)
         result = torch.empty((4, len(x_t)), dtype=torch.float32, device=x_t.device)
         pointers, sizes, options = _launch(tensors, ctx.guidance_scale)
-        _forward[(len(x_t),)](*pointers, result, *sizes, **options)
+        launch(_forward, (len(x_t),), result, *pointers, result, *sizes, **options)
         return result
 
     @staticmethod
@@ -130,7 +131,7 @@ class _TransitionLogProbs(torch.autograd.Function):
         gradient = empty_alike(output)
         pointers, sizes, options = _launch(ctx.saved_tensors, ctx.guidance_scale)
         grid = (len(x_t), triton.cdiv(x_t[0].numel(), BLOCK))
-        _backward[grid](*pointers, upstream.contiguous(), gradient, *sizes, **options)
+        launch(_backward, grid, gradient, *pointers, upstream.contiguous(), gradient, *sizes, **options)
         return None, None, gradient, None, None, None, None, None
 
 
