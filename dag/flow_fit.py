@@ -112,12 +112,12 @@ class FlowFit:
         """
         N, T = world.size * len(scalars.log_pf), scalars.log_pf.shape[1]
         device = scalars.log_pf.device
-        place = torch.full((N,), -1, device=device)
-        place[world.mine(torch.arange(N, device=device), groups)] = torch.arange(N // world.size, device=device)
-        order = torch.randperm(N * T, generator=generator).to(device)
-        for index in order.split(batch):
-            rows, k = place[index // T], index % T
-            rows, k = rows[rows >= 0], k[rows >= 0]
+        # Which transitions are ours is decided on the CPU, where choosing costs no wait.
+        place = torch.full((N,), -1)
+        place[world.mine(torch.arange(N), groups)] = torch.arange(N // world.size)
+        for index in torch.randperm(N * T, generator=generator).split(batch):
+            mine = place[index // T] >= 0
+            rows, k = place[index // T][mine].to(device), (index % T)[mine].to(device)
             self.stepper.zero_grad()
             if len(rows):
                 delta = self._residual_of(trajectories, scalars, rows, k)

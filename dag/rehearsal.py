@@ -7,6 +7,7 @@ a compiled graph or a captured CUDA graph would be fewer; library calls of sever
 Legend: B rows of a micro-batch or tile, T transitions.
 """
 
+import itertools
 import traceback
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
@@ -113,7 +114,7 @@ class Rehearsal(TorchDispatchMode):
             self._copied()
             return args[0].fill_(1)
         on_host = [tensor for tensor in tensors if not tensor.is_meta and (tensor.dim() or name in _INDEXING)]
-        if on_host and len(on_host) < len(tensors):
+        if on_host and any(tensor.is_meta for tensor in tensors):
             self._check_mixture(name, tensors)
         elif name == "aten::_to_copy" and on_host and _device(kwargs) == "meta":
             self._copied()
@@ -275,7 +276,7 @@ class _Loop:
 
     def _between(self, marks: Sequence[Counts], stride: int) -> tuple[Counts, Counts]:
         """(mean of the transitions of one period, the rest of what lies between the marks of T transitions)."""
-        steps = [after - before for before, after in zip(marks, marks[1:], strict=False)][: self.T]
+        steps = [after - before for before, after in itertools.pairwise(marks)][: self.T]
         chosen = steps[stride : 2 * stride]
         total = sum(chosen[1:], chosen[0])
         transition = Counts(*_scaled(total, 1 / stride))

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from dag.protocols import Policy, Prediction
 from dag.recipe import ForwardLooking, Sampler, is_scored
-from dag.schedule import INITIAL_NOISE, Schedule, x0_coefficients
+from dag.schedule import INITIAL_NOISE, Schedule
 from dag.trajectory import Trajectories, draw_noise
 
 CHAIN_DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
@@ -175,10 +175,8 @@ def look_ahead(
     output = output_guided if looking.prediction == "guided" else output_conditional
     if looking.coefficients == "fp32":
         return schedule.x0_hat(x_t.float(), output, k)
-    # Published: alpha_bar is cast to bfloat16 first, which rounds it to 1 near the data: no denoising there.
-    alpha_bar = schedule.alpha_bar_t[k : k + 1].bfloat16().double().cpu()
-    x0_x, x0_output = x0_coefficients(schedule.prediction_type, alpha_bar)
-    return float(x0_x) * x_t.float() + float(x0_output) * output
+    x0_x, x0_output = schedule.x0_in_bfloat16[k]
+    return x0_x * x_t.float() + x0_output * output
 
 
 @torch.no_grad()

@@ -242,6 +242,14 @@ class Schedule:
         columns = (self.mean_x, self.mean_output, self.sigma, self.noising_x, self.noising_std, self.x0_x)
         return torch.stack([*columns, self.x0_output], dim=1)
 
+    @cached_property
+    def x0_in_bfloat16(self) -> list[tuple[float, float]]:
+        """(x0_x, x0_output) of every step as the published code has them: alpha_bar is cast to bfloat16 first, which rounds
+        it to 1 near the data, so that nothing is denoised there."""
+        alpha_bar = self.alpha_bar_t.bfloat16().double().cpu()
+        columns = x0_coefficients(self.prediction_type, alpha_bar)
+        return list(zip(*(column.tolist() for column in columns), strict=True))
+
     def output_of(self, x_t: Tensor, x_next: Tensor, noise: Tensor, k: int | Tensor) -> Tensor:
         """The network output that led from x_t to x_next with this noise: `sample_next` solved for o, float32."""
         x, xp = at_least_float32(x_t), at_least_float32(x_next)
