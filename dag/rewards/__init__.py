@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from dag.errors import RunError, UsageError
+from dag.gpu import is_out_of_memory
 from dag.protocols import Reward
 from dag.reward_terms import RewardTerm, Tower
 from dag.rewards import (  # noqa: F401  (registers them)
@@ -96,14 +97,16 @@ def checked(
     Raises:
         RunError: it raised, or returned anything but B finite float32 numbers; names the reward, the sample and
             the prompt.
+        torch.OutOfMemoryError: a GPU ran out of memory, by whatever name; the caller can ask for fewer at a time.
     """
     try:
         with torch.no_grad():
             values = reward(images, prompts)
-    except (RunError, UsageError, torch.OutOfMemoryError):
-        # Out of memory is for the caller, who can ask for fewer at a time.
+    except (RunError, UsageError):
         raise
     except Exception as error:
+        if is_out_of_memory(error):
+            raise torch.OutOfMemoryError(str(error)) from None
         first = f"sample {sample_ids[0]}, " if sample_ids else ""
         raise RunError(
             f"reward {name} raised {type(error).__name__}: {error} (batch of {len(prompts)}, first: {first}prompt {prompts[0]!r})"
