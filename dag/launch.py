@@ -46,11 +46,10 @@ def train(config: Recipe, opener: Callable[[], tuple[RunFolder, bool]]) -> None:
         RunError, StoppedError: see `Trainer.fit`.
     """
     _end_with_launcher()
-    # Without a GPU accelerate connects the processes that torchrun started only if it is told of the CPU.
-    state = PartialState(cpu=_are_cpu_processes())
-    _check_launch(state.num_processes)
-    with ExitStack() as stack:
-        stack.enter_context(deterministic(config.deterministic))
+    with deterministic(config.deterministic), ExitStack() as stack:
+        # Without a GPU accelerate connects the processes that torchrun started only if it is told of the CPU.
+        state = PartialState(cpu=_are_cpu_processes())
+        _check_launch(state.num_processes)
         found: list[Any] = [None, None]
         if state.is_main_process:
             run, is_resumed = opener()
