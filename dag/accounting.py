@@ -28,8 +28,9 @@ class LiveBytes(TorchDispatchMode):
     given to `include`. A mode can be entered again, and keeps no tensor alive.
 
     Not seen: what an operator allocates and frees inside itself (a convolution's workspace or change of memory format,
-    the fp32 accumulator of flash attention's backward pass; under `torch.inference_mode` also the steps of a composite
-    operator), what the allocator rounds up or leaves unused, and a change of a storage's size.
+    the fp32 accumulator of flash attention's backward pass, of which `deterministic: true` takes several; under
+    `torch.inference_mode` also the steps of a composite operator), what the allocator rounds up or leaves unused, and a
+    change of a storage's size.
     """
 
     def __init__(self) -> None:

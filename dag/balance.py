@@ -60,7 +60,8 @@ def constant_shift(residuals: Tensor) -> Tensor:
     Adding c_k to log F~(x_k) changes delta_k by c_k - c_{k+1}, with c_T = 0 at the rewarded end: the constants
     follow backwards, c_k = -sum of the mean residuals from k on.
     """
-    return -residuals.mean(0).flip(0).cumsum(0).flip(0)
+    # On the CPU: CUDA's running sum is not deterministic.
+    return -residuals.mean(0).flip(0).cpu().cumsum(0).flip(0).to(residuals.device)
 
 
 def leave_one_out_mean(values: Tensor) -> Tensor:

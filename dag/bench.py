@@ -17,7 +17,6 @@ would ask of a GPU (`dag.rehearsal`). `previews` and `storage` measure what chea
 
 import argparse
 import functools
-import gc
 import importlib.metadata
 import platform
 import sys
@@ -28,9 +27,10 @@ from pathlib import Path
 import torch
 
 from dag import approximations, flops, rehearsal
-from dag.accounting import GIB
+from dag.determinism import deterministic
 from dag.durable import write_json
 from dag.errors import RunError, UsageError, exit_code
+from dag.gpu import free_memory, limit_memory, out_of_memory_ends, this_device
 from dag.models.source import local_folder
 from dag.parts import build, git_commit
 from dag.recipe import PolicyGradient, Recipe
@@ -116,9 +116,8 @@ def train_step(given: argparse.Namespace, device: torch.device) -> Iterator[Row]
         literal = _measured(LITERAL, _published(given), device, given.repeats)
         if literal is not None:
             yield _with_ratio(literal, literal)
-    if given.cap_gib is not None and device.type == "cuda":
-        total = torch.cuda.get_device_properties(device).total_memory
-        torch.cuda.set_per_process_memory_fraction(min(1.0, given.cap_gib * GIB / total))
+    if given.cap_gib is not None:
+        limit_memory(device, given.cap_gib)
     for label, recipe in cases(given.recipe, given.set, given.trajectories, given.ablation):
         row = _measured(label, recipe, device, given.repeats)
         if row is not None:
@@ -129,12 +128,12 @@ def _measured(label: str, recipe: Recipe, device: torch.device, repeats: int) ->
     """A row, or None and a line where the card is too small for it."""
     row = None
     try:
-        row = measure(label, recipe, device, repeats)
-    except (torch.OutOfMemoryError, RunError) as error:
+        with out_of_memory_ends("out of GPU memory"), deterministic(recipe.deterministic):
+            row = measure(label, recipe, device, repeats)
+    except RunError as error:
         print(f"{label:30} not measured: {str(error).partition(chr(10))[0]}", flush=True)
     if device.type == "cuda":
-        gc.collect()
-        torch.cuda.empty_cache()
+        free_memory()
     return row
 
 
@@ -269,7 +268,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         command.add_argument("--set", action="append", default=[], metavar="key.sub=value", help="override a key")
         command.add_argument("--json", type=Path, metavar="FILE")
     given = parser.parse_args(arguments)
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = this_device()
     commands_of = {
         "train-step": train_step,
         "count": count,

@@ -1,4 +1,4 @@
-"""Checkpoints that a run resumes from exactly: safetensors and JSON, never pickle.
+"""Checkpoints that hold all of a run's state: safetensors and JSON, never pickle.
 
 A checkpoint is a folder `epoch_EEEE`, or `epoch_EEEE_RRRRRR` inside the epoch after EEEE completed ones. It is written under
 another name, forced to disk and renamed; its manifest tells the size and the hash of every file, so that an incomplete

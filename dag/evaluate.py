@@ -23,6 +23,7 @@ from torch import Tensor
 
 from dag import checkpoint, durable
 from dag.errors import RunError, UsageError, exit_code
+from dag.gpu import out_of_memory_ends, this_device
 from dag.measure import BASE, BASE_AGAIN, Measure, Task
 from dag.models.sd import StableDiffusion
 from dag.models.source import EMBEDDED, local_folder
@@ -259,7 +260,7 @@ def _leave_no_empty(folder: Path) -> None:
 
 def main(argv: Sequence[str] | None = None) -> int:
     given = parse_arguments(argv)
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = this_device()
     out = given.out or _free(given.run)
     try:
         for run in (given.run, *given.against):
@@ -272,23 +273,21 @@ def main(argv: Sequence[str] | None = None) -> int:
         if not is_empty:
             raise UsageError(f"--out {out}: the folder is not empty; choose another")
         own = read_prompt_file(given.prompt_file, "--prompt-file") if given.prompt_file else None
-        data, drawn = evaluate(
-            [given.run, *given.against],
-            device,
-            own,
-            given.prompts,
-            given.images,
-            _terms(given.reward),
-            given.features,
-            given.distance,
-        )
+        with out_of_memory_ends("out of GPU memory while judging; nothing was written"):
+            data, drawn = evaluate(
+                [given.run, *given.against],
+                device,
+                own,
+                given.prompts,
+                given.images,
+                _terms(given.reward),
+                given.features,
+                given.distance,
+            )
         write(out, data, drawn)
     except (UsageError, RunError) as error:
         _leave_no_empty(out)
         return exit_code(error)
-    except torch.OutOfMemoryError:
-        _leave_no_empty(out)
-        return exit_code(RunError("out of GPU memory while judging; nothing was written"))
     except KeyboardInterrupt:
         _leave_no_empty(out)
         print("interrupted", file=sys.stderr)

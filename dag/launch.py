@@ -5,7 +5,7 @@ import os
 import signal
 import sys
 from collections.abc import Callable
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +13,11 @@ import torch
 from accelerate import Accelerator, PartialState
 from accelerate.utils import broadcast_object_list
 
-from dag.accounting import GIB
+from dag.determinism import deterministic
 from dag.errors import RunError, UsageError
+from dag.gpu import indexed, limit_memory, out_of_memory_ends
 from dag.interrupt import Interrupt
+from dag.models.levers import compilations
 from dag.parts import build, describe_run
 from dag.processes import Processes
 from dag.recipe import Recipe
@@ -26,6 +28,11 @@ from dag.trainer import Trainer
 # accelerate's launcher tells its processes the precision, torchrun does not.
 _IS_LAUNCHED = "ACCELERATE_MIXED_PRECISION" in os.environ
 _PR_SET_PDEATHSIG = 1
+_LOADING = (
+    "out of GPU memory while loading; model.dtype=bf16, memory.base=nf4, memory.offload_vae=true and reward.device=cpu "
+    "need less, and another program may hold the GPU"
+)
+_OUTSIDE = "out of GPU memory outside sampling and gradients"
 
 
 def train(config: Recipe, opener: Callable[[], tuple[RunFolder, bool]]) -> None:
@@ -39,10 +46,10 @@ def train(config: Recipe, opener: Callable[[], tuple[RunFolder, bool]]) -> None:
         RunError, StoppedError: see `Trainer.fit`.
     """
     _end_with_launcher()
-    # Without a GPU accelerate connects the processes that torchrun started only if it is told of the CPU.
-    state = PartialState(cpu=_are_cpu_processes())
-    _check_launch(state.num_processes)
-    with ExitStack() as stack:
+    with deterministic(config.deterministic), ExitStack() as stack:
+        # Without a GPU accelerate connects the processes that torchrun started only if it is told of the CPU.
+        state = PartialState(cpu=_are_cpu_processes())
+        _check_launch(state.num_processes)
         found: list[Any] = [None, None]
         if state.is_main_process:
             run, is_resumed = opener()
@@ -90,21 +97,25 @@ def _train(config: Recipe, run: RunFolder, is_resumed: bool) -> None:
     accelerator = Accelerator(
         cpu=_are_cpu_processes(), mixed_precision="no", log_with=trackers, project_dir=str(run.path)
     )
-    world = Processes(accelerator)
+    world, device = Processes(accelerator), indexed(accelerator.device)
     world.check_shares(config.train.trajectories, config.train.updates)
     if world.size == 1:
-        _use_all_threads(accelerator.device.type)
-    _limit_memory(config, accelerator.device)
+        _use_all_threads(device.type)
+    if config.memory.budget_gib is not None:
+        limit_memory(device, config.memory.budget_gib)
     say = print if world.is_main else _nothing
-    with accelerator.main_process_first():  # what it downloads or converts, the others find
-        parts = build(config, accelerator.device, say, world=world)
+    # What the main process downloads or converts, the others find.
+    with out_of_memory_ends(_LOADING), accelerator.main_process_first():
+        parts = build(config, device, say, world=world)
     say(f"kernels: {parts.kernels.name} ({parts.kernels.reason})")
     say(f"attention: {parts.policy.describe()['attention']}", flush=True)
-    here = {**describe_run(config, parts, accelerator.device), "processes": world.size}
+    here = {**describe_run(config, parts, device), "processes": world.size}
     if is_resumed:
         before = run.read_description()
         if changed := _changes(before, here):
             say(f"not where this run began ({'; '.join(changed)}): it goes on, but not bit for bit", flush=True)
+        elif device.type == "cuda" and not config.deterministic:
+            say("on a GPU and without deterministic: true it goes on, but not bit for bit", flush=True)
         # With what may change on the way: more epochs, other reports.
         here = {**before, "recipe": here["recipe"]}
     tracker = None
@@ -114,15 +125,14 @@ def _train(config: Recipe, run: RunFolder, is_resumed: bool) -> None:
         )
         tracker = accelerator.log
     try:
-        with Interrupt().listening() as interrupt:
+        with out_of_memory_ends(_OUTSIDE), Interrupt().listening() as interrupt:
             trainer = Trainer(config, run, parts, tracker, world, interrupt)
             trainer.fit(is_resumed, on_start=lambda: run.write_description(here) if world.is_main else None)
-    except torch.OutOfMemoryError as error:
-        first = str(error).partition("\n")[0]
-        raise RunError(f"out of GPU memory outside sampling and gradients: {first}") from None
     except OSError as error:
         raise RunError(f"{error.filename or run.path}: {error.strerror or error}") from None
     finally:
+        if world.is_main and config.memory.compile:
+            _describe_compilations(run, compilations())
         accelerator.end_training()
 
 
@@ -130,12 +140,11 @@ def _nothing(*texts: object, **options: object) -> None:
     """What other processes than the main one print."""
 
 
-def _limit_memory(config: Recipe, device: torch.device) -> None:
-    """Hold a GPU's allocator to the recipe's budget."""
-    if config.memory.budget_gib is not None and device.type == "cuda":
-        total = torch.cuda.get_device_properties(device).total_memory
-        share = min(1.0, config.memory.budget_gib * GIB / total)
-        torch.cuda.set_per_process_memory_fraction(share, device)
+def _describe_compilations(run: RunFolder, counts: dict[str, int]) -> None:
+    """Add to run.json what `memory.compile` did in this process, if the run began."""
+    if counts["graphs"]:
+        with suppress(RunError, OSError):  # a full disk is told of elsewhere
+            run.write_description(run.read_description() | {"compiled": counts})
 
 
 def _changes(before: dict[str, Any], now: dict[str, Any]) -> list[str]:

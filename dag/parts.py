@@ -80,7 +80,7 @@ def build(
     reward: RewardSum | None = None,
     world: Processes = ALONE,
 ) -> Parts:
-    """Load the model and assemble everything. Cheap mistakes (prompts, rewards) surface before the model is read.
+    """Load the model and assemble everything. Cheap mistakes (prompts, kernels, rewards) surface before the model is read.
 
     Args:
         reward: instead of the recipe's own.
@@ -88,11 +88,11 @@ def build(
     """
     found = prompts.load_prompts(recipe.prompts)
     texts = (*found.training, *found.held_out)
-    reward = reward or RewardSum(recipe.reward, device)
     try:
         kernels = choose(recipe.kernels, device)
     except ValueError as error:
         raise UsageError(str(error)) from None
+    reward = reward or RewardSum(recipe.reward, device)
     looking = None if isinstance(recipe.objective, PolicyGradient) else recipe.objective.forward_looking
     policy = StableDiffusion(recipe.model, recipe.adapter, recipe.sampler, device, recipe.seed, recipe.memory, looking)
     policy.schedule = replace(policy.schedule, kernels=kernels)

@@ -241,8 +241,11 @@ class Memory(Section):
     """Frozen linear layers under LoRA in `model.dtype`, or quantised by bitsandbytes to 8 or 4 bits: another base model."""
     attention: Literal["auto", "sdpa", "xformers"] = "auto"
     """`auto` is PyTorch's own (flash or memory-efficient kernels); xformers needs a GPU."""
-    compile: bool = False
-    """torch.compile of the UNet's transformer blocks: slower start, faster steps."""
+    compile: Literal[False, True, "unet"] = False
+    """torch.compile of the UNet's transformer blocks (true), or of the whole UNet at fixed shapes (`unet`), which takes
+    minutes more for each number of rows, with and without gradients, with and without the adapter; run.json counts the
+    graphs. Without CUDA graphs: in one pass a step is back-propagated after the forward pass of the next, while a CUDA graph
+    that is replayed overwrites what the backward pass of its last replay still needs."""
     channels_last: bool = True
     """Memory layout of convolutions."""
     chains: Literal["device", "cpu"] = "device"
@@ -282,7 +285,10 @@ class Recipe(Section):
     seed: int = Field(0, ge=0, lt=2**63)
     """Of the noise, the prompts and every initialisation."""
     kernels: Literal["auto", "triton", "torch"] = "auto"
-    """How transitions are computed: fused Triton kernels on a GPU (`auto`), or plain PyTorch."""
+    """How transitions are computed: fused Triton kernels on a GPU where they launch (`auto`), or plain PyTorch."""
+    deterministic: bool = False
+    """On a GPU, the same bits every time: a resumed run is then the undisturbed one bit for bit, and one pass the stored
+    rollout, as they always are on a CPU. Slower, and attention's backward pass needs more scratch memory."""
     model: Model
     adapter: Adapter = Adapter()
     sampler: Sampler = Sampler()
@@ -337,8 +343,22 @@ def validate(recipe: Recipe) -> list[str]:
         problems.append("regulariser.pretrained_kl needs adapter.kind=lora: a full fine-tune keeps no pretrained copy")
     if not recipe.flow.channels:
         problems.append("flow.channels: name at least one width")
+    problems += _deterministic_problems(recipe)
     if recipe.evaluation.held_out and recipe.prompts.set not in ("drawbench", "hpdv2"):
         problems.append("evaluation.held_out: only prompts.set=drawbench and hpdv2 keep prompts back")
+    return problems
+
+
+def _deterministic_problems(recipe: Recipe) -> list[str]:
+    """Levers that may compute other bits the next time."""
+    if not recipe.deterministic:
+        return []
+    problems = []
+    if recipe.memory.attention == "xformers":
+        problems.append("deterministic=true: memory.attention=xformers adds in any order; use auto")
+    if recipe.memory.compile:
+        found = str(recipe.memory.compile).lower()
+        problems.append(f"deterministic=true: memory.compile={found} picks kernels by timing them; use false")
     return problems
 
 

@@ -11,7 +11,6 @@ table.csv, and study.html, which holds everything in one file.
 """
 
 import argparse
-import gc
 import json
 import os
 import signal
@@ -28,6 +27,7 @@ from dag.curves import ends, evaluated
 from dag.errors import DIVERGED, RunError, UsageError, exit_code
 from dag.figures import Line
 from dag.forecast import check_budget
+from dag.gpu import free_memory, out_of_memory_ends, this_device
 from dag.measure import BASE
 from dag.perceptual import DISTANCES
 from dag.recipe import PolicyGradient, Recipe
@@ -65,21 +65,21 @@ def _judged(study: Study, cases: Sequence[Case], folder: Path) -> list[dict[str,
     file = folder / "evaluation" / "evaluation.json"
     if (known := _known(study, cases, file)) is not None:
         return known
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = this_device()
     print(f"{len(cases)} runs are judged", flush=True)
-    data, drawn = evaluate.evaluate(
-        [case.folder for case in cases],
-        device,
-        num_prompts=study.prompts,
-        images_per_prompt=study.images_per_prompt,
-        features=cases[0].recipe().evaluation.diversity,
-        distances=study.distances,
-    )
+    with out_of_memory_ends("out of GPU memory while judging; the same command goes on"):
+        data, drawn = evaluate.evaluate(
+            [case.folder for case in cases],
+            device,
+            num_prompts=study.prompts,
+            images_per_prompt=study.images_per_prompt,
+            features=cases[0].recipe().evaluation.diversity,
+            distances=study.distances,
+        )
     shown = {BASE, *(case.folder.name for case in cases if case.seed == 0)}
     if device.type == "cuda":
         # The next study's runs are other processes on the same card.
-        gc.collect()
-        torch.cuda.empty_cache()
+        free_memory()
     verdict.write(file.parent, data, {name: images for name, images in drawn.items() if name in shown})
     return data["models"]
 
@@ -249,8 +249,6 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise RunError("; ".join(problems))
     except (UsageError, RunError) as error:
         return exit_code(error)
-    except torch.OutOfMemoryError:
-        return exit_code(RunError("out of GPU memory while judging; the same command goes on"))
     except KeyboardInterrupt:
         print("stopped; the same command goes on", file=sys.stderr)
         return 130

@@ -10,6 +10,7 @@ from typing import NoReturn, TypeVar, cast
 import torch
 
 from dag.errors import RunError, StoppedError
+from dag.gpu import is_out_of_memory
 from dag.interrupt import Interrupt
 from dag.processes import ALONE, Processes
 
@@ -45,13 +46,15 @@ class Rest:
         """What `work` returns.
 
         Raises:
-            torch.OutOfMemoryError: a GPU ran out of memory, in whichever process.
+            torch.OutOfMemoryError: a GPU ran out of memory, in whichever process and by whatever name.
             RunError:               what `work` raised, an error of the system in one line, or that another process failed.
         """
         is_out, why, error, result = False, "in another process", None, None
         try:
             result = work()
-        except torch.OutOfMemoryError as raised:
+        except RuntimeError as raised:
+            if not is_out_of_memory(raised):
+                raise
             # Not raised on: its traceback holds the tensors that were too many.
             is_out, why = True, str(raised)
         except RunError as raised:

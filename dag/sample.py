@@ -12,6 +12,7 @@ import torch
 
 from dag import checkpoint, report
 from dag.errors import RunError, UsageError, exit_code
+from dag.gpu import out_of_memory_ends, this_device
 from dag.models.sd import StableDiffusion
 from dag.prompts import load_prompts
 from dag.rollout import generate
@@ -44,7 +45,7 @@ def draw(arguments: argparse.Namespace) -> Path:
         raise UsageError(f"--out {out}: exists already; choose another name")
     prompts = list(arguments.prompt or load_prompts(recipe.prompts).training[:_DEFAULT_PROMPTS])
     weights = checkpoint.load_tensors(checkpoint.chosen(run.checkpoints, arguments.checkpoint), "policy")
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = this_device()
     policy = StableDiffusion(recipe.model, recipe.adapter, recipe.sampler, device, recipe.seed)
     for warning in policy.prompt_warnings(prompts):
         print(f"warning: {warning}", file=sys.stderr)
@@ -71,7 +72,8 @@ def _free_name(folder: Path) -> Path:
 def main(argv: Sequence[str] | None = None) -> int:
     arguments = parse_arguments(argv)
     try:
-        print(draw(arguments))
+        with out_of_memory_ends("out of GPU memory while drawing; nothing was written"):
+            print(draw(arguments))
     except (UsageError, RunError) as error:
         return exit_code(error)
     return 0

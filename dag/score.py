@@ -22,6 +22,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from dag.errors import RunError, UsageError
+from dag.gpu import out_of_memory_ends
 from dag.prompts import read_prompt_file
 from dag.protocols import Reward
 from dag.recipe_file import parse_reward
@@ -88,9 +89,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         prompts = prompts_for(given.images, given.prompts)
         term = parse_reward(given.reward, given.set)
-        reward = build_term(term, torch.device(given.device))
-        progress = tqdm(score_files(term.name, reward, given.images, prompts), total=len(prompts), disable=None)
-        results = list(progress)
+        with out_of_memory_ends("out of GPU memory while scoring; --device cpu needs none"):
+            reward = build_term(term, torch.device(given.device))
+            progress = tqdm(score_files(term.name, reward, given.images, prompts), total=len(prompts), disable=None)
+            results = list(progress)
     except (RunError, UsageError) as error:
         print(error, file=sys.stderr)
         return 2 if isinstance(error, UsageError) else 1

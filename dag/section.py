@@ -1,6 +1,6 @@
 """The base of every section of a recipe."""
 
-from typing import Any
+from typing import Any, get_args
 
 from pydantic import BaseModel, ConfigDict, model_validator
 
@@ -16,6 +16,11 @@ class Section(BaseModel):
         """Python counts true as 1; a recipe does not."""
         for key, value in data.items() if isinstance(data, dict) else ():
             field = cls.model_fields.get(key)
-            if isinstance(value, bool) and field is not None and field.annotation is not bool:
+            if isinstance(value, bool) and field is not None and not _is_switch(field.annotation):
                 raise ValueError(f"{key} is not a switch: true and false do not belong there")
         return data
+
+
+def _is_switch(annotation: Any) -> bool:
+    """Whether true is one of a key's values."""
+    return annotation is bool or any(value is True for value in get_args(annotation))

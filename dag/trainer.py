@@ -14,6 +14,7 @@ from dag.checkpoint import Position
 from dag.errors import DivergedError, RunError, UsageError
 from dag.evaluation import EvaluationResult
 from dag.faults import NotFiniteError
+from dag.gpu import first_line, free_memory
 from dag.interrupt import Interrupt
 from dag.ledger import Ledger
 from dag.one_pass import OnePass
@@ -141,19 +142,19 @@ class Trainer:
                 work = partial(self._sample_tile, tile, looking, sampled.update, scores.update)
                 try:
                     chain, scored = self.rest.attempt(work)
-                except torch.OutOfMemoryError:
-                    self._halve_tile()
+                except torch.OutOfMemoryError as error:
+                    self._halve_tile(first_line(error))
                     continue
                 flight.store.put(chain)
                 flight.tiles.append(scored)
                 self.rest.point()
         return concatenate(flight.tiles, flight.store.finish())
 
-    def _halve_tile(self) -> None:
+    def _halve_tile(self, why: str) -> None:
         if self.tile == 1:
-            raise RunError("out of GPU memory while sampling one picture; lower model.resolution")
+            raise RunError(f"out of GPU memory while sampling one picture; lower model.resolution ({why})")
         self.tile //= 2
-        torch.cuda.empty_cache()
+        free_memory()
         self._say(f"out of GPU memory while sampling: {self.tile} at a time from here on")
 
     def batch(self, epoch: int) -> Batch:
@@ -248,8 +249,8 @@ class Trainer:
                 try:
                     drawn = self.rest.attempt(lambda: evaluator.draw(policy, self.tile, on_tile))
                     break
-                except torch.OutOfMemoryError:
-                    self._halve_tile()
+                except torch.OutOfMemoryError as error:
+                    self._halve_tile(first_line(error))
             images = evaluator.together(drawn)
             return self.rest.attempt(
                 lambda: evaluator.measure(images, self.parts.reward) if self.world.is_main else None

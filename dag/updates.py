@@ -10,6 +10,7 @@ from torch import Tensor
 
 from dag.errors import RunError
 from dag.faults import Suspects
+from dag.gpu import first_line, free_memory
 from dag.objectives import ObjectiveOutput
 from dag.optim import Stepper
 from dag.processes import Processes
@@ -69,9 +70,11 @@ class Updates:
             try:
                 accumulate()
                 break
-            except torch.OutOfMemoryError:
-                self.discard(progress)
-                self._halve_micro_batch()
+            except torch.OutOfMemoryError as error:
+                why = first_line(error)
+            # Not inside, where the traceback would hold the tensors that were too many.
+            self.discard(progress)
+            self._halve_micro_batch(why)
         with timed("update"):
             for stepper in self.steppers():
                 self.world.sum_gradients(stepper.parameters)
@@ -90,14 +93,14 @@ class Updates:
         for stepper in self.steppers():
             stepper.zero_grad()
 
-    def _halve_micro_batch(self) -> None:
+    def _halve_micro_batch(self, why: str) -> None:
         if self.micro_batch == 1:
             raise RunError(
                 "out of GPU memory at micro-batch 1; memory.checkpointing=full, memory.base=nf4, "
-                "train.optimizer=paged_adamw8bit or a smaller model.resolution need less"
+                f"train.optimizer=paged_adamw8bit or a smaller model.resolution need less ({why})"
             )
         self.micro_batch //= 2
-        torch.cuda.empty_cache()
+        free_memory()
         self.warn(f"out of GPU memory: micro-batch {self.micro_batch} from here on, over the same effective batch")
 
     def choose_steps(self) -> list[tuple[int, float]]:

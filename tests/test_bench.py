@@ -164,3 +164,12 @@ def test_every_row_leaves_out_the_passes_of_the_pretrained_model() -> None:
     recipes = [r for _, r in bench.cases(str(ROOT / "recipes/tiny_cpu.yaml"), given, None, is_ablation=True)]
     assert {recipe.objective.prior for recipe in recipes} == {"none"}  # type: ignore[union-attr]
     assert {recipe.regulariser.pretrained_kl for recipe in recipes} == {0}
+
+
+def test_a_row_that_does_not_fit_is_a_line_and_no_end(monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
+    def full(*anything: Any) -> Any:
+        raise RuntimeError("cuDNN error: CUDNN_STATUS_ALLOC_FAILED")
+
+    monkeypatch.setattr(bench, "measure", full)
+    assert bench.main(["train-step", "--recipe", str(ROOT / "recipes/tiny_cpu.yaml")]) == 1
+    assert "not measured: out of GPU memory: cuDNN error: CUDNN_STATUS_ALLOC_FAILED" in capsys.readouterr().out

@@ -19,11 +19,14 @@ from safetensors.torch import load_file
 from test_run import write
 
 import train_dag
-from dag import checkpoint
+from dag import checkpoint, evaluate, sample, score
 from dag.checkpoint import Position
 from dag.errors import DivergedError, RunError, UsageError, exit_code
+from dag.gpu import is_out_of_memory, out_of_memory_ends
 from dag.objectives import ObjectiveOutput
 from dag.recipe import Recipe
+from dag.rewards.serve import RewardServer
+from dag.rewards.wire import encode_request
 from dag.run_folder import RunFolder
 from dag.trainer import Trainer
 
@@ -370,3 +373,94 @@ def test_positions_are_ordered_as_the_run_went() -> None:
     assert [Position.of(Path(position.name)) for position in order] == order
     assert Position.of(Path("epoch_1")) is None
     assert Position.of(Path("epoch_0001.bak")) is None
+
+
+# -- memory of a GPU ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("error", "is_memory"),
+    [
+        (torch.OutOfMemoryError("Allocation on device 0 would exceed allowed memory."), True),
+        (torch.AcceleratorError("CUDA error: out of memory"), True),
+        (RuntimeError("CUDA driver error: out of memory"), True),
+        (RuntimeError("MPS backend out of memory (MPS allocated: 17.00 GB)"), True),
+        (RuntimeError("Triton Error [CUDA]: out of memory"), True),
+        (RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"), True),
+        (RuntimeError("cuDNN error: CUDNN_STATUS_ALLOC_FAILED"), True),
+        (RuntimeError("cuDNN error: CUDNN_STATUS_INTERNAL_ERROR_DEVICE_ALLOCATION_FAILED"), True),
+        (RuntimeError("FIND was unable to find an engine to execute this computation"), True),
+        (RuntimeError("CUDA error: an illegal memory access was encountered"), False),
+        (RuntimeError("mat1 and mat2 must have the same dtype, but got Half and Float"), False),
+        (RuntimeError("out of resource: shared memory, Required: 131072, Hardware limit: 101376"), False),
+        (RunError("reward http: the server is out of memory"), False),
+        (ValueError("out of memory"), False),
+    ],
+    ids=lambda value: str(value)[:40],
+)
+def test_a_full_gpu_has_many_names(error: Exception, is_memory: bool) -> None:
+    assert is_out_of_memory(error) == is_memory
+    with pytest.raises(RunError if is_memory else type(error)) as raised, out_of_memory_ends("too small"):
+        raise error
+    assert str(raised.value) == (f"too small: {error}" if is_memory else str(error))
+
+
+def test_memory_that_runs_out_outside_sampling_ends_in_one_line(
+    make_recipe: MakeRecipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def full(*anything: Any) -> None:
+        raise RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`\nsecond line")
+
+    monkeypatch.setattr("dag.optim.Stepper.step", full)
+    assert train_dag.main(["--recipe", write(make_recipe(), tmp_path / "r.yaml"), "--out", str(tmp_path / "run")]) == 1
+    (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error")]
+    assert line == (
+        "error: out of GPU memory outside sampling and gradients: "
+        "CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"
+    )
+
+
+@pytest.mark.parametrize(
+    ("module", "works", "arguments"),
+    [
+        (evaluate, "evaluate", ["--run", "run"]),
+        (sample, "draw", ["--run", "run"]),
+        (score, "score_files", ["--reward", "colourfulness", "a.png"]),
+    ],
+    ids=["evaluate", "sample", "score"],
+)
+def test_commands_end_in_one_line_where_a_gpu_is_full(
+    module: Any,
+    works: str,
+    arguments: list[str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run/run.json").touch()
+    monkeypatch.chdir(tmp_path)
+    for name in (works, "build_term"):
+        monkeypatch.setattr(
+            module, name, raising(RuntimeError("cuDNN error: CUDNN_STATUS_ALLOC_FAILED")), raising=False
+        )
+    assert module.main(arguments) == 1
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "out of GPU memory while" in line
+    assert line.endswith(": cuDNN error: CUDNN_STATUS_ALLOC_FAILED")
+    assert not list((tmp_path / "run").glob("evaluation*"))
+
+
+def raising(error: Exception) -> Callable[..., Any]:
+    def call(*anything: Any, **options: Any) -> Any:
+        raise error
+
+    return call
+
+
+def test_a_reward_server_asks_for_fewer_pictures_by_whatever_name() -> None:
+    full = raising(RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"))
+    server = RewardServer(("127.0.0.1", 0), "mine", full)
+    status, answer = server.answer(encode_request(torch.zeros(1, 3, 8, 8), ["a cat"]))
+    server.server_close()
+    assert (status, answer) == (503, {"error": "out of memory; send fewer images at a time"})

@@ -1,15 +1,20 @@
 """Fused kernels against their PyTorch specification: on a GPU, or without one through Triton's interpreter."""
 
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
-from dag_kernels import choose, reference, standard_normal
+from dag_kernels import choose, dispatch, reference, standard_normal, transition, verify
 from dag_kernels.layout import alike, empty_alike
 from dag_kernels.specs import OPS, Inputs, OpSpec
 from dag_kernels.verify import check, in_double, run
 from torch import Tensor
+
+from dag import parts
+from dag.errors import UsageError
+from dag.recipe import Recipe
 
 pytest.importorskip("triton")
 
@@ -255,3 +260,59 @@ def test_auto_takes_what_can_run_and_says_why(monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setenv("TRITON_INTERPRET", "1")
     assert choose("triton", cpu).name == "triton"
     assert choose("auto", cpu).name == "torch", "interpreting is for tests alone"
+
+
+NO_COMPILER = "Failed to find C compiler. Please specify via CC environment variable"
+
+
+@pytest.fixture
+def untried() -> Iterator[None]:
+    """No device has been tried yet, and what a test makes of one is forgotten."""
+    dispatch._failure_of_a_trial.cache_clear()
+    yield
+    dispatch._failure_of_a_trial.cache_clear()
+
+
+class Unlaunchable:
+    """A kernel on a machine without a compiler."""
+
+    def __getitem__(self, grid: object) -> Callable[..., None]:
+        def launch(*arguments: object, **options: object) -> None:
+            raise RuntimeError(f"{NO_COMPILER}\nor set triton.knobs.build.impl")
+
+        return launch
+
+
+def test_triton_that_cannot_launch_ends_in_one_line_before_anything_is_loaded(
+    make_recipe: Callable[..., Recipe], monkeypatch: pytest.MonkeyPatch, untried: None
+) -> None:
+    monkeypatch.setattr(transition, "_forward", Unlaunchable())
+    for name in ("RewardSum", "StableDiffusion"):
+        monkeypatch.setattr(parts, name, lambda *anything: pytest.fail("loaded"))
+    recipe = make_recipe().model_copy(update={"kernels": "triton"})
+    with pytest.raises(UsageError) as found:
+        parts.build(recipe, DEVICE)
+    assert str(found.value) == f"kernels=triton: a trial launch raised RuntimeError: {NO_COMPILER}"
+
+
+def test_auto_falls_back_where_a_launch_fails_and_tries_once(monkeypatch: pytest.MonkeyPatch, untried: None) -> None:
+    tried: list[str] = []
+
+    def fails(op: object, spec: OpSpec, inputs: Inputs, seed: int) -> Any:
+        tried.append(spec.name)
+        raise OSError("fatal error: Python.h: No such file or directory")
+
+    monkeypatch.setattr(verify, "run", fails)
+    # There may be no such device to make them on.
+    monkeypatch.setattr(verify, "OPS", {name: replace(spec, make=lambda *given: {}) for name, spec in OPS.items()})
+    for _ in range(2):
+        found = choose("auto", torch.device("cuda", 0))
+        assert found.name == "torch"
+        assert found.reason == ("auto: a trial launch raised OSError: fatal error: Python.h: No such file or directory")
+    assert len(tried) == 1
+
+
+def test_a_trial_that_returns_nonsense_is_a_failure(monkeypatch: pytest.MonkeyPatch, untried: None) -> None:
+    monkeypatch.setattr(verify, "run", lambda *anything, seed: ({"log_pf": torch.tensor([0.0, torch.nan])}, {}))
+    with pytest.raises(ValueError, match="ArithmeticError: transition_log_probs: log_pf is not finite"):
+        choose("triton", DEVICE)

@@ -12,7 +12,7 @@ ROOT = Path(__file__).parent.parent
 # number are one level of the design, split where one of its modules stands on another.
 LAYERS = (
     (0, ("dag_kernels", "dag.errors", "dag.registry", "dag.durable", "dag.fingerprint")),
-    (0, ("dag.processes", "dag.interrupt")),
+    (0, ("dag.processes", "dag.interrupt", "dag.gpu", "dag.determinism")),
     (0, ("dag.hub",)),
     (0, ("dag.section",)),
     (0, ("dag.reward_terms",)),

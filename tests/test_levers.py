@@ -1,17 +1,26 @@
 """Every lever on memory, on and off: what it may change, and that it does something."""
 
+import json
+import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import suppress
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from building import disturb, parts_of, rolled_out
+import torch._dynamo
+from building import disturb, parts_of, rolled_out, rows
+from test_run import write
 from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
 
-from dag.errors import UsageError
+import train_dag
+from dag.determinism import deterministic
+from dag.errors import RunError, UsageError
+from dag.models.levers import compilations
 from dag.parts import Parts
 from dag.recipe import Recipe, is_scored
 from dag.run_folder import RunFolder
@@ -25,11 +34,11 @@ def run(tmp_path: Path) -> RunFolder:
     return RunFolder.create(tmp_path / "run")
 
 
-def states(parts: Parts, rows: int = 4) -> tuple[Tensor, Tensor, Tensor]:
+def states(parts: Parts, count: int = 4) -> tuple[Tensor, Tensor, Tensor]:
     """Inputs of `predict`."""
     generator = torch.Generator().manual_seed(3)
-    x_t = torch.randn(rows, *parts.policy.latent_shape, generator=generator)
-    return x_t, parts.policy.schedule.timesteps[1].expand(rows), parts.text[torch.arange(rows) % len(parts.text)]
+    x_t = torch.randn(count, *parts.policy.latent_shape, generator=generator)
+    return x_t, parts.policy.schedule.timesteps[1].expand(count), parts.text[torch.arange(count) % len(parts.text)]
 
 
 def gradients(parts: Parts) -> list[Tensor]:
@@ -100,6 +109,122 @@ def test_compiled_blocks_change_rounding_alone(make_recipe: MakeRecipe) -> None:
     scale = max(float(gradient.abs().max()) for gradient in found[0])
     assert max(float((a - b).abs().max()) for a, b in zip(*found, strict=True)) < 1e-5 * scale
     torch.testing.assert_close(*pretrained, rtol=1e-4, atol=1e-5)
+
+
+@pytest.fixture
+def quick_compiler(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """dynamo as it is, and no code generated for what it captures; its settings are put back."""
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="eager"))
+    names = ("recompile_limit", "accumulated_recompile_limit", "fail_on_recompile_limit_hit")
+    with torch._dynamo.config.patch({name: getattr(torch._dynamo.config, name) for name in names}):
+        yield
+    torch._dynamo.reset()
+
+
+def call_patterns(parts: Parts, most: int) -> None:
+    """Numbers of rows, with and without gradients, adapter and guidance."""
+    for count in range(1, most + 1):
+        parts.policy.predict(*states(parts, count))
+        with torch.no_grad():
+            parts.policy.predict(*states(parts, count))
+            parts.policy.predict(*states(parts, count), pretrained=True)
+            parts.policy.predict(*states(parts, count), unguided=True)
+
+
+def test_every_call_pattern_is_compiled_once(make_recipe: MakeRecipe, quick_compiler: None) -> None:
+    """dynamo's own limit of 8 would leave the rest as it is, and say so in a log that nobody reads."""
+    parts = parts_of(make_recipe(memory={"compile": True}))
+    call_patterns(parts, 3)
+    found = compilations()
+    assert found["graphs"] > 8
+    assert found["graphs"] == 1 + found["recompilations"]
+    assert found["graph_breaks"] == 0
+    call_patterns(parts, 3)
+    assert compilations() == found
+
+
+def test_one_call_pattern_too_many_ends_in_one_line(make_recipe: MakeRecipe, quick_compiler: None) -> None:
+    parts = parts_of(make_recipe(memory={"compile": True}))
+    with (
+        torch._dynamo.config.patch(recompile_limit=3),
+        pytest.raises(RunError, match=r"^memory\.compile: the network was called in more than 3 ways, [^\n]*$"),
+    ):
+        call_patterns(parts, 3)
+
+
+def test_the_whole_unet_is_compiled_at_fixed_shapes(make_recipe: MakeRecipe, quick_compiler: None) -> None:
+    plain, compiled = (parts_of(make_recipe(memory={"compile": kind})) for kind in (False, "unet"))
+    for parts in (plain, compiled):
+        disturb(parts)
+    inner = [module for module in compiled.policy.unet.modules() if module._compiled_call_impl is not None]
+    assert inner == [compiled.policy.unet]
+    for ours, theirs in zip(gradients(plain), gradients(compiled), strict=True):
+        torch.testing.assert_close(ours, theirs)
+    with torch.no_grad():
+        for count in (2, 3):
+            compiled.policy.predict(*states(compiled, count))
+    assert compilations() == {"graphs": 3, "recompilations": 2, "graph_breaks": 0}
+
+
+def test_a_run_counts_its_graphs(make_recipe: MakeRecipe, quick_compiler: None, tmp_path: Path) -> None:
+    recipe = make_recipe(memory={"compile": True}, train={"epochs": 1}, evaluation={"every": 9})
+    assert train_dag.main(["--recipe", write(recipe, tmp_path / "r.yaml"), "--out", str(tmp_path / "run")]) == 0
+    found = json.loads((tmp_path / "run/run.json").read_text())
+    assert found["recipe"]["memory"]["compile"] is True
+    assert found["compiled"].keys() == {"graphs", "recompilations", "graph_breaks"}
+    assert found["compiled"]["graphs"] > 1
+
+
+# -- the same bits ------------------------------------------------------------------------------------------------
+
+
+def settings() -> tuple[object, ...]:
+    return (
+        torch.are_deterministic_algorithms_enabled(),
+        torch.is_deterministic_algorithms_warn_only_enabled(),
+        torch.utils.deterministic.fill_uninitialized_memory,  # type: ignore[attr-defined]
+        torch.backends.cudnn.benchmark,
+        torch.backends.cuda.cudnn_sdp_enabled(),
+        os.environ.get("CUBLAS_WORKSPACE_CONFIG"),
+    )
+
+
+@pytest.mark.parametrize("workspace", [None, ":16:8"])
+def test_determinism_is_switched_and_switched_back(monkeypatch: pytest.MonkeyPatch, workspace: str | None) -> None:
+    monkeypatch.delenv("CUBLAS_WORKSPACE_CONFIG", raising=False)
+    if workspace is not None:
+        monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", workspace)
+    monkeypatch.setattr(torch.backends.cudnn, "benchmark", True)
+    before = settings()
+    with deterministic(False):
+        assert settings() == before
+    with suppress(KeyError), deterministic(True):
+        assert settings() == (True, False, False, False, False, ":4096:8")
+        raise KeyError
+    assert settings() == before
+
+
+def test_a_deterministic_run_is_on_a_cpu_the_same_run(make_recipe: MakeRecipe, tmp_path: Path) -> None:
+    """From before the model is loaded to the end, and not beyond."""
+    (tmp_path / "mine.py").write_text(
+        "import torch\ndef tell():\n"
+        f"    with open({str(tmp_path / 'seen')!r}, 'a') as file:\n"
+        "        print(torch.are_deterministic_algorithms_enabled(), file=file)\n"
+        "def score(images, prompts):\n    tell()\n    return images.mean((1, 2, 3))\n"
+        "tell()\n"
+    )
+    sections: dict[str, Any] = {"reward": {"name": "custom", "path": f"{tmp_path / 'mine.py'}:score"}}
+    sections |= {"train": {"epochs": 1, "rollout": "one_pass"}, "evaluation": {"every": 9}}
+    for is_on in (False, True):
+        recipe = make_recipe(**sections).model_copy(update={"deterministic": is_on})
+        run = tmp_path / str(is_on)
+        assert train_dag.main(["--recipe", write(recipe, tmp_path / "r.yaml"), "--out", str(run)]) == 0
+        assert not torch.are_deterministic_algorithms_enabled()
+        seen = (tmp_path / "seen").read_text().split()
+        assert len(seen) > 2
+        assert set(seen) == {str(is_on)}
+        (tmp_path / "seen").unlink()
+    assert rows(tmp_path / "True") == rows(tmp_path / "False")
 
 
 def test_xformers_needs_a_gpu(make_recipe: MakeRecipe) -> None:

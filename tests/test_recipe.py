@@ -360,3 +360,25 @@ def test_a_key_named_like_a_reward_or_objective_is_unknown(file: Path, key: str)
     assert f"{file}: {key}: unknown key" in refusal(file, f"{key}=3")
     assert f"{file}: objective.{key}: unknown key" in refusal(file, f"objective.{key}=3")
     assert f"{file}: reward.0.{key}: unknown key" in refusal(file, f"reward.{key}=3")
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("memory.attention=xformers", "deterministic=true: memory.attention=xformers adds in any order; use auto"),
+        ("memory.compile=true", "deterministic=true: memory.compile=true picks kernels by timing them; use false"),
+        ("memory.compile=unet", "deterministic=true: memory.compile=unet picks kernels by timing them; use false"),
+    ],
+)
+def test_levers_that_compute_other_bits_each_time_are_refused(file: Path, override: str, message: str) -> None:
+    load(file, [override])
+    assert refusal(file, "deterministic=true", override) == f"{file}: {message}"
+
+
+def test_a_switch_with_a_third_value(file: Path) -> None:
+    found = {value: load(file, [f"memory.compile={value}"]).memory.compile for value in ("false", "true", "unet")}
+    assert found == {"false": False, "true": True, "unet": "unet"}
+    assert "memory.compile: input should be False, True or 'unet' (found 'blocks')" in refusal(
+        file, "memory.compile=blocks"
+    )
+    assert "memory: chains is not a switch" in refusal(file, "memory.chains=true")

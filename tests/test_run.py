@@ -2,7 +2,9 @@
 
 import json
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -12,7 +14,9 @@ from building import disturb, parts_of, rows
 from safetensors.torch import load_file
 
 import train_dag
+from dag import launch
 from dag.checkpoint import chosen
+from dag.errors import RunError
 from dag.recipe import Recipe
 from dag.rollout import generate
 from dag.run_folder import RunFolder
@@ -193,3 +197,45 @@ def test_sample_command(make_recipe: MakeRecipe, tmp_path: Path, capsys: pytest.
     assert "exists already" in capsys.readouterr().err
     assert out.read_bytes() == first
     assert sample_main(["--run", str(tmp_path)]) == 2
+
+
+class OneGpu:
+    """accelerate in a single process on a GPU: its device has no number."""
+
+    device, process_index, num_processes = torch.device("cuda"), 0, 1
+
+    def __init__(self, **options: object) -> None:
+        """As accelerate's."""
+
+    def main_process_first(self) -> AbstractContextManager[None]:
+        return nullcontext()
+
+
+def test_a_budget_caps_a_gpu_that_has_no_number(
+    make_recipe: MakeRecipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Everything but the call into CUDA is PyTorch's own; what is loaded next finds no room, which ends in one line."""
+    fractions, devices = [], []
+
+    def full(config: Recipe, device: torch.device, *rest: object, **options: object) -> None:
+        devices.append(device)
+        raise RuntimeError("CUDA error: out of memory\nCUDA kernel errors might be reported elsewhere")
+
+    monkeypatch.setattr(torch.cuda.memory, "_lazy_init", lambda: None)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 1)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: SimpleNamespace(total_memory=48 << 30))
+    monkeypatch.setattr(
+        torch._C,
+        "_cuda_setMemoryFraction",
+        lambda fraction, number: fractions.append((fraction, number)),
+        raising=False,
+    )
+    monkeypatch.setattr(launch, "Accelerator", OneGpu)
+    monkeypatch.setattr(launch, "build", full)
+    recipe = make_recipe(memory={"budget_gib": 24})
+    with pytest.raises(RunError) as found:
+        launch.train(recipe, lambda: (RunFolder.create(tmp_path / "run"), False))
+    assert fractions == [(0.5, 1)]
+    assert devices == [torch.device("cuda", 1)]
+    assert str(found.value).startswith("out of GPU memory while loading; model.dtype=bf16, ")
+    assert str(found.value).endswith(": CUDA error: out of memory")

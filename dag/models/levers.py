@@ -1,11 +1,16 @@
 """What trades the UNet's memory for time or precision, one function a lever."""
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
+import torch._dynamo
 from torch import nn
 
-from dag.errors import UsageError
+from dag.errors import RunError, UsageError
+
+# Of one function; a recipe has four resolutions and some ten call patterns.
+_MOST_COMPILATIONS = 256
 
 
 def checkpoint_activations(unet: Any, kind: str) -> None:
@@ -64,7 +69,49 @@ def quantise(unet: Any, kind: str, dtype: torch.dtype) -> None:
     setattr(unet, "is_loaded_in_4bit" if kind == "nf4" else "is_loaded_in_8bit", True)
 
 
-def compile_blocks(unet: Any, is_on: bool) -> None:
-    """torch.compile of the repeated blocks: seconds of start instead of minutes, most of the gain."""
-    if is_on:
+def compile_unet(unet: Any, kind: bool | str) -> None:
+    """torch.compile of the repeated transformer blocks (True), or of everything at fixed shapes (`unet`).
+
+    A call pattern is a number of rows, with or without gradients, with or without the adapter; blocks have the sizes of
+    their resolutions besides. Each needs its own code, and torch stops at 8 and says nothing: here there is room for all
+    of a recipe, and one too many is an error. These settings, and the count of `compilations`, are the process's.
+    """
+    if kind is False:
+        return
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    torch._dynamo.config.recompile_limit = _MOST_COMPILATIONS
+    torch._dynamo.config.accumulated_recompile_limit = _MOST_COMPILATIONS
+    torch._dynamo.config.fail_on_recompile_limit_hit = True
+    if kind == "unet":
+        unet.compile(dynamic=False)
+    else:
         unet.compile_repeated_blocks()
+    for module in unet.modules():
+        if module._compiled_call_impl is not None:
+            module._compiled_call_impl = _loud(module._compiled_call_impl)
+
+
+def _loud(call: Callable[..., Any]) -> Callable[..., Any]:
+    """The compiled call; a limit that is hit ends the run in one line."""
+
+    def called(*arguments: Any, **options: Any) -> Any:
+        try:
+            return call(*arguments, **options)
+        except torch._dynamo.exc.FailOnRecompileLimitHit:
+            raise RunError(
+                f"memory.compile: the network was called in more than {torch._dynamo.config.recompile_limit} ways, and the "
+                "rest would not be compiled; use false, or sizes that divide (train.micro_batch, sampler.tile)"
+            ) from None
+
+    return called
+
+
+def compilations() -> dict[str, int]:
+    """Since `compile_unet`: graphs, how many of them again for another call pattern, and breaks between them."""
+    counters, compiled = torch._dynamo.utils.counters, torch._dynamo.convert_frame.FRAME_COMPILE_COUNTER
+    return {
+        "graphs": counters["stats"]["unique_graphs"],
+        "recompilations": compiled.total() - len(compiled),
+        "graph_breaks": sum(counters["graph_break"].values()),
+    }

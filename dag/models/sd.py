@@ -23,7 +23,7 @@ from dag.errors import RunError, UsageError
 from dag.models.adapter import TrainedWeights, add_lora
 from dag.models.decoder import Decoder
 from dag.models.frozen import freeze_convolutions
-from dag.models.levers import checkpoint_activations, choose_attention, compile_blocks, quantise
+from dag.models.levers import checkpoint_activations, choose_attention, compile_unet, quantise
 from dag.models.source import read_config, resolve
 from dag.models.weights import load_module, load_text_encoder, load_tokenizer
 from dag.protocols import Prediction
@@ -80,7 +80,7 @@ class StableDiffusion:
         self._text: tuple[Any, Any] | None = None
         self._uncond: Tensor | None = None
         self.weights = self._train_weights(seed)
-        compile_blocks(self.unet, memory.compile)
+        compile_unet(self.unet, memory.compile)
 
     @property
     def text_width(self) -> int:

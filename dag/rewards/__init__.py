@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from dag.errors import RunError, UsageError
+from dag.gpu import is_out_of_memory
 from dag.protocols import Reward
 from dag.reward_terms import RewardTerm, Tower
 from dag.rewards import (  # noqa: F401  (registers them)
@@ -183,15 +184,17 @@ def scored(
 
     Raises:
         RunError: it raised, or returned anything but B float32 numbers; names the reward, the sample and the prompt.
+        torch.OutOfMemoryError: a GPU ran out of memory, by whatever name; the caller can ask for fewer at a time.
     """
     options = {"is_preview": True} if is_preview and isinstance(reward, TowerReward) else {}
     try:
         with torch.no_grad():
             values = reward(images, prompts, **options)
-    except (RunError, UsageError, torch.OutOfMemoryError):
-        # Out of memory is for the caller, who can ask for fewer at a time.
+    except (RunError, UsageError):
         raise
     except Exception as error:
+        if is_out_of_memory(error):
+            raise torch.OutOfMemoryError(str(error)) from None
         first = f"sample {sample_ids[0]}, " if sample_ids else ""
         raise RunError(
             f"reward {name} raised {type(error).__name__}: {error} (batch of {len(prompts)}, first: {first}prompt {prompts[0]!r})"

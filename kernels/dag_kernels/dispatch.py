@@ -1,5 +1,6 @@
 """Which form of the operations a run uses: fused Triton kernels or plain PyTorch."""
 
+import functools
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -10,6 +11,8 @@ from dag_kernels import reference
 from dag_kernels.reference import BalanceLoss, SampledStep, TransitionLogProbs
 
 CHOICES = ("auto", "triton", "torch")
+# A compiler's command line is longer than a reason should be.
+_LONGEST_REASON = 200
 
 
 @dataclass(frozen=True)
@@ -35,7 +38,7 @@ def choose(kernels: str, device: torch.device) -> Kernels:
 
     Args:
         device:  also the meta device, where "triton" counts launches and computes nothing.
-        kernels: "auto" takes Triton on CUDA and PyTorch elsewhere; "triton" and "torch" insist.
+        kernels: "auto" takes Triton where it runs on CUDA, and PyTorch elsewhere; "triton" and "torch" insist.
 
     Raises:
         ValueError: Triton is asked for where it cannot run, or the choice is unknown.
@@ -60,6 +63,22 @@ def _obstacle(device: torch.device, may_interpret: bool) -> str | None:
         import triton  # noqa: F401
     except ImportError:
         return "triton is not installed"
+    return None if device.type == "meta" else _failure_of_a_trial(device)
+
+
+@functools.cache
+def _failure_of_a_trial(device: torch.device) -> str | None:
+    """What goes wrong when the kernels are launched once, on a few numbers; None if nothing does.
+
+    To import Triton proves little: where a C compiler or Python.h is missing, it raises at the first launch.
+    """
+    from dag_kernels.verify import launch_every_operation
+
+    try:
+        launch_every_operation(_triton("a trial"), device)
+    except Exception as error:  # whatever a compiler, a driver or a missing file may raise
+        first = (str(error).strip() or "no message").partition("\n")[0]
+        return f"a trial launch raised {type(error).__name__}: {first[:_LONGEST_REASON]}"
     return None
 
 

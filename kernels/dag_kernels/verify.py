@@ -12,7 +12,7 @@ from torch import Tensor
 
 from dag_kernels import reference
 from dag_kernels.dispatch import Kernels, is_interpreted
-from dag_kernels.specs import Inputs, OpSpec
+from dag_kernels.specs import OPS, Inputs, OpSpec
 
 Named = dict[str, Tensor]
 
@@ -75,6 +75,22 @@ def check(spec: OpSpec, inputs: Inputs, kernels: Kernels) -> None:
         label = f"d {spec.name} / d {name}"
         assert_as_good_as(label, found_gradients[name], plain_gradients[name], exact_gradients[name])
     return None
+
+
+@torch.enable_grad()
+def launch_every_operation(kernels: Kernels, device: torch.device) -> None:
+    """Run each operation on two small samples, forward and backward, on the device.
+
+    Raises:
+        ArithmeticError: a result is not finite.
+        Exception:       whatever a launch raises.
+    """
+    for name, spec in OPS.items():
+        inputs = spec.make(2, (4, 8, 8), torch.float32, device, 0)
+        outputs, gradients = run(getattr(kernels, name), spec, inputs, seed=0)
+        for label, value in (outputs | gradients).items():
+            if not bool(value.isfinite().all()):
+                raise ArithmeticError(f"{name}: {label} is not finite")
 
 
 def _check_sampling(inputs: Inputs, kernels: Kernels) -> None:

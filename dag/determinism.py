@@ -1,0 +1,42 @@
+"""Whether a GPU computes the same bits every time: what `deterministic: true` switches, and switches back."""
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+
+_WORKSPACE = "CUBLAS_WORKSPACE_CONFIG"
+# The larger of the two settings that cuBLAS calls reproducible: 24 MiB.
+_REPRODUCIBLE = ":4096:8"
+
+
+@contextmanager
+def deterministic(is_on: bool) -> Iterator[None]:
+    """Inside, PyTorch takes deterministic algorithms alone, and raises where it has none. Enter before CUDA starts.
+
+    Attention needs no slower form: in this mode the backward passes of flash and of memory-efficient attention
+    accumulate in a fixed order. cuDNN's attention has no such mode and is left out.
+    """
+    if not is_on:
+        yield
+        return
+    workspace, fill = os.environ.get(_WORKSPACE), torch.utils.deterministic.fill_uninitialized_memory  # type: ignore[attr-defined]
+    modes = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
+    cudnn, has_cudnn_attention = torch.backends.cudnn.benchmark, torch.backends.cuda.cudnn_sdp_enabled()
+    try:
+        os.environ[_WORKSPACE] = _REPRODUCIBLE
+        torch.use_deterministic_algorithms(True)
+        # Nothing here reads memory that it has not written: no time for filling it.
+        torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
+        torch.backends.cudnn.benchmark = False
+        torch.backends.cuda.enable_cudnn_sdp(False)
+        yield
+    finally:
+        os.environ.pop(_WORKSPACE)
+        if workspace is not None:
+            os.environ[_WORKSPACE] = workspace
+        torch.use_deterministic_algorithms(modes[0], warn_only=modes[1])
+        torch.utils.deterministic.fill_uninitialized_memory = fill  # type: ignore[attr-defined]
+        torch.backends.cudnn.benchmark = cudnn
+        torch.backends.cuda.enable_cudnn_sdp(has_cudnn_attention)
