@@ -43,9 +43,9 @@ _KERNELS = ("op", "provider", "mode", "B", "shape", "us_p50", "percent_of_copy",
 LEVERS = (
     "memory.channels_last=false",
     "train.optimizer=adamw",
+    "memory.checkpointing=selective",
     "memory.compile=true",
     "memory.compile=true memory.channels_last=false",
-    "memory.checkpointing=selective",
     "memory.base=nf4",
 )
 

@@ -44,9 +44,9 @@ if word == "raises" and len(counter.read_text()) == 1:
     print("halfway")
     raise RuntimeError("the card fell off\\nand more is said\\n")
 if word == "hangs" and len(counter.read_text()) == 1:
-    child = subprocess.Popen(["sleep", "60"])
+    child = subprocess.Popen(["sleep", "300"])
     (Path(os.environ["STUB_COUNTS"]) / "pids").write_text(f"{os.getpid()} {child.pid}")
-    time.sleep(60)
+    time.sleep(300)
 row("last", ms_total=2.5)
 """
 

@@ -50,9 +50,10 @@ def test_every_row_of_an_operation(name: str, stopwatch: list[Any]) -> None:
     expected = [(B, provider, mode) for B, providers in ((2, timing.PROVIDERS), (3, ("eager", "fused")))
                 for provider in providers for mode in modes]  # fmt: skip
     assert [(row["B"], row["provider"], row["mode"]) for row in rows] == expected
+    assert {row["provider"] for row in timing.rows_of(OPS[name], CPU, 100.0, ("compiled",))} == {"compiled"}
     assert [row for row in rows if "error" in row] == []
     assert {row["dtype"] for row in rows} == {"bfloat16"}
-    assert len(stopwatch) == len(rows)
+    assert len(stopwatch) == len(rows) + len(modes)
     for row in rows:
         assert timing.shown(row)
 
@@ -108,8 +109,7 @@ def test_every_compiled_row_is_compiled(stopwatch: list[Any], monkeypatch: pytes
         return 1.0, 1.0, 1.0
 
     monkeypatch.setattr(timing, "_quantiles", quantiles)
-    monkeypatch.setattr(timing, "PROVIDERS", ("compiled",))
-    rows = rows_of("transition_log_probs")
+    rows = list(timing.rows_of(OPS["transition_log_probs"], CPU, 100.0, ("compiled",)))
     assert [row for row in rows if "error" in row] == []
     assert len(by_row) == 2 * len(shapes)
     assert min(by_row) > 0
@@ -138,14 +138,18 @@ def test_the_checklist_tells_how_each_part_ended(
 
 
 def test_the_checklist_appends_its_rows_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def rows(names: object, device: object) -> Any:
+    written: list[int] = []
+
+    def rows(names: object, device: object, providers: tuple[str, ...]) -> Any:
         for number in range(3):
-            yield {"op": "x", "us_p50": number}
-            assert len(table.read(tmp_path / "kernels.csv")) == number + 1
+            yield {"op": "x", "provider": providers[0], "us_p50": number}
+            written.append(len(table.read(tmp_path / "kernels.csv")))
 
     monkeypatch.setattr(bench, "rows", rows)
-    good, told = bench._times(tmp_path, torch.device("cuda"))
-    assert (good, told) == (True, "3 rows in kernels.csv")
+    for part in (bench._times, bench._compiled_times):
+        assert part(tmp_path, torch.device("cuda")) == (True, "3 rows in kernels.csv")
+    assert written == [1, 2, 3, 4, 5, 6]
+    assert [row["provider"] for row in table.read(tmp_path / "kernels.csv")] == ["eager"] * 3 + ["compiled"] * 3
 
 
 def test_without_pytest_the_checklist_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -8,7 +8,7 @@ their share of this GPU's measured copy bandwidth, peak MiB beyond the inputs, k
 `--check` stops after that check.
 
 `--checklist` does all that these kernels want a GPU for: it times them into DIR/kernels.csv, runs their tests, and lists
-what each needs of a GPU's registers; DIR/kernels.md tells how each of the three ended. Without a GPU it does what can be
+what each needs of a GPU's registers; DIR/kernels.md tells how each part ended. Without a GPU it does what can be
 done without one and says what was not measured.
 """
 
@@ -35,12 +35,12 @@ TESTS = Path(__file__).parents[2] / "tests" / "test_kernels.py"
 _LIMIT = 300
 
 
-def rows(names: Sequence[str], device: torch.device) -> Iterator[Row]:
-    """All rows of these operations, printed as they come."""
+def rows(names: Sequence[str], device: torch.device, providers: Sequence[str] = PROVIDERS) -> Iterator[Row]:
+    """All rows of these operations in these forms, printed as they come."""
     copy, here = bandwidth(device), environment(device)
     print(f"copy bandwidth {copy:.0f} GB/s", flush=True)
     for name in names:
-        for row in rows_of(OPS[name], device, copy):
+        for row in rows_of(OPS[name], device, copy, providers):
             print(shown(row), flush=True)
             yield {**row, "copy_gb_s": round(copy, 1), **here}
 
@@ -105,7 +105,7 @@ def checklist(out: Path, device: torch.device) -> int:
     """All that these kernels want a GPU for, what only a GPU can tell first; returns the exit code."""
     out.mkdir(parents=True, exist_ok=True)
     (out / "kernels.csv").unlink(missing_ok=True)
-    parts = {"times": _times, "tests": _tests, "registers and spills": _registers}
+    parts = {"times": _times, "tests": _tests, "compiled times": _compiled_times, "registers and spills": _registers}
     told, failed = dict.fromkeys(parts, "not measured: it was not reached"), []
     for name, part in parts.items():
         _write(out / "kernels.md", device, told)
@@ -132,10 +132,19 @@ def _write(path: Path, device: torch.device, told: dict[str, str]) -> None:
 
 
 def _times(out: Path, device: torch.device) -> tuple[bool, str]:
+    return _appended(out, device, ("eager", "fused"))
+
+
+def _compiled_times(out: Path, device: torch.device) -> tuple[bool, str]:
+    """Apart from the others: compiling takes most of the time."""
+    return _appended(out, device, ("compiled",))
+
+
+def _appended(out: Path, device: torch.device, providers: Sequence[str]) -> tuple[bool, str]:
     if device.type != "cuda":
         return True, "not measured: there is no GPU"
     count = wrong = 0
-    for row in rows(list(OPS), device):
+    for row in rows(list(OPS), device, providers):
         table.append(out / "kernels.csv", row)
         count, wrong = count + 1, wrong + ("error" in row)
     return not wrong, f"{count} rows in kernels.csv" + (f", of which {wrong} have an error" if wrong else "")

@@ -5,7 +5,7 @@ wrong in one row is that row's `error`, and the next row goes on.
 """
 
 import itertools
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -37,11 +37,11 @@ def _copied_gb_s(device: torch.device) -> float:
     return 2 * source.nbytes / _quantiles(lambda: target.copy_(source))[1] / 1e6
 
 
-def rows_of(spec: OpSpec, device: torch.device, copy_gb_s: float) -> Iterator[Row]:
-    """Every row of an operation; one that could not be measured has `error` in place of its figures."""
+def rows_of(spec: OpSpec, device: torch.device, copy_gb_s: float, chosen: Sequence[str] = PROVIDERS) -> Iterator[Row]:
+    """Every row of an operation in the chosen forms; one that could not be measured has `error` in place of its figures."""
     modes = ("forward", "both") if spec.gradients else ("forward",)
     for B, shape, with_compiled in CASES:
-        providers = [name for name in PROVIDERS if with_compiled or name != "compiled"]
+        providers = [name for name in chosen if with_compiled or name != "compiled"]
         for provider, mode in itertools.product(providers, modes):
             row: Row = {"op": spec.name, "provider": provider, "mode": mode}
             row |= {"dtype": str(DTYPE).removeprefix("torch."), "B": B, "shape": "x".join(map(str, shape))}
