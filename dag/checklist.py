@@ -205,7 +205,9 @@ class Checklist:
     def _line(self, stage: Stage) -> str:
         noted, rows = self.state["stages"].get(stage.name, {}), self.rows(stage)
         errors = sum(bool(row.get("error")) for row in rows)
-        count = f"{len(rows)} rows" + (f", of which {errors} could not be measured" if errors else "")
+        count = f"{len(rows)} row{'' if len(rows) == 1 else 's'}" + (
+            f", of which {errors} could not be measured" if errors else ""
+        )
         ended = self.ended(stage)
         if ended == DONE:
             return f"done in {noted['seconds']:.0f} s, {count}"

@@ -101,7 +101,7 @@ def test_stages_that_end_in_every_way(tmp_path: Path, counts: Path, capsys: pyte
     told = lines_of(out)
     assert re.fullmatch(r"done in \d+ s, 2 rows", told["good"])
     assert re.fullmatch(r"done in \d+ s, 3 rows, of which 1 could not be measured", told["partly"])
-    assert told["broken"] == ("FAILED: RuntimeError: the card fell off (1 rows; logs.txt, after `==== broken`)"), (
+    assert told["broken"] == ("FAILED: RuntimeError: the card fell off (1 row; logs.txt, after `==== broken`)"), (
         "its error, and the row it had before"
     )
     assert told["afterwards"].startswith("done"), "a stage that fails stops no other"
@@ -134,7 +134,7 @@ def test_a_stage_that_overruns_is_killed_with_what_it_started(
     out, chosen = tmp_path / "out", [stub("slow", "hangs", 20), stub("late", share=3)]
     assert checklist.run(out, 12 / 60, True, chosen) == 1
     told = lines_of(out)
-    assert told["slow"] == "FAILED: over its 10 s (1 rows; logs.txt, after `==== slow`)"
+    assert told["slow"] == "FAILED: over its 10 s (1 row; logs.txt, after `==== slow`)"
     assert re.fullmatch(r"not measured: [012] s were left for it; the same command goes on from here", told["late"])
     assert not (counts / "late").exists()
     for process in map(int, (counts / "pids").read_text().split()):

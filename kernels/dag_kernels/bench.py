@@ -156,7 +156,7 @@ def _tests(out: Path, device: torch.device) -> tuple[bool, str]:
     if importlib.util.find_spec("pytest") is None:
         return True, "not run: pytest is not installed"
     where = "on the GPU" if device.type == "cuda" else "through the interpreter"
-    command = [sys.executable, "-m", "pytest", "-q", str(TESTS)]
+    command = [sys.executable, "-m", "pytest", str(TESTS)]
     done = subprocess.run(command, capture_output=True, text=True, cwd=TESTS.parents[1], timeout=_LIMIT)
     print(done.stdout + done.stderr, flush=True)
     last = (done.stdout.strip() or done.stderr.strip()).rpartition("\n")[2].strip("= ")
@@ -171,7 +171,8 @@ def _registers(out: Path, device: torch.device) -> tuple[bool, str]:
     done = subprocess.run(command, capture_output=True, text=True, env=without, timeout=_LIMIT)
     if done.returncode != 0:
         return False, f"FAILED: {done.stderr.strip().rpartition(chr(10))[2]}"
-    return True, f"\n\n{done.stdout}"
+    compiled = [line for line in done.stdout.splitlines() if line.startswith("|")][2:]
+    return True, f"{len(compiled)} kernels compiled:\n\n{done.stdout}"
 
 
 # -- commands -----------------------------------------------------------------------------------------------------
