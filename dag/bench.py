@@ -5,6 +5,10 @@
     python -m dag.bench launches --recipe R [--json FILE]
     python -m dag.bench previews --recipe R
     python -m dag.bench storage --recipe R
+    python -m dag.bench profile --recipe R
+    python -m dag.bench trial --recipe R
+    python -m dag.bench checklist DIR [--minutes M]
+    python -m dag.bench missing [DIR]
 
 A row is one epoch of a recipe's own training loop, repeated: seconds per transition by phase, trajectories per hour, peak
 memory, predicted peak, FLOP per transition. `--literal` adds the published amount of work (`dag.published`) and the ratio
@@ -12,21 +16,28 @@ to it; `--ablation` goes from there to everything on, one lever at a time. Model
 their architectures with random weights: the work is the same, and nothing is downloaded. `count` runs nothing: it counts
 FLOP from the configs. `launches` runs a few transitions of the recipe's own loop on the meta device and counts what they
 would ask of a GPU (`dag.rehearsal`). `previews` and `storage` measure what cheaper decoders and half-precision chains change
-(`dag.approximations`).
+(`dag.approximations`). `profile` tells which kernels take the time, `trial` starts, stops and resumes `train_dag.py` itself.
+
+`checklist` is everything that wants a GPU, within ten minutes, into one folder; `missing` tells which of it has not been
+measured, and where it goes.
 """
 
 import argparse
 import functools
 import importlib.metadata
+import json
 import platform
 import sys
 import tempfile
+import traceback
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import torch
+from dag_kernels import table
 
-from dag import approximations, flops, rehearsal
+from dag import approximations, checklist, flops, missing, profiling, rehearsal, trial_run
+from dag.accounting import GIB
 from dag.determinism import deterministic
 from dag.durable import write_json
 from dag.errors import RunError, UsageError, exit_code
@@ -110,28 +121,36 @@ def _common(path: str, given: Sequence[str], trajectories: int | None) -> list[s
 
 def train_step(given: argparse.Namespace, device: torch.device) -> Iterator[Row]:
     """Rows, printed as they come; the published amount of work first."""
+    work = [*cases(given.recipe, given.set, given.trajectories, given.ablation), *_variants(given)]
     literal = None
     if given.literal:
         # Before the cap: the published loop may use the whole card.
         literal = _measured(LITERAL, _published(given), device, given.repeats)
-        if literal is not None:
-            yield _with_ratio(literal, literal)
+        yield _with_ratio(literal, literal)
     if given.cap_gib is not None:
         limit_memory(device, given.cap_gib)
-    for label, recipe in cases(given.recipe, given.set, given.trajectories, given.ablation):
-        row = _measured(label, recipe, device, given.repeats)
-        if row is not None:
-            yield _with_ratio(row, literal)
+    for label, recipe in work:
+        yield _with_ratio(_measured(label, recipe, device, given.repeats), literal)
 
 
-def _measured(label: str, recipe: Recipe, device: torch.device, repeats: int) -> Row | None:
-    """A row, or None and a line where the card is too small for it."""
-    row = None
+def _variants(given: argparse.Namespace) -> Iterator[tuple[str, Recipe]]:
+    """(label, recipe) of each `--variant`."""
+    common = _common(given.recipe, given.set, given.trajectories)
+    for variant in given.variant:
+        yield variant, load(given.recipe, [*common, *variant.split()])
+
+
+def _measured(label: str, recipe: Recipe, device: torch.device, repeats: int) -> Row:
+    """A row; with `error` in place of its figures where the card is too small for it, or something broke."""
+    row: Row = {"label": label}
     try:
         with out_of_memory_ends("out of GPU memory"), deterministic(recipe.deterministic):
             row = measure(label, recipe, device, repeats)
-    except RunError as error:
-        print(f"{label:30} not measured: {str(error).partition(chr(10))[0]}", flush=True)
+    except (RunError, UsageError) as error:
+        row["error"] = str(error).partition("\n")[0]
+    except Exception as error:
+        traceback.print_exc()
+        row["error"] = f"{type(error).__name__}: {error}".partition("\n")[0]
     if device.type == "cuda":
         free_memory()
     return row
@@ -144,7 +163,10 @@ def _published(given: argparse.Namespace) -> Recipe:
 
 
 def _with_ratio(row: Row, literal: Row | None) -> Row:
-    if literal is not None:
+    if "error" in row:
+        print(f"{row['label']:30} not measured: {row['error']}", flush=True)
+        return row
+    if literal is not None and "error" not in literal:
         row["times_published"] = round(row["trajectories_per_hour"] / literal["trajectories_per_hour"], 3)
     print(_shown(row, literal), flush=True)
     return row
@@ -205,6 +227,17 @@ def storage(given: argparse.Namespace, device: torch.device) -> Iterator[Row]:
         )
 
 
+def profile(given: argparse.Namespace, device: torch.device) -> Iterator[Row]:
+    """What an epoch of the recipe's loop spends its time on."""
+    _, recipe = next(cases(given.recipe, given.set, given.trajectories, is_ablation=False))
+    yield from profiling.rows(recipe, device)
+
+
+def trial(given: argparse.Namespace, device: torch.device) -> Iterator[Row]:
+    """`train_dag.py` from its start to its export, once in one go and once with a stop in the middle."""
+    yield from trial_run.rows(given.recipe, given.set, device.type)
+
+
 def _rolled_by(given: argparse.Namespace, overrides: list[str], device: torch.device) -> tuple[Trainer, Batch]:
     """A trainer of the recipe, stored, and the batch of its first epoch."""
     path, chosen = given.recipe, [*given.set, *overrides, "train.rollout=stored"]
@@ -227,7 +260,7 @@ def _shown(row: Row, literal: Row | None) -> str:
     )
     if "predicted_gib" in row:
         line += f" (predicted {row['predicted_gib']:.3f})"
-    if literal is not None:
+    if "times_published" in row and literal is not None:
         work = literal["gflop_per_transition"] / row["gflop_per_transition"]
         line += f"  {row['times_published']:.2f} x published (by FLOP {work:.2f})"
     return line
@@ -244,16 +277,28 @@ def environment(device: torch.device) -> Row:
     }
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
+def tell_machine() -> None:
+    """One line of JSON, for `dag.checklist`."""
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    gpu = None
+    if device.type == "cuda":
+        properties = torch.cuda.get_device_properties(device)
+        gpu = f"{properties.name}, {properties.total_memory / GIB:.1f} GiB"
+    print(json.dumps({"gpu": gpu, "cuda": torch.version.cuda, **environment(device)}))
+
+
+def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m dag.bench", description="Time and memory of training.")
     commands = parser.add_subparsers(dest="command", required=True)
     step = commands.add_parser("train-step", help="epochs of a recipe's training loop")
     step.add_argument("--literal", action="store_true", help="also the published amount of work, and the ratio to it")
     step.add_argument("--ablation", action="store_true", help="one lever after the other")
     step.add_argument(
+        "--variant", action="append", default=[], metavar="key.sub=value", help="one more row, with this override"
+    )
+    step.add_argument(
         "--cap-gib", type=float, metavar="G", help="hold the GPU's allocator to G GiB (not for --literal)"
     )
-    step.add_argument("--trajectories", type=int, metavar="N", help="per epoch; default: one micro-batch")
     step.add_argument("--repeats", type=int, default=3, metavar="N", help="timed epochs a row; their median counts")
     counting = commands.add_parser("count", help="FLOP of a transition for each lever, without running anything")
     launching = commands.add_parser(
@@ -261,34 +306,64 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     looking = commands.add_parser("previews", help="rewards of x0_hat by decoder and stride, against the full VAE")
     storing = commands.add_parser("storage", help="bytes and rounding of stored chains, by dtype")
+    profiled = commands.add_parser("profile", help="the kernels of an epoch by their time, and the GPU's idle share")
+    tried = commands.add_parser("trial", help="train_dag.py started, stopped in the middle, and resumed")
+    for command in (step, profiled):
+        command.add_argument("--trajectories", type=int, metavar="N", help="per epoch; default: one micro-batch")
     for command in (looking, storing):
         command.add_argument("--trajectories", type=int, default=16, metavar="N", help="default: 16")
-    for command in (step, counting, launching, looking, storing):
+    for command in (step, counting, launching, looking, storing, profiled, tried):
         command.add_argument("--recipe", required=True, metavar="FILE")
         command.add_argument("--set", action="append", default=[], metavar="key.sub=value", help="override a key")
         command.add_argument("--json", type=Path, metavar="FILE")
-    given = parser.parse_args(arguments)
+        command.add_argument("--csv", type=Path, metavar="FILE", help="append each row there as it comes")
+        command.add_argument("--stage", default="", metavar="NAME", help="what the rows in --csv are to be called")
+    checklist.add_command(commands)
+    missing.add_command(commands)
+    return parser
+
+
+_ROWS_OF = {
+    "train-step": train_step,
+    "count": count,
+    "launches": launches,
+    "previews": previews,
+    "storage": storage,
+    "profile": profile,
+    "trial": trial,
+}
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    given = _parser().parse_args(arguments)
     device = this_device()
-    commands_of = {
-        "train-step": train_step,
-        "count": count,
-        "launches": launches,
-        "previews": previews,
-        "storage": storage,
-    }
-    rows: list[Row] = []
     try:
-        if getattr(given, "repeats", 1) < 1:
-            raise UsageError(f"--repeats {given.repeats}: at least 1")
-        if given.json is not None and not given.json.parent.is_dir():
-            raise UsageError(f"--json {given.json}: {given.json.parent} is no folder")
-        for row in commands_of[given.command](given, device):
-            rows.append(row)
-            if given.json is not None:
-                write_json(given.json, {"environment": environment(device), "rows": rows})
+        if given.command == "checklist":
+            return checklist.run(given.folder, given.minutes, device.type == "cuda")
+        if given.command == "missing":
+            return missing.show(given.folder)
+        return _write_rows(given, device)
     except (UsageError, RunError) as error:
         return exit_code(error)
-    return 0 if rows else 1
+
+
+def _write_rows(given: argparse.Namespace, device: torch.device) -> int:
+    """The command's rows, each on the disk before the next begins."""
+    if getattr(given, "repeats", 1) < 1:
+        raise UsageError(f"--repeats {given.repeats}: at least 1")
+    for option in ("json", "csv"):
+        path = getattr(given, option)
+        if path is not None and not path.parent.is_dir():
+            raise UsageError(f"--{option} {path}: {path.parent} is no folder")
+    rows: list[Row] = []
+    for row in _ROWS_OF[given.command](given, device):
+        rows.append(row)
+        if given.json is not None:
+            write_json(given.json, {"environment": environment(device), "rows": rows})
+        if given.csv is not None:
+            cap = getattr(given, "cap_gib", None) if device.type == "cuda" else None
+            table.append(given.csv, {"stage": given.stage, "recipe": given.recipe, "cap_gib": cap, **row})
+    return 0 if any("error" not in row for row in rows) else 1
 
 
 if __name__ == "__main__":

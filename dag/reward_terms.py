@@ -28,7 +28,8 @@ class Tower(_Reward):
     """A reward with a neural network."""
 
     path: str | None = None
-    """Local file or folder, or hub id, of its weights; null takes the published ones from the hub."""
+    """Local file or folder, or hub id, of its weights; null takes the published ones from the hub. `random` is the published
+    network with random weights, for benchmarks: its work without its download, and numbers that judge nothing."""
     tokenizer: str | None = None
     """Folder or hub id of its tokenizer; null looks beside the weights, then at the hub."""
     config: str | None = None

@@ -3,7 +3,8 @@
 import functools
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,6 @@ from dag.published import Published
 from dag.recipe import Recipe
 from dag.reward_terms import RewardTerm, Tower
 from dag.rewards import RewardSum, build_term
-from dag.rewards.stand_in import StandIn
 from dag.run_folder import RunFolder
 from dag.trainer import Trainer
 
@@ -30,13 +30,10 @@ LITERAL = "published amount of work"
 
 def measure(label: str, recipe: Recipe, device: torch.device, repeats: int) -> Row:
     """One row: `repeats` timed epochs after an untimed one, then one counted."""
-    with tempfile.TemporaryDirectory() as folder:
-        reward = RewardSum(recipe.reward, device, build=without_download)
-        parts = build(recipe, device, warn=_warn, reward=reward)
-        trainer = Trainer(recipe, RunFolder.create(Path(folder) / "run"), parts)
-        epoch = _epoch_of(label, recipe, trainer)
-        _timed_epoch(epoch, trainer)
-        runs = [_timed_epoch(epoch, trainer) for _ in range(repeats)]
+    with trainer_of(recipe, device) as trainer:
+        parts, epoch = trainer.parts, epoch_of(label, recipe, trainer)
+        timed_epoch(epoch, trainer)
+        runs = [timed_epoch(epoch, trainer) for _ in range(repeats)]
         memory = _peak(trainer.ledger, device)
         flop, counted = _counted_epoch(epoch, trainer, device)
     count = recipe.train.trajectories * parts.policy.schedule.num_transitions
@@ -61,6 +58,15 @@ def measure(label: str, recipe: Recipe, device: torch.device, repeats: int) -> R
     return row
 
 
+@contextmanager
+def trainer_of(recipe: Recipe, device: torch.device) -> Iterator[Trainer]:
+    """A trainer of the recipe that needs no download, in a run folder that is gone afterwards."""
+    with tempfile.TemporaryDirectory() as folder:
+        reward = RewardSum(recipe.reward, device, build=without_download)
+        parts = build(recipe, device, warn=_warn, reward=reward)
+        yield Trainer(recipe, RunFolder.create(Path(folder) / "run"), parts)
+
+
 def _warn(text: str) -> None:
     """Out of memory is worth a line; prompts that are cut are not."""
     if "memory" in text:
@@ -72,7 +78,7 @@ def _predicted(recipe: Recipe) -> float:
     return max(size for name, size in forecast(recipe).phases.items() if name != "evaluation") / GIB
 
 
-def _epoch_of(label: str, recipe: Recipe, trainer: Trainer) -> Callable[[], object]:
+def epoch_of(label: str, recipe: Recipe, trainer: Trainer) -> Callable[[], object]:
     """One epoch of the recipe's loop, or of the published one."""
     if label == LITERAL:
         published = Published(recipe, trainer.parts, trainer.tile_scorer)
@@ -82,7 +88,7 @@ def _epoch_of(label: str, recipe: Recipe, trainer: Trainer) -> Callable[[], obje
     return lambda: trainer.update(trainer.sample(0), 0)
 
 
-def _timed_epoch(epoch: Callable[[], object], trainer: Trainer) -> dict[str, float]:
+def timed_epoch(epoch: Callable[[], object], trainer: Trainer) -> dict[str, float]:
     """Seconds by phase, and in total."""
     trainer.ledger.start_epoch()
     _synchronise()
@@ -123,7 +129,7 @@ def _matmul_flop_per_second(device: torch.device, dtype: torch.dtype) -> float:
 def without_download(term: RewardTerm, device: torch.device) -> Reward:
     """The reward, or its architecture where the weights would have to be fetched."""
     if isinstance(term, Tower) and term.path is None:
-        return StandIn(term.name, term, torch.device("cpu") if term.device == "cpu" else device)
+        term = term.model_copy(update={"path": "random"})
     return build_term(term, device)
 
 

@@ -26,6 +26,7 @@ from dag.rewards import (  # noqa: F401  (registers them)
     remote,
 )
 from dag.rewards.registry import REWARDS
+from dag.rewards.stand_in import StandIn
 from dag.rewards.tower import TowerReward
 
 # Values of previews that wait for their check at most.
@@ -42,6 +43,8 @@ def build_term(term: RewardTerm, device: torch.device) -> Reward:
     options = term.model_dump(exclude={"name", "weight", "device", "offload"})
     if isinstance(term, Tower):
         options["device"] = torch.device("cpu") if term.device == "cpu" else device
+        if term.path == "random":
+            return StandIn(term.name, term, options["device"])
     return build_reward(term.name, **options)
 
 

@@ -1,0 +1,136 @@
+"""The stages of `python -m dag.bench checklist`: what each runs, its share of the time, and where its figures go."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+README = "README.md"
+_RECIPES = "each recipe's line `# Hardware:`"
+
+
+@dataclass(frozen=True)
+class Stage:
+    """A command that appends rows to a CSV file, each as soon as it has it."""
+
+    name: str
+    what: str
+    command: tuple[str, ...]
+    """After `python -m`; {folder} stands for the checklist's."""
+    file: str
+    share: float
+    """Seconds of the ten minutes that it may take; what a stage leaves over goes to those after it."""
+    shown: tuple[str, ...] = ()
+    """Columns that the summary shows."""
+    place: tuple[str, str] = (README, "")
+    """(file of this repository, words in it) where the rows belong."""
+    others: str = ""
+    """Further places."""
+    notes: str = ""
+    """A file of the checklist's folder whose list the summary shows too."""
+
+
+_TRAINING = (
+    *("label", "micro_batch", "ms_total", "trajectories_per_hour", "times_published", "peak_allocated_gib"),
+    *("peak_reserved_gib", "peak_tensors_gib", "predicted_gib", "cap_gib", "error"),
+)
+_PROFILE = ("label", "calls", "ms", "percent", "error")
+_TRIAL = (
+    *("label", "epoch", "micro_batch", "reward_mean", "loss", "seconds_sample", "seconds_reward", "seconds_update"),
+    *("seconds_evaluation", "peak_memory_gib", "largest_difference", "of", "error"),
+)
+_KERNELS = ("op", "provider", "mode", "B", "shape", "us_p50", "percent_of_copy", "peak_mib", "launches", "error")
+
+# What `levers` measures beside the recipe as it is. One line adds one more row; what may hang or break comes last.
+LEVERS = (
+    "memory.channels_last=false",
+    "train.optimizer=adamw8bit",
+    "memory.checkpointing=selective",
+    "memory.compile=true",
+    "memory.compile=true memory.channels_last=false",
+    "memory.base=nf4",
+    "memory.compile=unet",
+)
+
+
+def _words(option: str, values: Sequence[str]) -> tuple[str, ...]:
+    return tuple(word for value in values for word in (option, value))
+
+
+def _train_step(recipe: str, *options: str) -> tuple[str, ...]:
+    return ("dag.bench", "train-step", "--recipe", f"recipes/{recipe}", "--repeats", "1", *options)
+
+
+def _stage(name: str, what: str, command: Sequence[str], file: str, share: float, **others: object) -> Stage:
+    rows = ("--csv", "{folder}/" + file, "--stage", name)
+    return Stage(name, what, (*command, *rows), file, share, **others)  # type: ignore[arg-type]
+
+
+def stages(has_gpu: bool) -> list[Stage]:
+    """In the order of what the next person most wants to know, training first."""
+    if has_gpu:
+        return _with_commands(_on_a_gpu())
+    rehearsal = "on the embedded model, in place of: "
+    return [
+        stage if stage.file == "kernels.csv" else replace(stage, what=rehearsal + stage.what)
+        for stage in _with_commands(_on_a_cpu())
+    ]
+
+
+def _on_a_gpu() -> dict[str, tuple[str, ...]]:
+    """20 of the 50 steps, so that a slow GPU ends in time too."""
+    quick, aesthetic = ("--set", "sampler.steps=20"), "recipes/aesthetic_24gb.yaml"
+    return {
+        "lora_24gb": _train_step("aesthetic_24gb.yaml", "--cap-gib", "24", "--literal", "--ablation", *quick),
+        "full_24gb": _train_step("full_finetune_24gb.yaml", "--cap-gib", "24", *quick),
+        "lora_12gb": _train_step("aesthetic_12gb.yaml", "--cap-gib", "12", *quick),
+        "trial": ("dag.bench", "trial", "--recipe", aesthetic),
+        "levers": _train_step("aesthetic_24gb.yaml", *quick, *_words("--variant", LEVERS)),
+        "profile": ("dag.bench", "profile", "--recipe", aesthetic, "--set", "sampler.steps=5"),
+        "lora_48gb": _train_step("aesthetic_48gb.yaml", "--cap-gib", "48", *quick),
+        "paper": _train_step("paper/aesthetic.yaml", *quick),
+        "largest_reward": _train_step("hpsv2_24gb.yaml", "--cap-gib", "24", *quick),
+    }
+
+
+def _on_a_cpu() -> dict[str, tuple[str, ...]]:
+    """The same commands on the embedded model, smaller still: what they measure here says nothing about a GPU."""
+    tiny, scorer = "tiny_cpu.yaml", ("reward.name=image_text", "reward.path=random")
+    small = ("sampler.steps=3", "sampler.tile=2", "train.micro_batch=2")
+    quick = (*_words("--set", small), "--trajectories", "2")
+    full = ("adapter.kind=full", "regulariser.pretrained_kl=0")
+    return {
+        "lora_24gb": _train_step(tiny, "--literal", "--ablation", *quick),
+        "full_24gb": _train_step(tiny, *quick, *_words("--set", full)),
+        "lora_12gb": _train_step(tiny, *quick, "--set", "memory.checkpointing=selective"),
+        "trial": ("dag.bench", "trial", "--recipe", f"recipes/{tiny}", *_words("--set", (*small, *scorer))),
+        "levers": _train_step(tiny, *quick, *_words("--variant", LEVERS)),
+        "profile": ("dag.bench", "profile", "--recipe", f"recipes/{tiny}", *quick),
+        "lora_48gb": _train_step(tiny, *quick, "--set", "train.micro_batch=4", "--trajectories", "4"),
+        "paper": _train_step(tiny, *quick, "--set", "objective.forward_looking.source=current"),
+        "largest_reward": _train_step(tiny, *quick, *_words("--set", scorer)),
+    }
+
+
+def _with_commands(commands: dict[str, tuple[str, ...]]) -> list[Stage]:
+    """Every stage, told once for both machines."""
+
+    def training(name: str, what: str, share: float, place: str, others: str = "") -> Stage:
+        where = (README, place)
+        return _stage(name, what, commands[name], "training.csv", share, shown=_TRAINING, place=where, others=others)
+
+    kernels = ("dag_kernels.bench", "--checklist", "{folder}")
+    return [
+        training("lora_24gb", "aesthetic_24gb.yaml and the published amount of work, lever by lever, under 24 GiB", 130,
+                 "each with the ones above", "the table of recipes and their peaks"),
+        training("full_24gb", "full_finetune_24gb.yaml under 24 GiB", 40, "`full_finetune_24gb.yaml`", _RECIPES),
+        training("lora_12gb", "aesthetic_12gb.yaml under 12 GiB", 40, "`aesthetic_12gb.yaml`", _RECIPES),
+        _stage("trial", "train_dag.py: evaluation, checkpoint, SIGTERM, --resume, LoRA", commands["trial"], "run.csv", 85,
+               shown=_TRIAL, place=(README, "**State of this version.**")),
+        training("levers", "aesthetic_24gb.yaml with one lever changed at a time", 95, "**Levers**"),
+        _stage("profile", "ten kernels that take most of a training step, and the GPU's idle share",
+               commands["profile"], "profile.csv", 35, shown=_PROFILE, place=(README, "**Levers**")),
+        Stage("kernels", "fused kernels: times, tests, registers (kernels.md)", kernels, "kernels.csv", 110,
+              shown=_KERNELS, place=("kernels/README.md", "measured on a GPU"), notes="kernels.md"),
+        training("lora_48gb", "aesthetic_48gb.yaml under 48 GiB", 25, "the same for 48 GB", _RECIPES),
+        training("paper", "paper/aesthetic.yaml", 25, "`paper/*.yaml`", _RECIPES),
+        training("largest_reward", "hpsv2_24gb.yaml, the largest reward, under 24 GiB", 15, "hpsv2,pickscore", _RECIPES),
+    ]  # fmt: skip

@@ -1,0 +1,74 @@
+"""A CSV file that grows row by row, each on its way to the disk at once, and that a crash leaves readable."""
+
+import csv
+import io
+import json
+import os
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+
+def append(path: Path, row: Mapping[str, Any]) -> None:
+    """Add a row. A key that the file has no column for gets one; lists and mappings are written as JSON."""
+    columns, known = _columns(path), read(path)
+    if new := [name for name in row if name not in columns]:
+        columns += new
+        _replace(path, columns, known)
+    elif not path.read_text(encoding="utf-8").endswith("\n"):
+        _replace(path, columns, known)  # the last row was cut short by a crash
+    with path.open("a", newline="", encoding="utf-8") as file:
+        file.write(_lines(columns, [row]))
+
+
+def read(path: Path) -> list[dict[str, str]]:
+    """The complete rows, "" where a row has no value; [] if there is no file."""
+    if not path.exists():
+        return []
+    complete = path.read_text(encoding="utf-8").rpartition("\n")[0]
+    return list(csv.DictReader(io.StringIO(complete)))
+
+
+def drop(path: Path, column: str, value: str) -> None:
+    """Take out the rows whose column has this value."""
+    rows = read(path)
+    kept = [row for row in rows if row.get(column) != value]
+    if len(kept) < len(rows):
+        _replace(path, _columns(path), kept)
+
+
+def markdown(rows: Iterable[Mapping[str, Any]], columns: Iterable[str]) -> str:
+    """A table of these columns, without those that are empty in every row."""
+    rows = list(rows)
+    shown = [name for name in columns if any(row.get(name) not in (None, "") for row in rows)]
+    lines = [shown, ["---"] * len(shown), *([str(row.get(name) or "") for name in shown] for row in rows)]
+    return "\n".join("| " + " | ".join(cell.replace("|", "/") for cell in line) + " |" for line in lines)
+
+
+def _columns(path: Path) -> list[str]:
+    if not path.exists():
+        return []
+    header, newline, _ = path.read_text(encoding="utf-8").partition("\n")
+    return next(csv.reader([header]), []) if newline else []
+
+
+def _replace(path: Path, columns: list[str], rows: Iterable[Mapping[str, Any]]) -> None:
+    """The whole file anew, or the old one if this is interrupted."""
+    temporary = path.with_name(f".tmp-{os.getpid()}-{path.name}")
+    temporary.write_text(_lines(columns, [dict(zip(columns, columns, strict=True)), *rows]), encoding="utf-8")
+    os.replace(temporary, path)
+
+
+def _lines(columns: list[str], rows: Iterable[Mapping[str, Any]]) -> str:
+    text = io.StringIO()
+    csv.DictWriter(text, columns, lineterminator="\n").writerows(
+        {name: _cell(value) for name, value in row.items()} for row in rows
+    )
+    return text.getvalue()
+
+
+def _cell(value: Any) -> str:
+    if isinstance(value, list | tuple | dict):
+        return json.dumps(value)
+    # One line a row: what a crash cuts short is then the last line alone.
+    return "" if value is None else " ".join(str(value).splitlines())
