@@ -203,7 +203,9 @@ class _Loop:
         self.recipe, self.rehearsal = recipe, Rehearsal()
         made = Simulation(recipe)
         self.policy, self.T = made.policy, made.policy.schedule.num_transitions
-        self.standing_tensors = [tensor for tensors in made.standing().values() for tensor in tensors]
+        # The update makes its own gradients, and the learner its own flow.
+        kinds = {kind: tensors for kind, tensors in made.standing().items() if kind not in ("gradients", "flow")}
+        self.standing_tensors = [tensor for tensors in kinds.values() for tensor in tensors]
         kernels = choose("torch" if recipe.kernels == "torch" else "auto", META)
         self.policy.schedule = replace(self.policy.schedule, kernels=kernels)
         _ = self.policy.schedule.table  # made once, not in a transition
