@@ -1,6 +1,5 @@
 """Bytes alive, against numbers worked out by hand; the meta device against the CPU."""
 
-from collections import Counter
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -10,7 +9,6 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
 from dag.accounting import LiveBytes, as_on_cuda, peak_of
@@ -27,15 +25,14 @@ def unet(device: str, folder: Path = ASSETS / "embedded/unet") -> Any:
         return UNet2DConditionModel.from_config(UNet2DConditionModel.load_config(folder)).eval()
 
 
-def unet_call(model: Any, rows: int = 4, autocast: bool = False) -> tuple[Callable[[], object], list[Tensor]]:
+def unet_call(model: Any, rows: int = 4) -> tuple[Callable[[], object], list[Tensor]]:
     """(forward and, where there are gradients, backward pass of the embedded UNet; what exists before)."""
     device, dtype = model.conv_in.weight.device, model.conv_in.weight.dtype
     x_t, text = torch.zeros(rows, 4, 16, 16, device=device, dtype=dtype), torch.zeros(rows, 24, 128, device=device)
     t = torch.zeros(rows, device=device)
 
     def call() -> None:
-        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
-            output = model(x_t, t, text.to(dtype), return_dict=False)[0]
+        output = model(x_t, t, text.to(dtype), return_dict=False)[0]
         if output.requires_grad:
             output.float().pow(2).sum().backward()
 
@@ -151,17 +148,6 @@ def test_attention_on_meta_holds_no_matrix(needs_grad: bool) -> None:
     assert peak("meta") < 4 * heads * tokens**2
 
 
-@pytest.mark.parametrize("is_masked", [False, True])
-def test_attention_on_meta_is_autocast(is_masked: bool) -> None:
-    q = torch.ones(1, 2, 16, 8, device="meta")
-    mask = torch.ones(16, 16, device="meta") if is_masked else None
-    with as_on_cuda():
-        assert F.scaled_dot_product_attention(q, q, q, mask).dtype == torch.float32
-        with torch.autocast("cpu", torch.bfloat16):
-            output = F.scaled_dot_product_attention(q, q, q, mask)
-    assert (output.dtype, output.shape) == (torch.bfloat16, q.shape)
-
-
 def test_outside_meta_tensors_go_pytorchs_way_again() -> None:
     q = torch.ones(1, 1, 256, 8, device="meta")
     with pytest.raises(RuntimeError), as_on_cuda():
@@ -181,38 +167,6 @@ def test_a_unet_peaks_on_meta_as_on_the_cpu(needs_grad: bool, checkpointing: boo
         return peak_of(*unet_call(model))
 
     assert peak("meta") == pytest.approx(peak("cpu"), rel=0.01)
-
-
-class _Dtypes(TorchDispatchMode):
-    """Result dtypes of every operator."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.seen: Counter[tuple[str, torch.dtype]] = Counter()
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        result = func(*args, **(kwargs or {}))
-        first = result[0] if isinstance(result, tuple) else result
-        if isinstance(first, Tensor):
-            self.seen[func.overloadpacket.__name__, first.dtype] += 1
-        return result
-
-
-@pytest.mark.parametrize("checkpointing", [False, True])
-@pytest.mark.parametrize("held", [torch.float32, torch.bfloat16])
-def test_autocast_on_meta_follows_cudas_lists(held: torch.dtype, checkpointing: bool) -> None:
-    """Multiplications in half precision; norms and upsampling in fp32, whatever the weights are held in."""
-    model = unet("meta").to(held)
-    if checkpointing:
-        model.enable_gradient_checkpointing()
-    with _Dtypes() as dtypes, as_on_cuda():
-        unet_call(model, autocast=True)[0]()
-    in_half = ("convolution", "mm", "addmm", "_scaled_dot_product_efficient_attention", "convolution_backward")
-    in_float32 = ("native_layer_norm", "native_group_norm", "upsample_nearest2d", "native_group_norm_backward")
-    for names, dtype in ((in_half, torch.bfloat16), (in_float32, torch.float32)):
-        for name in names:
-            assert {seen for operator, seen in dtypes.seen if operator == name} == {dtype}, name
-    assert {parameter.grad.dtype for parameter in model.parameters()} == {held}
 
 
 # -- Stable Diffusion 1.5 -----------------------------------------------------------------------------------------
