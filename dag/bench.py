@@ -16,8 +16,6 @@ FLOP from the configs. `previews` and `storage` measure what cheaper decoders an
 import argparse
 import functools
 import gc
-import importlib.metadata
-import platform
 import sys
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
@@ -29,6 +27,7 @@ from dag import approximations, flops
 from dag.accounting import GIB
 from dag.durable import write_json
 from dag.errors import RunError, UsageError, exit_code
+from dag.machine import describe_machine
 from dag.models.source import local_folder
 from dag.parts import build, git_commit
 from dag.recipe import PolicyGradient, Recipe
@@ -220,13 +219,8 @@ def _shown(row: Row, literal: Row | None) -> str:
 
 def environment(device: torch.device) -> Row:
     """What a figure depends on."""
-    return {
-        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine(),
-        "threads": torch.get_num_threads(),
-        "python": platform.python_version(),
-        **{name: importlib.metadata.version(name) for name in ("torch", "diffusers", "peft")},
-        "commit": git_commit(),
-    }
+    machine = describe_machine(device)
+    return {**machine.pop("versions"), **machine, "commit": git_commit()}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

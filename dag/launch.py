@@ -141,9 +141,11 @@ def _limit_memory(config: Recipe, device: torch.device) -> None:
 def _changes(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
     """Where a resumed run is not on the machine and with the versions that it began with."""
     places = ("device", "threads", "processes", "python", "jpeg")
-    pairs = [(key, before.get(key), now[key]) for key in places]
-    pairs += [(name, before.get("versions", {}).get(name), version) for name, version in now["versions"].items()]
-    return [f"{key} {then} then, {found} now" for key, then, found in pairs if then not in (None, found)]
+    pairs = [(key, before[key], now[key]) for key in places if key in before]
+    # A package that is there now and was not before counts; one that an older run.json does not speak of cannot.
+    then = before.get("versions", {})
+    pairs += [(name, then[name], version) for name, version in now["versions"].items() if name in then]
+    return [f"{key} {old or 'none'} then, {new or 'none'} now" for key, old, new in pairs if old != new]
 
 
 def _use_all_threads(device_type: str) -> None:

@@ -11,7 +11,7 @@ ROOT = Path(__file__).parent.parent
 # A module imports only from earlier rows; within a row only its own package's submodules. Rows with the same
 # number are one level of the design, split where one of its modules stands on another.
 LAYERS = (
-    (0, ("dag_kernels", "dag.errors", "dag.registry", "dag.durable", "dag.fingerprint")),
+    (0, ("dag_kernels", "dag.errors", "dag.registry", "dag.durable", "dag.fingerprint", "dag.machine")),
     (0, ("dag.processes", "dag.interrupt")),
     (0, ("dag.hub",)),
     (0, ("dag.section",)),
