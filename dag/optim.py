@@ -8,6 +8,7 @@ from torch import nn
 
 from dag.errors import UsageError
 from dag.faults import NotFiniteError, Suspects
+from dag.quiet import quieten
 from dag.recipe import Train
 
 # In a row; a single overflow is ordinary in half precision.
@@ -26,6 +27,7 @@ def build_optimizer(
     }
     if kind == "adamw":
         return torch.optim.AdamW(parameters, **options)
+    quieten()
     try:
         import bitsandbytes
     except ImportError:

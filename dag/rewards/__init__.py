@@ -12,6 +12,7 @@ from torch import Tensor
 
 from dag.errors import RunError, UsageError
 from dag.protocols import Reward
+from dag.quiet import quieten
 from dag.reward_terms import RewardTerm, Tower
 from dag.rewards import (  # noqa: F401  (registers them)
     aesthetic,
@@ -25,6 +26,8 @@ from dag.rewards import (  # noqa: F401  (registers them)
 )
 from dag.rewards.registry import REWARDS
 from dag.rewards.tower import TowerReward
+
+quieten()
 
 
 def build_reward(name: str, **options: object) -> Reward:
