@@ -16,6 +16,7 @@ from accelerate.utils import broadcast_object_list
 from dag.accounting import GIB
 from dag.errors import RunError, UsageError
 from dag.interrupt import Interrupt
+from dag.machine import num_cores
 from dag.parts import build, describe_run
 from dag.processes import Processes
 from dag.recipe import Recipe
@@ -26,6 +27,7 @@ from dag.trainer import Trainer
 # accelerate's launcher tells its processes the precision, torchrun does not.
 _IS_LAUNCHED = "ACCELERATE_MIXED_PRECISION" in os.environ
 _PR_SET_PDEATHSIG = 1
+_NO_MAC_GPU = "not the GPU of this Mac, which has no float64: a run's noise is drawn in it"
 
 
 def train(config: Recipe, opener: Callable[[], tuple[RunFolder, bool]]) -> None:
@@ -40,7 +42,7 @@ def train(config: Recipe, opener: Callable[[], tuple[RunFolder, bool]]) -> None:
     """
     _end_with_launcher()
     # Without a GPU accelerate connects the processes that torchrun started only if it is told of the CPU.
-    state = PartialState(cpu=_are_cpu_processes())
+    state = PartialState(cpu=_takes_cpu())
     _check_launch(state.num_processes)
     with ExitStack() as stack:
         found: list[Any] = [None, None]
@@ -49,6 +51,8 @@ def train(config: Recipe, opener: Callable[[], tuple[RunFolder, bool]]) -> None:
             stack.enter_context(run.held())
             several = f", {state.num_processes} processes" if state.num_processes > 1 else ""
             print(f"run folder {run.path}{several}", flush=True)
+            if _has_mac_gpu():
+                print(f"device: cpu ({_NO_MAC_GPU})", flush=True)
             found = [str(run.path), is_resumed]
         if state.num_processes > 1:
             broadcast_object_list(found, from_process=0)
@@ -66,6 +70,16 @@ def _command_of(process: int) -> str:
         return (Path("/proc") / str(process) / "cmdline").read_text(encoding="utf-8", errors="replace")
     except OSError:
         return ""
+
+
+def _takes_cpu() -> bool:
+    """Whether accelerate must be told to take the CPU."""
+    return _are_cpu_processes() or _has_mac_gpu()
+
+
+def _has_mac_gpu() -> bool:
+    """Whether accelerate would take a Mac's GPU, on which a rollout's noise cannot be drawn."""
+    return torch.backends.mps.is_available()
 
 
 def _are_cpu_processes() -> bool:
@@ -87,9 +101,7 @@ def _check_launch(num_processes: int) -> None:
 
 def _train(config: Recipe, run: RunFolder, is_resumed: bool) -> None:
     trackers = list(config.trackers) or None
-    accelerator = Accelerator(
-        cpu=_are_cpu_processes(), mixed_precision="no", log_with=trackers, project_dir=str(run.path)
-    )
+    accelerator = Accelerator(cpu=_takes_cpu(), mixed_precision="no", log_with=trackers, project_dir=str(run.path))
     world = Processes(accelerator)
     world.check_shares(config.train.trajectories, config.train.updates)
     if world.size == 1:
@@ -151,7 +163,7 @@ def _changes(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
 def _use_all_threads(device_type: str) -> None:
     """Undo the launcher's OMP_NUM_THREADS=1, which it sets for any number of CPU processes, also for one."""
     if device_type == "cpu" and _IS_LAUNCHED and torch.get_num_threads() == 1:
-        threads = len(os.sched_getaffinity(0))
+        threads = num_cores()
         torch.set_num_threads(threads)
         print(
             f"{threads} threads (accelerate's launcher had set 1; start with python train_dag.py to choose)", flush=True

@@ -1,6 +1,7 @@
 """What a run or a figure depends on besides its recipe: the device, threads, and the versions of what computes."""
 
 import importlib.metadata
+import os
 import platform
 import re
 import subprocess
@@ -45,6 +46,11 @@ def versions() -> dict[str, str | None]:
         "cudnn": None if cudnn is None else str(cudnn),
         "driver": _driver() if torch.cuda.is_available() else None,
     }
+
+
+def num_cores() -> int:
+    """Those that this process may use, where the system tells (Linux); else all."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _version(package: str) -> str | None:

@@ -1,6 +1,7 @@
 """The first minute: what is installed, what the first command is, and that it prints our lines alone."""
 
 import importlib.util
+import json
 import os
 import re
 import shlex
@@ -19,12 +20,12 @@ SMALL = {
 OURS = ("run folder ", "kernels: ", "attention: ", "device: ", "epoch ", "weights in ")
 
 
-def start(*command: str, cwd: Path = ROOT, **changed: str) -> "subprocess.CompletedProcess[str]":
+def start(*command: str, **changed: str) -> "subprocess.CompletedProcess[str]":
     """A process as a newcomer starts it: in the project's folder, with nothing set that quietens libraries."""
     environment = {name: value for name, value in os.environ.items() if name != "TRANSFORMERS_VERBOSITY"}
     paths = [str(ROOT), str(ROOT / "kernels"), os.environ.get("PYTHONPATH", "")]
     environment |= {"PYTHONPATH": os.pathsep.join(filter(None, paths)), **changed}
-    return subprocess.run([sys.executable, *command], cwd=cwd, env=environment, capture_output=True, text=True)
+    return subprocess.run([sys.executable, *command], cwd=ROOT, env=environment, capture_output=True, text=True)
 
 
 def first_command() -> list[str]:
@@ -32,6 +33,12 @@ def first_command() -> list[str]:
     block = re.search(r"```bash\n(.*?)\n```", (ROOT / "README.md").read_text(encoding="utf-8"), re.DOTALL)
     assert block is not None
     return shlex.split(block[1].rpartition("&&")[2])
+
+
+def small(run: Path, optimizer: str) -> list[str]:
+    """What makes the first command a matter of seconds."""
+    overrides = {**SMALL, "train.optimizer": optimizer}
+    return ["--out", str(run), *(word for key, value in overrides.items() for word in ("--set", f"{key}={value}"))]
 
 
 # -- what is printed ----------------------------------------------------------------------------------------------
@@ -42,8 +49,7 @@ def test_the_first_command_prints_our_lines_alone(tmp_path: Path) -> None:
     optimizer = "adamw" if importlib.util.find_spec("bitsandbytes") is None else "adamw8bit"
     python, *words = first_command()
     assert (python, words) == (".venv/bin/python", ["train_dag.py", "--recipe", "recipes/tiny_cpu.yaml"])
-    overrides = [f"{key}={value}" for key, value in {**SMALL, "train.optimizer": optimizer}.items()]
-    done = start(*words, "--out", str(tmp_path / "run"), *(word for text in overrides for word in ("--set", text)))
+    done = start(*words, *small(tmp_path / "run", optimizer))
     assert (done.returncode, done.stderr) == (0, "")
     assert [line for line in done.stdout.splitlines() if not line.startswith(OURS)] == []
 
@@ -68,6 +74,27 @@ def test_what_libraries_say_when_they_are_imported_is_not_heard(home: str) -> No
         pytest.importorskip("bitsandbytes")
     done = start("-c", f"import logging\nimport torch\n{HOMES[home]}\n{COMPLAINT}")
     assert (done.returncode, done.stderr, done.stdout) == (0, "", "")
+
+
+MAC = """
+import os, sys, torch
+torch.backends.mps.is_available = torch.backends.mps.is_built = lambda: True
+del os.sched_getaffinity
+os.cpu_count = lambda: 1
+import train_dag
+sys.exit(train_dag.main(sys.argv[1:]))
+"""
+
+
+def test_a_mac_takes_its_cpu_and_says_so(tmp_path: Path) -> None:
+    """A Mac by what PyTorch and the system tell of it, under accelerate's launcher, which leaves one thread."""
+    changed = {"ACCELERATE_MIXED_PRECISION": "no", "OMP_NUM_THREADS": "1"}
+    done = start("-c", MAC, *first_command()[2:], *small(tmp_path / "run", "adamw"), **changed)
+    assert (done.returncode, done.stderr) == (0, "")
+    lines = done.stdout.splitlines()
+    assert lines[1] == "device: cpu (not the GPU of this Mac, which has no float64: a run's noise is drawn in it)"
+    assert lines[2].startswith("1 threads")
+    assert json.loads((tmp_path / "run/run.json").read_text())["kernels"]["reason"].endswith("the run is on cpu")
 
 
 def test_the_launcher_is_quiet_when_it_is_told_everything() -> None:
