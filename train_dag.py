@@ -1,6 +1,6 @@
 """Align a text-to-image diffusion model with a reward.
 
-    accelerate launch train_dag.py --recipe recipes/tiny_cpu.yaml
+    python train_dag.py --recipe recipes/tiny_cpu.yaml
 
 Algorithm 1 of Zhang et al. (2025), as `dag.trainer.Trainer.fit` runs it:
 

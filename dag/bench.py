@@ -24,9 +24,7 @@ measured, and where it goes.
 
 import argparse
 import functools
-import importlib.metadata
 import json
-import platform
 import sys
 import tempfile
 import traceback
@@ -42,6 +40,7 @@ from dag.determinism import deterministic
 from dag.durable import write_json
 from dag.errors import RunError, UsageError, exit_code
 from dag.gpu import free_memory, limit_memory, out_of_memory_ends, this_device
+from dag.machine import describe_machine
 from dag.models.source import local_folder
 from dag.parts import build, git_commit
 from dag.recipe import PolicyGradient, Recipe
@@ -268,18 +267,13 @@ def _shown(row: Row, literal: Row | None) -> str:
 
 def environment(device: torch.device) -> Row:
     """What a figure depends on."""
-    return {
-        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine(),
-        "threads": torch.get_num_threads(),
-        "python": platform.python_version(),
-        **{name: importlib.metadata.version(name) for name in ("torch", "diffusers", "peft")},
-        "commit": git_commit(),
-    }
+    machine = describe_machine(device)
+    return {**machine.pop("versions"), **machine, "commit": git_commit()}
 
 
 def tell_machine() -> None:
     """One line of JSON, for `dag.checklist`."""
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = this_device()
     gpu = None
     if device.type == "cuda":
         properties = torch.cuda.get_device_properties(device)

@@ -9,7 +9,6 @@ Writes evaluation.json, evaluation.md and pictures.png.
 """
 
 import argparse
-import importlib.metadata
 import json
 import sys
 from collections.abc import Iterator, Sequence
@@ -24,6 +23,7 @@ from torch import Tensor
 from dag import checkpoint, durable
 from dag.errors import RunError, UsageError, exit_code
 from dag.gpu import out_of_memory_ends, this_device
+from dag.machine import versions
 from dag.measure import BASE, BASE_AGAIN, Measure, Task
 from dag.models.sd import StableDiffusion
 from dag.models.source import EMBEDDED, local_folder
@@ -84,7 +84,7 @@ def evaluate(
         "checkpoints": {one.name: one.checkpoint.name for one in judged},
         "weights": _hashes(judged),
         "trained_on": [[term.name for term in recipe.reward] for recipe in recipes],
-        "versions": {name: importlib.metadata.version(name) for name in ("torch", "diffusers", "transformers")},
+        "versions": versions(),
         "models": measure.rows(pictures),
     }
     return report_data, pictures

@@ -17,6 +17,7 @@ from dag.determinism import deterministic
 from dag.errors import RunError, UsageError
 from dag.gpu import indexed, limit_memory, out_of_memory_ends
 from dag.interrupt import Interrupt
+from dag.machine import num_cores
 from dag.models.levers import compilations
 from dag.parts import build, describe_run
 from dag.processes import Processes
@@ -33,6 +34,7 @@ _LOADING = (
     "need less, and another program may hold the GPU"
 )
 _OUTSIDE = "out of GPU memory outside sampling and gradients"
+_NO_MAC_GPU = "not the GPU of this Mac, which has no float64: a run's noise is drawn in it"
 
 
 def train(config: Recipe, opener: Callable[[], tuple[RunFolder, bool]]) -> None:
@@ -48,7 +50,7 @@ def train(config: Recipe, opener: Callable[[], tuple[RunFolder, bool]]) -> None:
     _end_with_launcher()
     with deterministic(config.deterministic), ExitStack() as stack:
         # Without a GPU accelerate connects the processes that torchrun started only if it is told of the CPU.
-        state = PartialState(cpu=_are_cpu_processes())
+        state = PartialState(cpu=_takes_cpu())
         _check_launch(state.num_processes)
         found: list[Any] = [None, None]
         if state.is_main_process:
@@ -56,6 +58,8 @@ def train(config: Recipe, opener: Callable[[], tuple[RunFolder, bool]]) -> None:
             stack.enter_context(run.held())
             several = f", {state.num_processes} processes" if state.num_processes > 1 else ""
             print(f"run folder {run.path}{several}", flush=True)
+            if _has_mac_gpu():
+                print(f"device: cpu ({_NO_MAC_GPU})", flush=True)
             found = [str(run.path), is_resumed]
         if state.num_processes > 1:
             broadcast_object_list(found, from_process=0)
@@ -73,6 +77,16 @@ def _command_of(process: int) -> str:
         return (Path("/proc") / str(process) / "cmdline").read_text(encoding="utf-8", errors="replace")
     except OSError:
         return ""
+
+
+def _takes_cpu() -> bool:
+    """Whether accelerate must be told to take the CPU."""
+    return _are_cpu_processes() or _has_mac_gpu()
+
+
+def _has_mac_gpu() -> bool:
+    """Whether accelerate would take a Mac's GPU, on which a rollout's noise cannot be drawn."""
+    return torch.backends.mps.is_available()
 
 
 def _are_cpu_processes() -> bool:
@@ -94,9 +108,7 @@ def _check_launch(num_processes: int) -> None:
 
 def _train(config: Recipe, run: RunFolder, is_resumed: bool) -> None:
     trackers = list(config.trackers) or None
-    accelerator = Accelerator(
-        cpu=_are_cpu_processes(), mixed_precision="no", log_with=trackers, project_dir=str(run.path)
-    )
+    accelerator = Accelerator(cpu=_takes_cpu(), mixed_precision="no", log_with=trackers, project_dir=str(run.path))
     world, device = Processes(accelerator), indexed(accelerator.device)
     world.check_shares(config.train.trajectories, config.train.updates)
     if world.size == 1:
@@ -150,15 +162,17 @@ def _describe_compilations(run: RunFolder, counts: dict[str, int]) -> None:
 def _changes(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
     """Where a resumed run is not on the machine and with the versions that it began with."""
     places = ("device", "threads", "processes", "python", "jpeg")
-    pairs = [(key, before.get(key), now[key]) for key in places]
-    pairs += [(name, before.get("versions", {}).get(name), version) for name, version in now["versions"].items()]
-    return [f"{key} {then} then, {found} now" for key, then, found in pairs if then not in (None, found)]
+    pairs = [(key, before[key], now[key]) for key in places if key in before]
+    # A package that is there now and was not before counts; one that an older run.json does not speak of cannot.
+    then = before.get("versions", {})
+    pairs += [(name, then[name], version) for name, version in now["versions"].items() if name in then]
+    return [f"{key} {old or 'none'} then, {new or 'none'} now" for key, old, new in pairs if old != new]
 
 
 def _use_all_threads(device_type: str) -> None:
     """Undo the launcher's OMP_NUM_THREADS=1, which it sets for any number of CPU processes, also for one."""
     if device_type == "cpu" and _IS_LAUNCHED and torch.get_num_threads() == 1:
-        threads = len(os.sched_getaffinity(0))
+        threads = num_cores()
         torch.set_num_threads(threads)
         print(
             f"{threads} threads (accelerate's launcher had set 1; start with python train_dag.py to choose)", flush=True

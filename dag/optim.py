@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from dag.errors import UsageError
 from dag.faults import NotFiniteError, Suspects
 from dag.models.adapter import TrainedWeights
+from dag.quiet import quieten
 from dag.recipe import Train
 
 # In a row; a single overflow is ordinary in half precision.
@@ -28,6 +29,7 @@ def build_optimizer(
     if kind == "adamw":
         # On a GPU one launch moves all weights; on a CPU the plain form keeps earlier runs' numbers.
         return torch.optim.AdamW(parameters, **options, fused=parameters[0].is_cuda)
+    quieten()
     try:
         import bitsandbytes
     except ImportError:

@@ -1,7 +1,5 @@
 """From a recipe to the objects that run it, and their description in run.json."""
 
-import importlib.metadata
-import platform
 import subprocess
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -21,6 +19,7 @@ from dag.evaluation import Evaluator
 from dag.fingerprint import of_texts, of_weights
 from dag.flow_fit import FlowFit
 from dag.learner import Learner
+from dag.machine import describe_machine
 from dag.models.sd import StableDiffusion
 from dag.objectives import OBJECTIVES
 from dag.optim import Stepper, build_optimizer
@@ -147,7 +146,6 @@ def _flow_fit(recipe: Recipe, policy: Policy, text: Embeddings) -> FlowFit:
 
 def describe_run(recipe: Recipe, parts: Parts, device: torch.device) -> dict[str, Any]:
     """What run.json holds: enough to know what ran, on what, and to resume it."""
-    packages = ("torch", "diffusers", "transformers", "peft", "accelerate", "numpy", "pillow", "safetensors")
     return {
         "recipe": recipe.model_dump(mode="json"),
         "seed": recipe.seed,
@@ -157,12 +155,7 @@ def describe_run(recipe: Recipe, parts: Parts, device: torch.device) -> dict[str
         "beta_eff": make_plan(recipe).beta_eff,
         "kernels": {"name": parts.kernels.name, "reason": parts.kernels.reason},
         "reduction_factor": parts.learner.units.reduction_factor,
-        "device": torch.cuda.get_device_name(device)
-        if device.type == "cuda"
-        else platform.processor() or platform.machine(),
-        "threads": torch.get_num_threads(),
-        "python": platform.python_version(),
-        "versions": {name: importlib.metadata.version(name) for name in packages},
+        **describe_machine(device),
         "jpeg": features.version("libjpeg_turbo") or features.version("jpg"),
         "commit": git_commit(),
     }

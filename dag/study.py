@@ -19,6 +19,7 @@ from typing import Any
 
 from dag.curves import ends, evaluated
 from dag.errors import RunError, UsageError
+from dag.machine import num_cores
 from dag.recipe import Recipe
 from dag.recipe_file import load
 from dag.run_folder import RunFolder
@@ -200,7 +201,7 @@ def run_missing(cases: Sequence[Case], jobs: int, cards: Sequence[str] = ()) -> 
     done = len(cases) - len(missing)
     if done:
         print(f"{done} of {len(cases)} runs are complete already", flush=True)
-    threads = max(1, len(os.sched_getaffinity(0)) // jobs)
+    threads = max(1, num_cores() // jobs)
     children: set[subprocess.Popen[bytes]] = set()
     stopping = threading.Event()
     failed: dict[Case, int] = {}

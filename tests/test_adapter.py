@@ -61,7 +61,7 @@ def autocast_form(policy: StableDiffusion) -> Any:
     network = copy.deepcopy(policy.unet)
     masters = dict(zip(policy.weights.names, policy.weights.masters, strict=True))
     for name, weight in network.named_parameters():
-        weight._post_accumulate_grad_hooks = None  # type: ignore[attr-defined]
+        weight._post_accumulate_grad_hooks = None
         if name in masters:
             weight.data = masters[name].detach().clone()
     for layer in network.modules():
@@ -252,7 +252,7 @@ def test_in_float32_there_are_no_copies(make_recipe: MakeRecipe) -> None:
 def test_a_frozen_convolution_gives_the_same_bits(
     kernel: int, stride: int, padding: int, layout: torch.memory_format
 ) -> None:
-    plain = nn.Conv2d(8, 12, kernel, stride, padding).requires_grad_(False).to(memory_format=layout)
+    plain = nn.Conv2d(8, 12, kernel, stride, padding).requires_grad_(False).to(memory_format=layout)  # type: ignore[call-overload]
     frozen = copy.deepcopy(plain)
     freeze_convolutions(nn.Sequential(frozen))
     assert type(frozen) is FrozenConv2d

@@ -1,12 +1,17 @@
 """The model, scorer and judge that ship with the package."""
 
+import json
+import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
-from building import parts_of
+from building import disturb, parts_of
+from safetensors.torch import load_file
 
 from dag import fidelity
+from dag.models.weights import load_text_encoder
 from dag.prompt_sets import with_article
 from dag.recipe import Recipe
 from dag.recipe_file import parse
@@ -32,12 +37,56 @@ def test_everything_shipped_fits_twelve_megabytes() -> None:
     assert sum(path.stat().st_size for path in files) < 12e6
 
 
-def test_plain_diffusers_draws_with_it() -> None:
+def test_plain_diffusers_draws_with_it_and_a_lora_as_the_readme_says(embedded: Recipe, tmp_path: Path) -> None:
+    """No argument about precision: the files are fp16, and all parts must open in one dtype that a CPU computes in."""
     from diffusers import StableDiffusionPipeline
 
-    pipeline = StableDiffusionPipeline.from_pretrained(ASSETS / "embedded", dtype=torch.float32)
-    image = pipeline("a cat", num_inference_steps=2, output_type="np").images
-    assert image.shape == (1, 64, 64, 3)
+    pipe = StableDiffusionPipeline.from_pretrained(ASSETS / "embedded")
+    plain = _drawn(pipe)
+    parts = parts_of(embedded)
+    disturb(parts)
+    parts.policy.export(tmp_path / "lora")
+    pipe.load_lora_weights(tmp_path / "lora", weight_name="pytorch_lora_weights.safetensors")
+    assert plain.shape == (1, 64, 64, 3)
+    assert abs(_drawn(pipe) - plain).max() > 0.01
+
+
+def _drawn(pipe: Any) -> Any:
+    generator = torch.Generator().manual_seed(0)
+    return pipe("a cat", num_inference_steps=2, output_type="np", generator=generator).images
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_our_loader_reads_the_files_as_they_are(dtype: torch.dtype) -> None:
+    """Whatever dtype the shipped configs name."""
+    stored = load_file(ASSETS / "embedded/text_encoder/model.safetensors")
+    read = load_text_encoder(ASSETS / "embedded", dtype, torch.device("cpu")).state_dict()
+    assert {value.dtype for value in stored.values()} == {torch.float16}
+    assert {value.dtype for value in read.values()} == {dtype}
+    names = {name: name if name in read else name.removeprefix("text_model.") for name in stored}
+    assert all(torch.equal(read[names[name]], value.to(dtype)) for name, value in stored.items())
+
+
+def test_the_build_writes_what_ships(tmp_path: Path) -> None:
+    """The last step of `python -m dag.assets.build`, on the finished modules: the same weights and configs."""
+    from diffusers import UNet2DConditionModel
+    from transformers import CLIPTextModel
+
+    from dag.assets.build import denoiser
+
+    shipped, built = ASSETS / "embedded", tmp_path / "out/embedded"
+    for part in ("vae", "tokenizer"):
+        shutil.copytree(shipped / part, tmp_path / "work" / part)
+    unet = UNet2DConditionModel.from_pretrained(shipped, subfolder="unet")
+    text = CLIPTextModel.from_pretrained(shipped / "text_encoder", dtype=torch.float32)
+    denoiser.save(tmp_path / "work", tmp_path / "out", unet, text)
+    for part in ("unet", "vae", "text_encoder"):
+        (weights,) = (shipped / part).glob("*.safetensors")
+        assert weights.read_bytes() == (built / part / weights.name).read_bytes()
+        old, new = (json.loads((folder / part / "config.json").read_text()) for folder in (shipped, built))
+        assert {key: old[key] for key in old if "version" not in key} == {
+            key: new[key] for key in new if "version" not in key
+        }
 
 
 def test_old_and_new_tokenizer_files_agree() -> None:

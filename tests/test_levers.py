@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator
 from contextlib import suppress
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -20,7 +21,7 @@ from torch.autograd.graph import saved_tensors_hooks
 import train_dag
 from dag.determinism import deterministic
 from dag.errors import RunError, UsageError
-from dag.models.levers import compilations
+from dag.models.levers import choose_attention, compilations
 from dag.parts import Parts
 from dag.recipe import Recipe, is_scored
 from dag.run_folder import RunFolder
@@ -233,6 +234,79 @@ def test_xformers_needs_a_gpu(make_recipe: MakeRecipe) -> None:
     with pytest.raises(UsageError, match="attention=xformers needs a GPU"):
         parts_of(make_recipe(memory={"attention": "xformers"}))
     assert parts_of(make_recipe()).policy.describe()["attention"].startswith("sdpa (auto")
+
+
+TOO_NEW = """No operator found for `memory_efficient_attention_forward` with inputs:
+     query       : shape=(1, 2, 1, 40) (torch.float32)
+`fa2F@v2.5.7` is not supported because:
+    dtype=torch.float32 (supported: {torch.bfloat16, torch.float16})
+    requires device with capability <= (9, 0) but your GPU has capability (12, 0) (too new)
+"""
+TOLD = (
+    "No operator found for `memory_efficient_attention_forward`; requires device with capability <= (9, 0) but your "
+    "GPU has capability (12, 0) (too new)"
+)
+
+
+@pytest.fixture
+def xformers(make_recipe: MakeRecipe, monkeypatch: pytest.MonkeyPatch) -> Callable[[Exception | None], str]:
+    """diffusers' own trial of xformers on a GPU that seems to be there; the argument is what the trial's call raises."""
+    from diffusers.models import attention_processor
+
+    class Operations:
+        raises: Exception | None = None
+
+        def memory_efficient_attention(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+            if self.raises is not None:
+                raise self.raises
+            return v
+
+    unet, randn, operations = parts_of(make_recipe()).policy.unet, torch.randn, Operations()
+    monkeypatch.setattr(attention_processor, "xformers", SimpleNamespace(ops=operations))
+    monkeypatch.setattr(attention_processor, "is_xformers_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch, "randn", lambda *shape, **options: randn(*shape))
+
+    def choose(error: Exception | None) -> str:
+        operations.raises = error
+        return choose_attention(unet, "xformers", torch.device("cuda", 0))
+
+    return choose
+
+
+@pytest.mark.parametrize(
+    ("error", "told"),
+    [
+        (NotImplementedError(TOO_NEW), TOLD),
+        (ValueError("unsupported head size\nand more"), "unsupported head size"),
+        (RuntimeError("CUDA error: no kernel image is available"), "CUDA error: no kernel image is available"),
+        (AttributeError(), "AttributeError"),
+    ],
+    ids=lambda value: type(value).__name__,
+)
+def test_xformers_that_cannot_run_is_one_line(
+    xformers: Callable[[Exception | None], str], error: Exception, told: str
+) -> None:
+    with pytest.raises(UsageError) as refused:
+        xformers(error)
+    expected = f"memory.attention=xformers does not run here ({told}); use auto, PyTorch's own attention"
+    assert str(refused.value) == expected
+
+
+def test_xformers_that_runs_is_taken_and_memory_is_no_reason(xformers: Callable[[Exception | None], str]) -> None:
+    assert xformers(None) == "xformers (asked for)"
+    with pytest.raises(torch.OutOfMemoryError):
+        xformers(torch.OutOfMemoryError("CUDA out of memory"))
+
+
+def test_xformers_that_is_not_installed_is_one_line(
+    xformers: Callable[[Exception | None], str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from diffusers.models import attention_processor
+
+    monkeypatch.setattr(attention_processor, "is_xformers_available", lambda: False)
+    with pytest.raises(UsageError, match=r'xformers is not installed; pip install -e "\.\[xformers\]", or use auto'):
+        xformers(None)
 
 
 # -- weights ------------------------------------------------------------------------------------------------------

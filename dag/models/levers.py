@@ -33,9 +33,26 @@ def choose_attention(unet: Any, kind: str, device: torch.device) -> str:
         raise UsageError(f"memory.attention=xformers needs a GPU, the run is on {device.type}; use auto")
     try:
         unet.enable_xformers_memory_efficient_attention()
-    except (ImportError, ModuleNotFoundError):
-        raise UsageError("memory.attention=xformers: pip install xformers, or use auto") from None
+    except ModuleNotFoundError as error:
+        missing = error.name or "xformers"
+        raise UsageError(
+            f'memory.attention=xformers: {missing} is not installed; pip install -e ".[xformers]", or use auto'
+        ) from None
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as error:
+        # diffusers tries it once on the GPU, and xformers refuses a GPU or a PyTorch that it was not built for in many ways.
+        raise UsageError(
+            f"memory.attention=xformers does not run here ({_first_reason(error)}); use auto, PyTorch's own attention"
+        ) from None
     return "xformers (asked for)"
+
+
+def _first_reason(error: Exception) -> str:
+    """One line of an error. xformers goes on with a list of what hinders each of its operators: the first about the GPU counts."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
+    about_gpu = [line for line in lines[1:] if "your GPU" in line or "wasn't buil" in line]
+    return "; ".join([lines[0].removesuffix(" with inputs:"), *about_gpu[:1]])
 
 
 def quantise(unet: Any, kind: str, dtype: torch.dtype) -> None:

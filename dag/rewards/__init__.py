@@ -14,6 +14,7 @@ from torch import Tensor
 from dag.errors import RunError, UsageError
 from dag.gpu import is_out_of_memory
 from dag.protocols import Reward
+from dag.quiet import quieten
 from dag.reward_terms import RewardTerm, Tower
 from dag.rewards import (  # noqa: F401  (registers them)
     aesthetic,
@@ -28,6 +29,8 @@ from dag.rewards import (  # noqa: F401  (registers them)
 from dag.rewards.registry import REWARDS
 from dag.rewards.stand_in import StandIn
 from dag.rewards.tower import TowerReward
+
+quieten()
 
 # Values of previews that wait for their check at most.
 _MOST_UNCHECKED = 256

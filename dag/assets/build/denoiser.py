@@ -3,9 +3,10 @@
 import json
 import math
 import shutil
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
@@ -189,10 +190,17 @@ def save(work: Path, out: Path, unet: UNet2DConditionModel, text: CLIPTextModel)
     ).to(dtype=torch.float16)
     folder, fresh = out / "embedded", out / "embedded.new"
     pipeline.save_pretrained(fresh)
-    vae_config = fresh / "vae/config.json"
-    kept = {key: value for key, value in json.loads(vae_config.read_text()).items() if key != "_name_or_path"}
-    vae_config.write_text(json.dumps(kept, indent=2) + "\n", encoding="utf-8")
+    _rewrite(fresh / "vae/config.json", lambda config: config.pop("_name_or_path", None))
+    # Without an argument transformers takes the dtype that this names, and diffusers float32: the two must agree.
+    _rewrite(fresh / "text_encoder/config.json", lambda config: config.update(dtype="float32"))
     for name in ("vocab.json", "merges.txt"):
         shutil.copy(work / "tokenizer" / name, fresh / "tokenizer" / name)
     shutil.rmtree(folder, ignore_errors=True)
     fresh.rename(folder)
+
+
+def _rewrite(path: Path, change: Callable[[dict[str, Any]], object]) -> None:
+    """Change a JSON config in its place."""
+    config = json.loads(path.read_text(encoding="utf-8"))
+    change(config)
+    path.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")

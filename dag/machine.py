@@ -1,0 +1,79 @@
+"""What a run or a figure depends on besides its recipe: the device, threads, and the versions of what computes."""
+
+import importlib.metadata
+import os
+import platform
+import re
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import torch
+
+_PACKAGES = (
+    "torch",
+    "diffusers",
+    "transformers",
+    "peft",
+    "accelerate",
+    "numpy",
+    "pillow",
+    "safetensors",
+    "triton",
+    "bitsandbytes",
+    "xformers",
+)
+_DRIVER_FILE = Path("/proc/driver/nvidia/version")
+
+
+def describe_machine(device: torch.device) -> dict[str, Any]:
+    """The device by name, threads, Python, and `versions`."""
+    is_cuda = device.type == "cuda"
+    return {
+        "device": torch.cuda.get_device_name(device) if is_cuda else platform.processor() or platform.machine(),
+        "threads": torch.get_num_threads(),
+        "python": platform.python_version(),
+        "versions": versions(),
+    }
+
+
+def versions() -> dict[str, str | None]:
+    """Packages, and the CUDA, cuDNN and driver under them; None for what is not there."""
+    cudnn = torch.backends.cudnn.version() if torch.cuda.is_available() else None
+    return {
+        **{name: _version(name) for name in _PACKAGES},
+        "cuda": torch.version.cuda,
+        "cudnn": None if cudnn is None else str(cudnn),
+        "driver": _driver() if torch.cuda.is_available() else None,
+    }
+
+
+def num_cores() -> int:
+    """Those that this process may use, where the system tells (Linux); else all."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def _version(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def _driver() -> str | None:
+    """The release of NVIDIA's driver. PyTorch tells only which CUDA it is good for."""
+    try:
+        first = _DRIVER_FILE.read_text(encoding="utf-8", errors="replace").partition("\n")[0]
+    except OSError:  # Windows and its subsystem for Linux
+        first = ""
+    found = re.search(r"Kernel Module\s+(?:for \S+\s+)?(\d+(?:\.\d+)+)", first)
+    return found[1] if found else _driver_by_tool()
+
+
+def _driver_by_tool() -> str | None:
+    command = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=20)
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return done.stdout.partition("\n")[0].strip() or None
