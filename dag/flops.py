@@ -38,16 +38,23 @@ def _attention_backward(
     return int(sdpa_backward_flop_count(grad, query, key, value))
 
 
-# torch 2.13 counts the attention kernels of a GPU and takes that of a CPU for nothing.
-_OF_A_CPU = {
+def _added_product(
+    total: torch.Size, a: torch.Size, b: torch.Size, *others: Any, out_shape: Any, **options: Any
+) -> int:
+    return 2 * a[0] * a[1] * b[1]
+
+
+# torch 2.13 takes these for nothing: a CPU's attention, and a matrix product added in place.
+_UNCOUNTED = {
     _ATEN._scaled_dot_product_flash_attention_for_cpu: _attention,
     _ATEN._scaled_dot_product_flash_attention_for_cpu_backward: _attention_backward,
+    _ATEN.addmm_: _added_product,
 }
 
 
 def counter() -> FlopCounterMode:
-    """Counts the FLOP of what runs under it, attention on a CPU included."""
-    return FlopCounterMode(display=False, custom_mapping=_OF_A_CPU)
+    """Counts the FLOP of what runs under it."""
+    return FlopCounterMode(display=False, custom_mapping=_UNCOUNTED)
 
 
 def of_recipe(recipe: Recipe) -> Work:

@@ -20,7 +20,8 @@ class Model(Section):
     variant: str | None = None
     """File variant, e.g. `fp16`: half the download."""
     dtype: Literal["fp32", "bf16", "fp16"] = "fp32"
-    """Precision of frozen weights and of autocast. Trainable weights, log-probs and losses stay fp32."""
+    """What networks are held and compute in; there is no autocast. What is trained has a float32 master, and its gradients are
+    summed there; log-probs and losses are float32."""
     resolution: int | None = Field(None, ge=8, le=4096)
     """Side of the square picture in pixels; default: the model's own."""
 

@@ -180,7 +180,7 @@ def rehearse(recipe: Recipe) -> Rehearsed:
     # One period of scored states in the middle, two micro-batches: the second finds the first one's gradients.
     recipe = recipe.model_copy(
         update={
-            "sampler": recipe.sampler.model_copy(update={"steps": 2 * stride + 4}),
+            "sampler": recipe.sampler.model_copy(update={"steps": 2 * stride + 3}),
             "train": recipe.train.model_copy(
                 update={"trajectories": 2 * rows, "updates": 1, "inner_epochs": 1, "step_fraction": 1.0}
             ),
@@ -267,7 +267,8 @@ class _Loop:
             scored = Counts(*_scaled(marks[2] - marks[1], 1 / stride))
             total = total + scored
         marks.clear()
-        store = ChainStore(self.T + 1, len(tile.sample_id), META, META)
+        place = torch.device("cpu") if self.recipe.memory.chains == "cpu" else META
+        store = ChainStore(self.T + 1, len(tile.sample_id), place, META)
         store.put(drawn.chain)
         trajectories = replace(assemble(drawn, seen, reward, tile, seed, sampler), chain=store.finish())
         del drawn

@@ -44,6 +44,7 @@ LEVERS = (
     "memory.channels_last=false",
     "train.optimizer=adamw8bit",
     "memory.checkpointing=selective",
+    "reward.dtype=tf32",
     "memory.compile=true",
     "memory.compile=true memory.channels_last=false",
     "memory.base=nf4",

@@ -35,7 +35,7 @@ class Aesthetic(TowerReward):
         max_batch: int = 16,
         device: torch.device | str = "cpu",
     ) -> None:
-        super().__init__(max_batch)
+        super().__init__(max_batch, dtype)
         self.tower = shared_tower(ClipSource("aesthetic.path", VIT_L, path, tokenizer, config, dtype=dtype), device)
         state = read_state("aesthetic.head", locate("aesthetic.head", head, HEAD))
         self.head = LinearHead("aesthetic.head", state, self.tower.model.config.projection_dim).to(device)

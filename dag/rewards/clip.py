@@ -17,7 +17,7 @@ from dag.rewards.text import Cleaning
 from dag.rewards.weights import Published, converted, locate, read_json, read_state
 
 EMBEDDED = Path(__file__).parent.parent / "assets" / "scorer"
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+DTYPES = {"fp32": torch.float32, "tf32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 _HUB_FILES = ("*.json", "merges.txt", "vocab.json", "model.safetensors", "model-*.safetensors")
 VIT_L = Published("openai/clip-vit-large-patch14", _HUB_FILES)
 

@@ -35,7 +35,7 @@ class ClipScore(TowerReward):
         max_batch: int = 16,
         device: torch.device | str = "cpu",
     ) -> None:
-        super().__init__(max_batch)
+        super().__init__(max_batch, dtype)
         path = None if path is None else embedded_or(path)
         self.scale, self.clamp, self.prefix = scale, clamp, prefix
         self.tower = shared_tower(ClipSource(f"{self.name}.path", VIT_L, path, tokenizer, config, dtype=dtype), device)

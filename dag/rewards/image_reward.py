@@ -43,7 +43,7 @@ class ImageReward(TowerReward):
     ) -> None:
         from transformers import BlipTextModel, BlipVisionModel
 
-        super().__init__(max_batch)
+        super().__init__(max_batch, dtype)
         key, self.dtype = "image_reward.path", DTYPES[dtype]
         overrides = config if isinstance(config, Mapping) else {}
         if isinstance(config, str):

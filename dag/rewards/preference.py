@@ -43,7 +43,7 @@ class PickScore(TowerReward):
         max_batch: int = 16,
         device: torch.device | str = "cpu",
     ) -> None:
-        super().__init__(max_batch)
+        super().__init__(max_batch, dtype)
         source = ClipSource("pickscore.path", PICKSCORE, path, tokenizer, config, _VIT_H, _PICKSCORE_PIXELS, dtype)
         self.tower = shared_tower(source, device)
 
@@ -75,7 +75,7 @@ class HPSv2(TowerReward):
         max_batch: int = 16,
         device: torch.device | str = "cpu",
     ) -> None:
-        super().__init__(max_batch)
+        super().__init__(max_batch, dtype)
         source = ClipSource("hpsv2.path", HPS[version], path, tokenizer, config, _VIT_H, _HPS_PIXELS, dtype)
         self.tower = shared_tower(source, device)
 

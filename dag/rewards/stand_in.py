@@ -16,7 +16,7 @@ class StandIn(TowerReward):
     """The mean of what the image tower makes of each picture; a text's side, encoded once a prompt, is left out."""
 
     def __init__(self, name: str, term: Tower, device: torch.device) -> None:
-        super().__init__(term.max_batch)
+        super().__init__(term.max_batch, term.dtype)
         self.device, self.dtype = device, DTYPES[term.dtype]
         with torch.random.fork_rng(), device:
             torch.manual_seed(0)

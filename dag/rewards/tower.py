@@ -1,7 +1,8 @@
 """What every reward with a neural network shares: chunks, the two pixel paths, moving between devices."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
@@ -19,12 +20,13 @@ class TowerReward(ABC):
 
     Args:
         max_batch: pictures per forward pass; memory grows with it, scores do not depend on it.
+        dtype:     the recipe's name of the network's precision.
     """
 
     differentiable = True
 
-    def __init__(self, max_batch: int = 16) -> None:
-        self.max_batch = max_batch
+    def __init__(self, max_batch: int = 16, dtype: str = "fp32") -> None:
+        self.max_batch, self.has_tf32 = max_batch, dtype == "tf32"
 
     def __call__(
         self, images: Tensor, prompts: Sequence[str], *, grad: bool = False, is_preview: bool = False
@@ -33,7 +35,7 @@ class TowerReward(ABC):
         if len(images) != len(prompts):
             raise ValueError(f"{len(images)} images but {len(prompts)} prompts")
         size, smooth = self.max_batch, grad or is_preview
-        with torch.set_grad_enabled(grad):
+        with torch.set_grad_enabled(grad), _tf32(self.has_tf32):
             parts = [
                 self.score(images[i : i + size], prompts[i : i + size], smooth=smooth)
                 for i in range(0, len(images), size)
@@ -47,6 +49,18 @@ class TowerReward(ABC):
     @abstractmethod
     def to(self, device: torch.device) -> None:
         """Move the network; scores are computed where it is."""
+
+
+@contextmanager
+def _tf32(is_on: bool) -> Iterator[None]:
+    """Inside, a GPU's float32 matrix products read their factors with the 10 bits of mantissa that TF32 has."""
+    before = torch.get_float32_matmul_precision()
+    if is_on and torch.cuda.is_available():
+        torch.set_float32_matmul_precision("high")
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before)
 
 
 class LinearHead(nn.Module):
