@@ -117,3 +117,49 @@ def test_a_run_writes_its_phases(tmp_path: Path, rollout: str) -> None:
     # In one pass rewards and updates alternate in every transition: their peak is one.
     for phase in ("update",) if rollout == "one_pass" else phases:
         assert 0.1 < rows[-1][f"memory_gib_{phase}"] <= rows[-1]["peak_memory_gib"], phase
+
+
+class Stream:
+    """A clock whose moments are over only when somebody has waited for them."""
+
+    def __init__(self) -> None:
+        self.marked, self.waits = 0, 0
+
+    def mark(self) -> int:
+        self.marked += 1
+        return self.marked
+
+    def seconds(self, start: int, end: int) -> float:
+        self.waits += 1
+        return float(end - start)
+
+
+def test_phases_are_timed_without_waiting_until_somebody_asks(scripted: Scripted) -> None:
+    book, stream = Ledger(CPU), Stream()
+    book.clock = stream
+    for _ in range(100):
+        with book.timed("update"), book.timed("reward"):
+            pass
+    assert stream.waits == 0
+    assert book.row()["seconds_update"] == 100 * 3
+    assert book.seconds["reward"] == 100
+    assert stream.waits == 200
+
+
+def test_moments_do_not_pile_up(scripted: Scripted, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ledger, "_MOST_MARKS", 10)
+    book, stream = Ledger(CPU), Stream()
+    book.clock = stream
+    for _ in range(25):
+        with book.timed("update"):
+            pass
+        assert len(book._marks) < 10
+    assert book.seconds["update"] == 25
+
+
+def test_a_peak_can_be_read_without_its_time(scripted: Scripted) -> None:
+    book = Ledger(CPU)
+    with book.peak("update"), book.timed("reward"):
+        scripted.now = 5 << 30
+    row = book.row()
+    assert (row["memory_gib_update"], row["memory_gib_reward"], row["seconds_update"]) == (5, None, 0)

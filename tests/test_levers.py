@@ -431,3 +431,28 @@ def test_where_chains_wait_changes_nothing(make_recipe: MakeRecipe, run: RunFold
     rows = torch.tensor([6, 1])
     assert torch.equal(trajectories.states(2, rows), trajectories.chain[2, rows])
     assert trainer.update(trajectories, 0)["ratio_max_dev"] == 0.0
+
+
+def test_the_fused_optimizer_goes_on_from_a_checkpoint() -> None:
+    """What a GPU runs with `adamw`, here in its form for a CPU: its step count is a tensor beside the weights."""
+    from dag import optimizer_state
+
+    def optimizer_of(weights: list[Tensor]) -> torch.optim.Optimizer:
+        return torch.optim.AdamW(weights, lr=0.1, fused=True)
+
+    def step(optimizer: torch.optim.Optimizer, weights: list[Tensor]) -> None:
+        for number, weight in enumerate(weights):
+            weight.grad = torch.full_like(weight, number + 1.0) * weight.detach()
+        optimizer.step()
+
+    weights = [torch.randn(3, requires_grad=True), torch.randn(2, 2, requires_grad=True)]
+    first = optimizer_of(weights)
+    step(first, weights)
+    copies = [weight.detach().clone().requires_grad_() for weight in weights]
+    second = optimizer_of(copies)
+    tensors = {name: tensor.cpu().clone() for name, tensor in optimizer_state.tensors_of(first).items()}
+    optimizer_state.restore(second, tensors, optimizer_state.numbers_of(first))
+    for _ in range(3):
+        step(first, weights)
+        step(second, copies)
+    assert all(torch.equal(a, b) for a, b in zip(weights, copies, strict=True))

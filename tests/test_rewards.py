@@ -10,8 +10,10 @@ import torch
 from PIL import Image
 from tiny_rewards import options_of
 
+from dag import rewards
 from dag.errors import RunError, UsageError
-from dag.rewards import REWARDS, build_reward, checked
+from dag.recipe_file import parse_reward
+from dag.rewards import REWARDS, RewardSum, build_reward, checked
 
 PROMPTS = ["a cat", "a dog", "a red star"]
 
@@ -124,3 +126,56 @@ def test_repeated_rewards_are_summed_apart(tmp_path: Path, images: torch.Tensor)
     total, parts = RewardSum(terms, torch.device("cpu")).detailed(images, PROMPTS)
     assert list(parts) == ["colourfulness", "compressibility", "colourfulness#2"]
     torch.testing.assert_close(total, 0.5 * parts["colourfulness"] + parts["compressibility"])
+
+
+def told(*values: float) -> Any:
+    return rewards._Told("mine", torch.tensor(values), ["a cat"] * len(values), list(range(7, 7 + len(values))))
+
+
+def test_what_waited_on_the_device_is_checked_with_the_final_picture() -> None:
+    total = RewardSum([parse_reward("colourfulness", [])], torch.device("cpu"))
+    images = torch.rand(1, 3, 16, 16)
+    total._unchecked = [told(1.0, 2.0), told(3.0, float("nan")), told(float("inf"))]
+    total(images, ["a cat"], [1], is_preview=True)
+    with pytest.raises(RunError, match="reward mine returned nan for sample 8, prompt 'a cat'"):
+        total(images, ["a cat"], [1])
+    assert total._unchecked == []
+    total(images, ["a cat"], [1])
+
+
+def test_previews_that_nobody_ends_are_checked_now_and_then(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(rewards, "_MOST_UNCHECKED", 2)
+    total = RewardSum([parse_reward("colourfulness", [])], torch.device("cpu"))
+    total._unchecked = [told(1.0), told(float("nan"))]
+    with pytest.raises(RunError, match="returned nan"):
+        total(torch.rand(1, 3, 16, 16), ["a cat"], is_preview=True)
+
+
+def test_previews_are_read_on_their_device_and_final_pictures_exactly() -> None:
+    total = RewardSum([parse_reward("image_text", [])], torch.device("cpu"))
+    # Between two grey levels, which a saved picture would not be.
+    images = (torch.rand(2, 3, 64, 64) * 255).floor() / 255 + 0.4 / 255
+    preview, final, rounded = (
+        total(pixels, ["a cat"] * 2, is_preview=is_preview)
+        for pixels, is_preview in ((images, True), (images, False), ((images * 255).round() / 255, False))
+    )
+    assert torch.equal(final, rounded)
+    assert not torch.equal(preview, final)
+    torch.testing.assert_close(preview, final, rtol=0.05, atol=0.5)
+
+
+def test_tf32_is_set_for_the_network_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    seen = []
+    for dtype in ("fp32", "tf32"):
+        reward = rewards.build_reward("image_text", dtype=dtype)
+        original = reward.score  # type: ignore[attr-defined]
+
+        def score(*given: Any, original: Any = original, **options: Any) -> Any:
+            seen.append(torch.get_float32_matmul_precision())
+            return original(*given, **options)
+
+        monkeypatch.setattr(reward, "score", score)
+        reward(torch.rand(1, 3, 64, 64), ["a cat"])
+        seen.append(torch.get_float32_matmul_precision())
+    assert seen == ["highest", "highest", "high", "highest"]
