@@ -231,7 +231,9 @@ class _Loop:
     def scorer(self, batch: Batch) -> Score:
         def score(images: Tensor, rows: Tensor, *, is_preview: bool = False) -> Tensor:
             with self.rehearsal.inside("reward"):
-                return self.reward(images, [""] * len(rows), batch.sample_id[rows].tolist(), is_preview=is_preview)
+                return self.reward.total(
+                    images, [""] * len(rows), batch.sample_id[rows].tolist(), is_preview=is_preview
+                )
 
         return score
 

@@ -261,7 +261,7 @@ class Trainer:
 
         def score(images: Tensor, rows: Tensor, *, is_preview: bool = False) -> Tensor:
             texts = [self.parts.prompts[i] for i in prompt_id[rows].tolist()]
-            return self.parts.reward(images, texts, sample_id[rows].tolist(), is_preview=is_preview)
+            return self.parts.reward.total(images, texts, sample_id[rows].tolist(), is_preview=is_preview)
 
         return score
 

@@ -133,30 +133,30 @@ def told(*values: float) -> Any:
 
 
 def test_what_waited_on_the_device_is_checked_with_the_final_picture() -> None:
-    total = RewardSum([parse_reward("colourfulness", [])], torch.device("cpu"))
+    reward = RewardSum([parse_reward("colourfulness", [])], torch.device("cpu"))
     images = torch.rand(1, 3, 16, 16)
-    total._unchecked = [told(1.0, 2.0), told(3.0, float("nan")), told(float("inf"))]
-    total(images, ["a cat"], [1], is_preview=True)
+    reward._unchecked = [told(1.0, 2.0), told(3.0, float("nan")), told(float("inf"))]
+    reward.total(images, ["a cat"], [1], is_preview=True)
     with pytest.raises(RunError, match="reward mine returned nan for sample 8, prompt 'a cat'"):
-        total(images, ["a cat"], [1])
-    assert total._unchecked == []
-    total(images, ["a cat"], [1])
+        reward.total(images, ["a cat"], [1])
+    assert reward._unchecked == []
+    reward.total(images, ["a cat"], [1])
 
 
 def test_previews_that_nobody_ends_are_checked_now_and_then(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(rewards, "_MOST_UNCHECKED", 2)
-    total = RewardSum([parse_reward("colourfulness", [])], torch.device("cpu"))
-    total._unchecked = [told(1.0), told(float("nan"))]
+    reward = RewardSum([parse_reward("colourfulness", [])], torch.device("cpu"))
+    reward._unchecked = [told(1.0), told(float("nan"))]
     with pytest.raises(RunError, match="returned nan"):
-        total(torch.rand(1, 3, 16, 16), ["a cat"], is_preview=True)
+        reward.total(torch.rand(1, 3, 16, 16), ["a cat"], is_preview=True)
 
 
 def test_previews_are_read_on_their_device_and_final_pictures_exactly() -> None:
-    total = RewardSum([parse_reward("image_text", [])], torch.device("cpu"))
+    reward = RewardSum([parse_reward("image_text", [])], torch.device("cpu"))
     # Between two grey levels, which a saved picture would not be.
     images = (torch.rand(2, 3, 64, 64) * 255).floor() / 255 + 0.4 / 255
     preview, final, rounded = (
-        total(pixels, ["a cat"] * 2, is_preview=is_preview)
+        reward.total(pixels, ["a cat"] * 2, is_preview=is_preview)
         for pixels, is_preview in ((images, True), (images, False), ((images * 255).round() / 255, False))
     )
     assert torch.equal(final, rounded)

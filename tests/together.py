@@ -46,16 +46,16 @@ def first_gradients(parts: Parts) -> dict[str, Tensor]:
 
 def failing(parts: Parts, error: Exception, at: int) -> None:
     """The reward raises once, at its n-th call."""
-    original, calls = parts.reward.detailed, 0
+    original, calls = parts.reward.total, 0
 
-    def detailed(*arguments: Any) -> Any:
+    def total(*arguments: Any, **options: Any) -> Any:
         nonlocal calls
         calls += 1
         if calls == at:
             raise error
-        return original(*arguments)
+        return original(*arguments, **options)
 
-    parts.reward.detailed = detailed  # type: ignore[method-assign,assignment]
+    parts.reward.total = total  # type: ignore[method-assign]
 
 
 def disturbed(recipe: Recipe, folder: Path, world: Processes) -> dict[str, Any]:

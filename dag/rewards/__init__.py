@@ -87,7 +87,7 @@ class RewardSum:
         for reward in self.offloaded:
             reward.to(device)
 
-    def __call__(
+    def total(
         self,
         images: Tensor,
         prompts: Sequence[str],
