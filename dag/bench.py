@@ -36,7 +36,7 @@ from dag_kernels import table
 
 from dag import approximations, checklist, flops, missing, profiling, rehearsal, trial_run
 from dag.accounting import GIB
-from dag.determinism import deterministic
+from dag.determinism import deterministic, reserve_workspace
 from dag.durable import write_json
 from dag.errors import RunError, UsageError, exit_code
 from dag.gpu import free_memory, limit_memory, out_of_memory_ends, this_device
@@ -124,12 +124,12 @@ def train_step(given: argparse.Namespace, device: torch.device) -> Iterator[Row]
     literal = None
     if given.literal:
         # Before the cap: the published loop may use the whole card.
-        literal = _measured(LITERAL, _published(given), device, given.repeats)
+        literal = _measured(LITERAL, _published(given), device, given)
         yield _with_ratio(literal, literal)
     if given.cap_gib is not None:
         limit_memory(device, given.cap_gib)
     for label, recipe in work:
-        yield _with_ratio(_measured(label, recipe, device, given.repeats), literal)
+        yield _with_ratio(_measured(label, recipe, device, given), literal)
 
 
 def _variants(given: argparse.Namespace) -> Iterator[tuple[str, Recipe]]:
@@ -139,12 +139,12 @@ def _variants(given: argparse.Namespace) -> Iterator[tuple[str, Recipe]]:
         yield variant, load(given.recipe, [*common, *variant.split()])
 
 
-def _measured(label: str, recipe: Recipe, device: torch.device, repeats: int) -> Row:
+def _measured(label: str, recipe: Recipe, device: torch.device, given: argparse.Namespace) -> Row:
     """A row; with `error` in place of its figures where the card is too small for it, or something broke."""
     row: Row = {"label": label}
     try:
         with out_of_memory_ends("out of GPU memory"), deterministic(recipe.deterministic):
-            row = measure(label, recipe, device, repeats)
+            row = measure(label, recipe, device, given.repeats, is_predicted=not given.no_prediction)
     except (RunError, UsageError) as error:
         row["error"] = str(error).partition("\n")[0]
     except Exception as error:
@@ -294,6 +294,7 @@ def _parser() -> argparse.ArgumentParser:
         "--cap-gib", type=float, metavar="G", help="hold the GPU's allocator to G GiB (not for --literal)"
     )
     step.add_argument("--repeats", type=int, default=3, metavar="N", help="timed epochs a row; their median counts")
+    step.add_argument("--no-prediction", action="store_true", help="leave out the predicted peak: seconds less a row")
     counting = commands.add_parser("count", help="FLOP of a transition for each lever, without running anything")
     launching = commands.add_parser(
         "launches", help="kernels, host copies and peak memory of a transition, without a GPU"
@@ -330,6 +331,8 @@ _ROWS_OF = {
 
 def main(arguments: Sequence[str] | None = None) -> int:
     given = _parser().parse_args(arguments)
+    if any("deterministic=true" in text for text in (*getattr(given, "set", ()), *getattr(given, "variant", ()))):
+        reserve_workspace()  # cuBLAS looks for it once, at the first product of the first row
     device = this_device()
     try:
         if given.command == "checklist":

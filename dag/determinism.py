@@ -11,9 +11,16 @@ _WORKSPACE = "CUBLAS_WORKSPACE_CONFIG"
 _REPRODUCIBLE = ":4096:8"
 
 
+def reserve_workspace() -> None:
+    """Have cuBLAS compute reproducibly for as long as the process lives."""
+    os.environ.setdefault(_WORKSPACE, _REPRODUCIBLE)
+
+
 @contextmanager
 def deterministic(is_on: bool) -> Iterator[None]:
-    """Inside, PyTorch takes deterministic algorithms alone, and raises where it has none. Enter before CUDA starts.
+    """Inside, PyTorch takes deterministic algorithms alone, and raises where it has none.
+
+    Enter it, or call `reserve_workspace`, before the process's first matrix product on a GPU: cuBLAS looks once.
 
     Attention needs no slower form: in this mode the backward passes of flash and of memory-efficient attention
     accumulate in a fixed order. cuDNN's attention has no such mode and is left out.

@@ -10,9 +10,16 @@ from dag.errors import RunError
 
 _GIB = 2**30
 # What is raised near the limit under another name than torch.OutOfMemoryError, in lower case. The CUDA driver, Triton's
-# loader and Metal say the first; cuBLAS, cuSOLVER and cuDNN the next two; the last is cuDNN after every algorithm failed,
-# which it also says of a convolution that it has no algorithm for: hence callers pass the original sentence on.
-_NAMES = ("out of memory", "_status_alloc_failed", "_allocation_failed", "unable to find an engine")
+# loader and Metal say the first; cuBLAS, cuSOLVER and cuDNN the next two; cuBLAS the fourth where it cannot make its
+# workspace; the last is cuDNN after every algorithm failed, which it also says of a convolution that it has no algorithm
+# for: hence callers pass the original sentence on.
+_NAMES = (
+    "out of memory",
+    "_status_alloc_failed",
+    "_allocation_failed",
+    "cublas_status_not_initialized",
+    "unable to find an engine",
+)
 
 
 def indexed(device: torch.device) -> torch.device:

@@ -65,6 +65,8 @@ class Stepper:
 
     def zero_grad(self) -> None:
         self.optimizer.zero_grad(set_to_none=True)
+        if self.weights is not None:
+            self.weights.forget()
 
     def backward(self, loss: Tensor) -> None:
         """Accumulate the gradients of a loss ()."""

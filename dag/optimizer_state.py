@@ -25,6 +25,11 @@ def restore(optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor], number
     current = optimizer.state_dict()["param_groups"]
     groups = [{**group, **stored} for group, stored in zip(current, numbers["groups"], strict=True)]
     optimizer.load_state_dict({"state": states, "param_groups": groups})
+    for parameter, state in optimizer.state.items():
+        for name, value in state.items():
+            # Files keep no memory layout, and fused optimizers want that of the weights.
+            if isinstance(value, Tensor) and value.shape == parameter.shape and value.stride() != parameter.stride():
+                state[name] = torch.empty_like(parameter, dtype=value.dtype).copy_(value)
     if getattr(optimizer, "is_paged", False):
         _page_again(optimizer)
 

@@ -133,7 +133,7 @@ def _flow_fit(recipe: Recipe, policy: Policy, text: Embeddings) -> FlowFit:
     """A fresh state flow with its optimizer; its weights depend on the seed alone."""
     assert not isinstance(recipe.objective, PolicyGradient)
     schedule = policy.schedule
-    with torch.random.fork_rng():
+    with torch.random.fork_rng(devices=[]):
         torch.manual_seed(recipe.seed)
         flow = StateFlow(policy.latent_shape[0], policy.text_width, schedule.num_transitions, recipe.flow.channels).to(
             schedule.timesteps.device

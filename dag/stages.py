@@ -45,9 +45,9 @@ LEVERS = (
     "train.optimizer=adamw8bit",
     "memory.checkpointing=selective",
     "reward.dtype=tf32",
+    "memory.base=nf4",
     "memory.compile=true",
     "memory.compile=true memory.channels_last=false",
-    "memory.base=nf4",
     "memory.compile=unet",
 )
 
@@ -84,10 +84,10 @@ def _on_a_gpu() -> dict[str, tuple[str, ...]]:
         "full_24gb": _train_step("full_finetune_24gb.yaml", "--cap-gib", "24", *quick),
         "lora_12gb": _train_step("aesthetic_12gb.yaml", "--cap-gib", "12", *quick),
         "trial": ("dag.bench", "trial", "--recipe", aesthetic),
-        "levers": _train_step("aesthetic_24gb.yaml", *quick, *_words("--variant", LEVERS)),
+        "levers": _train_step("aesthetic_24gb.yaml", "--no-prediction", *quick, *_words("--variant", LEVERS)),
         "profile": ("dag.bench", "profile", "--recipe", aesthetic, "--set", "sampler.steps=5"),
         "lora_48gb": _train_step("aesthetic_48gb.yaml", "--cap-gib", "48", *quick),
-        "paper": _train_step("paper/aesthetic.yaml", *quick),
+        "paper": _train_step("paper/aesthetic.yaml", "--set", "sampler.steps=5"),
         "largest_reward": _train_step("hpsv2_24gb.yaml", "--cap-gib", "24", *quick),
     }
 
@@ -103,7 +103,7 @@ def _on_a_cpu() -> dict[str, tuple[str, ...]]:
         "full_24gb": _train_step(tiny, *quick, *_words("--set", full)),
         "lora_12gb": _train_step(tiny, *quick, "--set", "memory.checkpointing=selective"),
         "trial": ("dag.bench", "trial", "--recipe", f"recipes/{tiny}", *_words("--set", (*small, *scorer))),
-        "levers": _train_step(tiny, *quick, *_words("--variant", LEVERS)),
+        "levers": _train_step(tiny, "--no-prediction", *quick, *_words("--set", scorer), *_words("--variant", LEVERS)),
         "profile": ("dag.bench", "profile", "--recipe", f"recipes/{tiny}", *quick),
         "lora_48gb": _train_step(tiny, *quick, "--set", "train.micro_batch=4", "--trajectories", "4"),
         "paper": _train_step(tiny, *quick, "--set", "objective.forward_looking.source=current"),
@@ -129,9 +129,9 @@ def _with_commands(commands: dict[str, tuple[str, ...]]) -> list[Stage]:
         training("levers", "aesthetic_24gb.yaml with one lever changed at a time", 95, "**Levers**"),
         _stage("profile", "ten kernels that take most of a training step, and the GPU's idle share",
                commands["profile"], "profile.csv", 35, shown=_PROFILE, place=(README, "**Levers**")),
-        Stage("kernels", "fused kernels: times, tests, registers (kernels.md)", kernels, "kernels.csv", 110,
+        Stage("kernels", "fused kernels: times, tests, registers (kernels.md)", kernels, "kernels.csv", 100,
               shown=_KERNELS, place=("kernels/README.md", "measured on a GPU"), notes="kernels.md"),
         training("lora_48gb", "aesthetic_48gb.yaml under 48 GiB", 25, "the same for 48 GB", _RECIPES),
         training("paper", "paper/aesthetic.yaml", 25, "`paper/*.yaml`", _RECIPES),
-        training("largest_reward", "hpsv2_24gb.yaml, the largest reward, under 24 GiB", 15, "hpsv2,pickscore", _RECIPES),
+        training("largest_reward", "hpsv2_24gb.yaml, the largest reward, under 24 GiB", 25, "hpsv2,pickscore", _RECIPES),
     ]  # fmt: skip

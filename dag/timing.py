@@ -28,14 +28,19 @@ Row = dict[str, Any]
 LITERAL = "published amount of work"
 
 
-def measure(label: str, recipe: Recipe, device: torch.device, repeats: int) -> Row:
-    """One row: `repeats` timed epochs after an untimed one, then one counted."""
+def measure(label: str, recipe: Recipe, device: torch.device, repeats: int, is_predicted: bool = True) -> Row:
+    """One row: an untimed epoch, in which FLOP are counted, then `repeats` timed ones.
+
+    Args:
+        is_predicted: also the peak that `--plan` would print, which takes seconds of a CPU.
+    """
     with trainer_of(recipe, device) as trainer:
         parts, epoch = trainer.parts, epoch_of(label, recipe, trainer)
-        timed_epoch(epoch, trainer)
+        flop, counted = _counted_epoch(epoch, trainer, device)
+        if recipe.memory.compile:
+            timed_epoch(epoch, trainer)  # nothing is compiled while it is counted
         runs = [timed_epoch(epoch, trainer) for _ in range(repeats)]
         memory = _peak(trainer.ledger, device)
-        flop, counted = _counted_epoch(epoch, trainer, device)
     count = recipe.train.trajectories * parts.policy.schedule.num_transitions
     middle = sorted(runs, key=lambda seconds: seconds["total"])[len(runs) // 2]
     row: Row = {
@@ -51,7 +56,7 @@ def measure(label: str, recipe: Recipe, device: torch.device, repeats: int) -> R
         "utilisation": round(flop / middle["total"] / _matmul_flop_per_second(device, parts.policy.dtype), 4),
         **{name: round(size / GIB, 4) for name, size in (memory | counted).items()},
     }
-    if label != LITERAL:
+    if is_predicted and label != LITERAL:
         # At the micro-batch that it came down to, where the card was too small for the recipe's.
         train = recipe.train.model_copy(update={"micro_batch": parts.learner.updates.micro_batch})
         row["predicted_gib"] = round(_predicted(recipe.model_copy(update={"train": train})), 4)

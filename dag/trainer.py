@@ -237,7 +237,9 @@ class Trainer:
         needs_reward = looking is not None and looking.source == "current"
         at_work = self.parts.scoring() if needs_reward else nullcontext()
         with at_work, self._bar(epoch, "update", total, done) as bar, self.ledger.phase("update"):
-            return dict(learner.learn(trajectories, epoch, score, bar.update))
+            metrics = dict(learner.learn(trajectories, epoch, score, bar.update))
+        self.parts.reward.check()  # of previews scored in training, which no final picture follows
+        return metrics
 
     def evaluate(self) -> EvaluationResult | None:
         """The fixed pictures and their measures; None on other processes than the main one."""

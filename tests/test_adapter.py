@@ -8,14 +8,14 @@ from typing import Any
 import pytest
 import torch
 from dag_kernels.verify import assert_as_good_as
-from peft.tuners.lora import LoraLayer
+from peft.tuners.lora import Linear as LoraLinear
 from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 
 from dag.models import adapter
-from dag.models.adapter import TrainedWeights, _LoraProduct
+from dag.models.adapter import FusedLoraLinear, TrainedWeights, _LoraProduct
 from dag.models.frozen import FrozenConv2d, freeze_convolutions
 from dag.models.sd import StableDiffusion
 from dag.optim import Stepper, build_optimizer
@@ -65,8 +65,8 @@ def autocast_form(policy: StableDiffusion) -> Any:
         if name in masters:
             weight.data = masters[name].detach().clone()
     for layer in network.modules():
-        if isinstance(layer, LoraLayer):
-            vars(layer).pop("forward", None)
+        if type(layer) is FusedLoraLinear:
+            layer.__class__ = LoraLinear
     return network
 
 
@@ -172,6 +172,52 @@ def test_gradients_are_summed_in_float32(
         assert master.grad is not None and first is not None and second is not None
         assert master.grad.dtype == torch.float32
         assert torch.equal(master.grad, first + second)
+
+
+def test_a_backward_pass_that_breaks_off_leaves_nothing(make_recipe: MakeRecipe) -> None:
+    """As where memory runs out: what it left in the copies is no part of the next gradient."""
+    policy, text = half(make_recipe)
+    stepper = Stepper("policy", torch.optim.AdamW(policy.trainable()), 1.0, policy.weights)
+
+    def loss_of() -> Tensor:
+        x_t = torch.randn(3, *policy.latent_shape, generator=torch.Generator().manual_seed(1))
+        return policy.predict(x_t, policy.schedule.timesteps[1].expand(3), text).rows.float().square().sum()
+
+    stepper.backward(loss_of())
+    expected = [master.grad.clone() for master in policy.trainable() if master.grad is not None]
+    stepper.zero_grad()
+
+    def run_out(gradient: Tensor) -> None:
+        raise torch.OutOfMemoryError("full")
+
+    first = policy.weights.copies[len(policy.weights.copies) // 2]
+    handle = first.register_hook(run_out)
+    with pytest.raises(torch.OutOfMemoryError):
+        stepper.backward(loss_of())
+    handle.remove()
+    assert any(weight.grad is not None for weight in policy.weights.copies)
+    stepper.zero_grad()
+    stepper.backward(loss_of())
+    found = [master.grad for master in policy.trainable()]
+    assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True) if a is not None)
+
+
+def test_gradients_and_optimizer_states_lie_like_their_weights(make_recipe: MakeRecipe) -> None:
+    """Fused AdamW refuses others; small and large gradients, also after a resume."""
+    from dag import optimizer_state
+
+    policy, text = half(make_recipe, kind="full")
+    optimizer = torch.optim.AdamW(policy.trainable())
+    assert any(not master.is_contiguous() for master in policy.trainable())
+    backward(policy, text, 1)
+    policy.weights.gather()
+    for master in policy.trainable():
+        assert master.grad is not None and master.grad.stride() == master.stride()
+    optimizer.step()
+    stored = {name: tensor.contiguous() for name, tensor in optimizer_state.tensors_of(optimizer).items()}
+    optimizer_state.restore(optimizer, stored, optimizer_state.numbers_of(optimizer))
+    for weight, state in optimizer.state.items():
+        assert state["exp_avg"].stride() == weight.stride()
 
 
 @pytest.mark.parametrize("kind", ["lora", "full"])

@@ -286,7 +286,7 @@ def test_a_row_that_breaks_does_not_end_the_others(
     result, breaking = tmp_path / "rows.csv", {"one pass": ValueError("no such engine"), "a=1": RunError("too small")}
     seen: list[int] = []
 
-    def measure(label: str, recipe: Recipe, device: torch.device, repeats: int) -> dict[str, Any]:
+    def measure(label: str, recipe: Recipe, device: torch.device, repeats: int, is_predicted: bool) -> dict[str, Any]:
         seen.append(len(result.read_text().splitlines()) if result.exists() else 0)
         if label in breaking:
             raise breaking[label]

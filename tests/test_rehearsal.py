@@ -26,7 +26,7 @@ ONE_PASS = {"train": {"rollout": "one_pass"}}
 
 def small(make_recipe: MakeRecipe, **sections: Any) -> Recipe:
     """In half precision on the smallest model."""
-    recipe = make_recipe(**{"reward": TOWER, **sections})
+    recipe = make_recipe(**sections)
     return recipe.model_copy(update={"model": recipe.model.model_copy(update={"dtype": "bf16"})})
 
 
@@ -46,18 +46,13 @@ def test_the_24_gb_recipe_asks_little_of_a_gpu() -> None:
 DB = {"name": "dag_db", "beta": {"value": 20.0}}
 KL = {"name": "dag_kl", "beta": {"value": 20.0}}
 WITHOUT_COPIES: list[dict[str, Any]] = [
-    {},
-    ONE_PASS,
+    {"reward": TOWER},
+    {"reward": TOWER, **ONE_PASS},
     {**ONE_PASS, "objective": {**DB, "prior": "pretrained"}, "sampler": {"uncond": "frozen"}},
-    {**ONE_PASS, "objective": {**DB, "forward_looking": {"stride": 3}}},
-    {**ONE_PASS, "objective": {**KL, "baseline": "running"}},
-    {"regulariser": {"sampling": 1.0, "pretrained_kl": 1e-4}},
+    {**ONE_PASS, "objective": {**KL, "baseline": "running", "forward_looking": {"stride": 2}}},
+    {"objective": KL, "regulariser": {"sampling": 1.0, "pretrained_kl": 1e-4}},
     {"objective": {**DB, "forward_looking": {"source": "current", "coefficients": "bf16"}}},
-    {"objective": {**DB, "forward_looking": {"source": "none"}}},
-    {"objective": KL},
-    {"objective": {"name": "ddpo"}},
-    {"adapter": {"kind": "full"}},
-    {"memory": {"checkpointing": "full"}, **ONE_PASS},
+    {"objective": {"name": "ddpo"}, "adapter": {"kind": "full"}},
 ]
 
 
@@ -110,11 +105,9 @@ def patched(monkeypatch: pytest.MonkeyPatch, disturb: Callable[[Any, Tensor], ob
     [
         lambda flow_fit, x: float(x.sum()),
         lambda flow_fit, x: x.cpu(),
-        lambda flow_fit, x: torch.zeros(3).to(x.device),
         lambda flow_fit, x: x[torch.tensor([0])],
-        lambda flow_fit, x: x.isfinite().all() or None,
     ],
-    ids=["float()", ".cpu()", ".to(device)", "an index on the CPU", "if"],
+    ids=["float()", ".cpu()", "an index on the CPU"],
 )
 def test_a_wait_in_a_transition_is_found(
     make_recipe: MakeRecipe, monkeypatch: pytest.MonkeyPatch, look: Callable[[Any, Tensor], object]

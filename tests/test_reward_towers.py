@@ -21,6 +21,7 @@ from original_rewards import (
 from tiny_rewards import HEADS, clip_state, head_state, image_reward_state, options_of, saved
 from torch import Tensor
 from torch.nn.functional import gelu
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from dag.errors import RunError, UsageError
 from dag.rewards import REWARDS, build_reward
@@ -321,3 +322,23 @@ def test_the_cases_are_all_the_towers() -> None:
 
     towers = {name for name, entry in REWARDS.items() if isinstance(entry, type) and issubclass(entry, TowerReward)}
     assert towers == {*CASES, "image_text"}
+
+
+@every_case
+def test_previews_are_scored_without_a_look_at_the_device(
+    make: Callable[..., Case], tmp_path: Path, images: Tensor
+) -> None:
+    """After the first call, which reads the prompts: on a GPU each look waits for it."""
+    reward = make(tmp_path)[0]
+    looks = []
+
+    class Looks(TorchDispatchMode):
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            if func is torch.ops.aten._local_scalar_dense.default:
+                looks.append(func)
+            return func(*args, **(kwargs or {}))
+
+    reward(images, PROMPTS, is_preview=True)
+    with Looks():
+        reward(images, PROMPTS, is_preview=True)
+    assert looks == []

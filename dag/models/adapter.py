@@ -21,8 +21,8 @@ from torch.nn import functional
 from dag import recipe
 from dag.errors import RunError
 
-# Gradients of so many elements go to their master at once, so that they are not all in memory twice; smaller ones wait for
-# the end of the backward pass and go together, in a few launches instead of one each.
+# A gradient of at least so many elements is added to its master as soon as the backward pass has made it, so that those of
+# all large weights are never there at the same time. Smaller ones are added together at the end, in a few launches.
 _LARGE = 1 << 16
 _ADAPTER = "default"
 
@@ -35,7 +35,7 @@ def add_lora(network: Any, adapter: recipe.Adapter, seed: int) -> None:
         target_modules=list(adapter.targets),
         init_lora_weights="gaussian",
     )
-    with torch.random.fork_rng():
+    with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         network.add_adapter(config, _ADAPTER)
 
@@ -69,7 +69,7 @@ class TrainedWeights:
 
         def hand_over(copy: Tensor) -> None:
             if copy.numel() >= _LARGE and copy.grad is not None:
-                _add([masters[id(copy)]], [copy.grad.float()])
+                _add([masters[id(copy)]], [copy.grad])
                 copy.grad = None
 
         for copy in self.copies:
@@ -77,7 +77,8 @@ class TrainedWeights:
             copy.register_post_accumulate_grad_hook(hand_over)
         for layer in self.layers:
             if _is_plain(layer):
-                layer.forward = _Fused(layer)
+                # The same class for all of them: a compiler then sees that blocks are alike.
+                layer.__class__ = FusedLoraLinear
 
     def gather(self) -> None:
         """Add the gradients that backward passes left in the copies to those of the masters. Call it after each."""
@@ -96,6 +97,12 @@ class TrainedWeights:
         for _, copy in waiting:
             copy.grad = None
 
+    def forget(self) -> None:
+        """Drop what a backward pass that did not end has left in the copies."""
+        if self.has_copies:
+            for copy in self.copies:
+                copy.grad = None
+
     @torch.no_grad()
     def refresh(self) -> None:
         """Compute with the masters' present values."""
@@ -105,9 +112,12 @@ class TrainedWeights:
     @contextmanager
     def switched(self, *, off: bool) -> Iterator[None]:
         """Inside, the LoRA factors add nothing if `off`."""
+        if not off:
+            yield
+            return
         # peft's own switch walks the whole network and changes which weights need a gradient.
         for layer in self.layers:
-            layer._disable_adapters = off
+            layer._disable_adapters = True
         try:
             yield
         finally:
@@ -141,7 +151,11 @@ class TrainedWeights:
 
 @torch.no_grad()
 def _add(masters: list[nn.Parameter], gradients: list[Tensor]) -> None:
-    """Accumulate float32 gradients, which become the masters' own where these have none yet."""
+    """Accumulate gradients in float32 and in the masters' memory layout, in which optimizers want them."""
+    gradients = [
+        g.float() if g.stride() == m.stride() else torch.empty_like(m).copy_(g)
+        for m, g in zip(masters, gradients, strict=True)
+    ]
     there = [(m.grad, g) for m, g in zip(masters, gradients, strict=True) if m.grad is not None]
     for master, gradient in zip(masters, gradients, strict=True):
         if master.grad is None:
@@ -161,17 +175,14 @@ def _is_plain(layer: LoraLayer) -> bool:
     )
 
 
-class _Fused:
-    """The forward pass of a plain LoRA layer by `_LoraProduct`."""
+class FusedLoraLinear(LoraLinear):
+    """A plain LoRA layer whose forward pass is `_LoraProduct`."""
 
-    def __init__(self, layer: Any) -> None:
-        self.layer, self.base, self.scale = layer, layer.base_layer, float(layer.scaling[_ADAPTER])
-        self.down, self.up = layer.lora_A[_ADAPTER], layer.lora_B[_ADAPTER]
-
-    def __call__(self, x: Tensor) -> Tensor:
-        if self.layer._disable_adapters:
-            return self.base(x)
-        return _LoraProduct.apply(x, self.base.weight, self.base.bias, self.down.weight, self.up.weight, self.scale)
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        if self._disable_adapters:
+            return self.base_layer(x)
+        down, up, base = self.lora_A[_ADAPTER].weight, self.lora_B[_ADAPTER].weight, self.base_layer
+        return _LoraProduct.apply(x, base.weight, base.bias, down, up, float(self.scaling[_ADAPTER]))
 
 
 class _LoraProduct(torch.autograd.Function):

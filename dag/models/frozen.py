@@ -9,7 +9,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
-from torch.nn.grad import conv2d_input
 
 
 def freeze_convolutions(network: nn.Module) -> None:
@@ -35,11 +34,20 @@ class _Convolution(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, *geometry: Any) -> Tensor:
         ctx.save_for_backward(weight)
-        ctx.shape, ctx.geometry = x.shape, geometry
+        is_channels_last = x.is_contiguous(memory_format=torch.channels_last)
+        ctx.format = torch.channels_last if is_channels_last else torch.contiguous_format
+        ctx.shape, ctx.geometry, ctx.has_bias = x.shape, geometry, bias is not None
         return functional.conv2d(x, weight, bias, *geometry)
 
     @staticmethod
     def backward(ctx: Any, *upstream: Tensor) -> tuple[Tensor | None, ...]:
         (weight,) = ctx.saved_tensors
-        dx = conv2d_input(ctx.shape, weight, upstream[0], *ctx.geometry)
+        dy, (stride, padding, dilation, groups) = upstream[0], ctx.geometry
+        # Only its shape and memory layout are asked for: in another layout cuDNN would copy the gradient there and back.
+        x = torch.empty(ctx.shape, dtype=dy.dtype, device=dy.device, memory_format=ctx.format)
+        bias_sizes = [len(weight)] if ctx.has_bias else None
+        transposed, output_padding, mask = False, (0, 0), (True, False, False)
+        dx = torch.ops.aten.convolution_backward(
+            dy, x, weight, bias_sizes, stride, padding, dilation, transposed, output_padding, groups, mask
+        )[0]
         return dx, None, None, None, None, None, None

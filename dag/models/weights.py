@@ -57,7 +57,7 @@ def _from_transformers(component: Any, folder: Path, name: str, **options: Any) 
 
 def random_weights(build: Any, config: Any, dtype: torch.dtype, device: torch.device) -> Any:
     """Random weights that depend on nothing but the architecture; on the meta device none at all."""
-    with torch.random.fork_rng(), torch.device(device):
+    with torch.random.fork_rng(devices=[]), torch.device(device):
         torch.manual_seed(0)
         # Diffusers' own `to` warns about weights that nobody has trained.
         return nn.Module.to(build(config), dtype)

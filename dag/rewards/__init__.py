@@ -69,7 +69,7 @@ class RewardSum:
         self.offloaded = [
             reward
             for term, (_, _, reward) in zip(terms, self.parts, strict=True)
-            if isinstance(term, Tower) and term.offload and isinstance(reward, TowerReward)
+            if isinstance(term, Tower) and term.offload and term.device != "cpu" and isinstance(reward, TowerReward)
         ]
         self._unchecked: list[_Told] = []
         self._move(torch.device("cpu"))

@@ -54,16 +54,13 @@ class ClipTower:
         size = self.model.config.vision_config.image_size
         self.preprocessing = replace(source.preprocessing or _preprocessing(folder), size=size)
         self._texts: dict[str, Tensor] = {}
+        # exp of the trained temperature, in units of one cosine; read once, which waits for the device.
+        self.logit_scale = float(self.model.logit_scale.float().exp())
 
     def to(self, device: torch.device) -> None:
         self.device = device
         self.model.to(device)
         self._texts = {text: embedding.to(device) for text, embedding in self._texts.items()}
-
-    @property
-    def logit_scale(self) -> float:
-        """exp of the trained temperature, in units of one cosine."""
-        return float(self.model.logit_scale.float().exp())
 
     def embed_images(self, images: Tensor, *, smooth: bool = False) -> Tensor:
         """(B, D) of (B, 3, H, W) images in [0, 1]: of their 8-bit pictures, or of the tensors, where gradients reach."""

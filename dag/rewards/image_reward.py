@@ -70,7 +70,7 @@ class ImageReward(TowerReward):
         self.to(torch.device(device))
 
     def to(self, device: torch.device) -> None:
-        self.device = device
+        self.device, self._read = device, ()
         for module in (self.vision, self.text, self.head):
             module.to(device)
 
@@ -88,17 +88,22 @@ class ImageReward(TowerReward):
             input_ids=ids,
             attention_mask=mask,
             encoder_hidden_states=picture,
-            encoder_attention_mask=torch.ones(picture.shape[:2], dtype=torch.long, device=self.device),
             is_decoder=False,  # a bidirectional mask
         ).last_hidden_state
         return (self.head(hidden[:, 0]) - MEAN) / SD
 
     def _tokens(self, prompts: tuple[str, ...]) -> tuple[Tensor, Tensor]:
-        """Ids and mask (B, MAX_TOKENS) on the device; a micro-batch asks for the same ones again and again."""
-        if prompts != self._read or self._ids.device != self.device:
+        """Ids (B, S) and what is added to attention (B, 1, 1, S), on the device, S = MAX_TOKENS.
+
+        Kept for the next call: a micro-batch asks for the same prompts again and again. Of a mask (B, S) transformers would
+        ask in every call whether it masks anything, which waits for the device.
+        """
+        if prompts != self._read:
             options = {"padding": "max_length", "max_length": MAX_TOKENS, "truncation": True, "return_tensors": "pt"}
             tokens = self.tokenizer(list(prompts), **options)
-            self._ids, self._mask = tokens.input_ids.to(self.device), tokens.attention_mask.to(self.device)
+            lowest = torch.finfo(self.dtype).min
+            mask = (1 - tokens.attention_mask[:, None, None].to(self.dtype)) * lowest
+            self._ids, self._mask = tokens.input_ids.to(self.device), mask.to(self.device)
             self._read = prompts
         return self._ids, self._mask
 

@@ -18,7 +18,7 @@ class StandIn(TowerReward):
     def __init__(self, name: str, term: Tower, device: torch.device) -> None:
         super().__init__(term.max_batch, term.dtype)
         self.device, self.dtype = device, DTYPES[term.dtype]
-        with torch.random.fork_rng(), device:
+        with torch.random.fork_rng(devices=[]), device:
             torch.manual_seed(0)
             self.towers, self.forward, size = architecture(name)
         for tower in self.towers:

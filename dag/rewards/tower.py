@@ -54,9 +54,11 @@ class TowerReward(ABC):
 @contextmanager
 def _tf32(is_on: bool) -> Iterator[None]:
     """Inside, a GPU's float32 matrix products read their factors with the 10 bits of mantissa that TF32 has."""
+    if not (is_on and torch.cuda.is_available()):
+        yield
+        return
     before = torch.get_float32_matmul_precision()
-    if is_on and torch.cuda.is_available():
-        torch.set_float32_matmul_precision("high")
+    torch.set_float32_matmul_precision("high")
     try:
         yield
     finally:
