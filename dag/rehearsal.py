@@ -1,8 +1,8 @@
 """What a recipe's own training loop would ask of a GPU, without one: kernels, copies between host and device, peak memory.
 
-The networks are on the meta device and the loop that trains is run for a few transitions: every operator that it calls
-stands for a kernel launch, fused kernels for one each, and every value that Python looks at for a wait. Operators inside
-a compiled graph or a captured CUDA graph would be fewer; library calls of several kernels count once.
+A few transitions of the loop that trains run on the meta device, where tensors have shapes and no values. Each operator
+counts as one kernel launch, and so does each fused kernel, though a library may start several; a compiled graph would start
+fewer. Each time Python reads a tensor's value counts as one wait for the GPU.
 
 Legend: B rows of a micro-batch or tile, T transitions.
 """
@@ -160,7 +160,8 @@ class Rehearsed:
 
     transition: Counts
     per_tile: Counts
-    """What comes once a micro-batch, on top of its transitions; of a stored rollout once a tile."""
+    """Work of a micro-batch that belongs to no transition: its first noise, its final picture and the reward of that. With
+    stored chains also that of a tile."""
     peak: int
     """Bytes."""
 

@@ -167,7 +167,7 @@ def test_every_row_leaves_out_the_passes_of_the_pretrained_model() -> None:
 
 
 def test_a_row_that_does_not_fit_is_a_line_and_no_end(monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
-    def full(*anything: Any) -> Any:
+    def full(*anything: Any, **options: Any) -> Any:
         raise RuntimeError("cuDNN error: CUDNN_STATUS_ALLOC_FAILED")
 
     monkeypatch.setattr(bench, "measure", full)

@@ -309,7 +309,7 @@ def test_a_row_that_breaks_does_not_end_the_others(
 
 
 def test_only_rows_that_broke_are_a_failure(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def measure(*given: object) -> None:
+    def measure(*given: object, **options: object) -> None:
         raise torch.OutOfMemoryError("out of memory")
 
     monkeypatch.setattr(bench, "measure", measure)
