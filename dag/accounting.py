@@ -40,10 +40,6 @@ class LiveBytes(TorchDispatchMode):
         # By id, which is given to no other storage before the reference's callback has run.
         self._alive: dict[int, weakref.ref[torch.UntypedStorage]] = {}
 
-    def reset_peak(self) -> None:
-        """The peak starts again from what is alive now."""
-        self.peak = self.current
-
     def include(self, tensors: Iterable[Tensor]) -> int:
         """Count tensors that exist already, such as weights; returns the bytes that were not counted before."""
         before = self.current
