@@ -2,11 +2,11 @@
 
     python train_dag.py --recipe recipes/tiny_cpu.yaml
 
-Algorithm 1 of Zhang et al. (2025), as `dag.trainer.Trainer.fit` runs it:
+Algorithm 1 of Zhang et al. (2025), as `dag.training.trainer.Trainer.fit` runs it:
 
     for each epoch:
-        roll out P_F: chains x_T .. x_0, each state's x0_hat scored as it is visited     dag/rollout.py
-        residual(log F, log P_F, log P_B, log F') of every transition                    dag/balance.py
+        roll out P_F: chains x_T .. x_0, each state's x0_hat scored as it is visited     dag/chain/rollout.py
+        residual(log F, log P_F, log P_B, log F') of every transition                    dag/objectives/transition.py
         its square (DAG-DB) or its score-function gradient (DAG-KL) moves P_F and F      dag/objectives/
 """
 
@@ -18,11 +18,11 @@ from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 
-from dag import plan, prompts
 from dag.errors import RunError, StoppedError, UsageError, exit_code
-from dag.recipe import Recipe
-from dag.recipe_file import flat, load
-from dag.run_folder import RunFolder, default_path, newest_run
+from dag.recipe import Recipe, prompts
+from dag.recipe.load import flat, load
+from dag.run.folder import RunFolder, default_path, newest_run
+from dag.training import plan
 
 # As torchrun, and accelerate's launcher for several GPUs, tell each of the processes they start.
 NUM_PROCESSES = int(os.environ.get("WORLD_SIZE", "1"))
@@ -75,7 +75,7 @@ def _check_same_recipe(old: Recipe, new: Recipe, path: Path) -> None:
 
 def plan_memory(config: Recipe) -> None:
     """What the recipe will need, and whether that is within its budget."""
-    from dag import forecast
+    from dag.costs import forecast
 
     for line in forecast.describe(config):
         print(line, flush=True)
@@ -85,7 +85,7 @@ def plan_memory(config: Recipe) -> None:
 def check_memory(config: Recipe) -> None:
     """Refuse a recipe beyond its budget."""
     if config.memory.budget_gib is not None:
-        from dag import forecast
+        from dag.costs import forecast
 
         forecast.check_budget(config)
 
@@ -96,7 +96,7 @@ def train(config: Recipe, arguments: argparse.Namespace) -> None:
     # One process answers a mistake at once; several must be connected before the main one makes a folder.
     opened = opener() if NUM_PROCESSES == 1 else None
     # Here, not above: these imports take seconds, and --plan and mistakes need none of them.
-    from dag import launch
+    from dag.training import launch
 
     launch.train(config, lambda: opened or opener())
 

@@ -11,12 +11,12 @@
     python -m dag.bench missing [DIR]
 
 A row is one epoch of a recipe's own training loop, repeated: seconds per transition by phase, trajectories per hour, peak
-memory, predicted peak, FLOP per transition. `--literal` adds the published amount of work (`dag.published`) and the ratio
-to it; `--ablation` goes from there to everything on, one lever at a time. Models and rewards of the hub are replaced by
+memory, predicted peak, FLOP per transition. `--literal` adds the published amount of work (`dag.costs.published_work`) and the
+ratio to it; `--ablation` goes from there to everything on, one lever at a time. Models and rewards of the hub are replaced by
 their architectures with random weights: the work is the same, and nothing is downloaded. `count` runs nothing: it counts
 FLOP from the configs. `launches` runs a few transitions of the recipe's own loop on the meta device and counts what they
-would ask of a GPU (`dag.rehearsal`). `previews` and `storage` measure what cheaper decoders and half-precision chains change
-(`dag.approximations`). `profile` tells which kernels take the time, `trial` starts, stops and resumes `train_dag.py` itself.
+would ask of a GPU (`dag.costs.rehearsal`). `previews` and `storage` measure what cheaper decoders and half-precision chains change
+(`dag.costs.lever_error`). `profile` tells which kernels take the time, `trial` starts, stops and resumes `train_dag.py` itself.
 
 `checklist` is everything that wants a GPU, within ten minutes, into one folder; `missing` tells which of it has not been
 measured, and where it goes.
@@ -34,22 +34,23 @@ from pathlib import Path
 import torch
 from dag_kernels import table
 
-from dag import approximations, checklist, flops, missing, profiling, rehearsal, trial_run
-from dag.accounting import GIB
-from dag.determinism import deterministic, reserve_workspace
-from dag.durable import write_json
+from dag.chain.rollout import Batch
+from dag.checklist import missing, runner, trial_run
+from dag.costs import flops, lever_error, profiling, rehearsal
+from dag.costs.live_bytes import GIB
+from dag.costs.train_step import LITERAL, Row, measure, without_download
 from dag.errors import RunError, UsageError, exit_code
-from dag.gpu import free_memory, limit_memory, out_of_memory_ends, this_device
-from dag.machine import describe_machine
 from dag.models.source import local_folder
-from dag.parts import build, git_commit
 from dag.recipe import PolicyGradient, Recipe
-from dag.recipe_file import load
+from dag.recipe.load import load
 from dag.rewards import RewardSum
-from dag.rollout import Batch
-from dag.run_folder import RunFolder
-from dag.timing import LITERAL, Row, measure, without_download
-from dag.trainer import Trainer
+from dag.run.determinism import deterministic, reserve_workspace
+from dag.run.durable import write_json
+from dag.run.folder import RunFolder
+from dag.run.gpu import free_memory, limit_memory, out_of_memory_ends, this_device
+from dag.run.machine import describe_machine
+from dag.training.build import build, git_commit
+from dag.training.trainer import Trainer
 
 # Every row trains every transition once, one update per rollout.
 _COMMON = (
@@ -204,7 +205,7 @@ def previews(given: argparse.Namespace, device: torch.device) -> Iterator[Row]:
     """Rewards of x0_hat by decoder and stride, against the full VAE at every state."""
     trainer, batch = _rolled_by(given, ["objective.forward_looking.decoder=tiny"], device)
     with trainer.parts.scoring():
-        for row in approximations.previews(trainer.parts, trainer.recipe, batch, trainer.tile_scorer(batch)):
+        for row in lever_error.previews(trainer.parts, trainer.recipe, batch, trainer.tile_scorer(batch)):
             yield row
             print(
                 f"decoder {row['decoder']:5} stride {row['stride']}  bias {row['bias']:+.3f} sd  rms {row['rms']:.3f} sd  "
@@ -216,7 +217,7 @@ def previews(given: argparse.Namespace, device: torch.device) -> Iterator[Row]:
 def storage(given: argparse.Namespace, device: torch.device) -> Iterator[Row]:
     """Chains by dtype: bytes, and how far log P_F moves between sampling and training."""
     trainer, batch = _rolled_by(given, [], device)
-    for row in approximations.storage(trainer.parts, trainer.recipe, batch):
+    for row in lever_error.storage(trainer.parts, trainer.recipe, batch):
         yield row
         print(
             f"chain {row['chain']}, log P_F at the {row['log_pf_at']:9} state  {row['bytes']:8} bytes a trajectory  "
@@ -272,7 +273,7 @@ def environment(device: torch.device) -> Row:
 
 
 def tell_machine() -> None:
-    """One line of JSON, for `dag.checklist`."""
+    """One line of JSON, for `dag.checklist.runner`."""
     device = this_device()
     gpu = None
     if device.type == "cuda":
@@ -313,7 +314,7 @@ def _parser() -> argparse.ArgumentParser:
         command.add_argument("--json", type=Path, metavar="FILE")
         command.add_argument("--csv", type=Path, metavar="FILE", help="append each row there as it comes")
         command.add_argument("--stage", default="", metavar="NAME", help="what the rows in --csv are to be called")
-    checklist.add_command(commands)
+    runner.add_command(commands)
     missing.add_command(commands)
     return parser
 
@@ -336,7 +337,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     device = this_device()
     try:
         if given.command == "checklist":
-            return checklist.run(given.folder, given.minutes, device.type == "cuda")
+            return runner.run(given.folder, given.minutes, device.type == "cuda")
         if given.command == "missing":
             return missing.show(given.folder)
         return _write_rows(given, device)

@@ -1,218 +1,23 @@
 """Judge trained models by what they draw: `python -m dag.evaluate --run RUN [--against RUN2 ...] [--out DIR]`.
 
-The base model and every run draw the same prompts with the same seeds. Each gets the training reward and the others at
-hand (over-optimisation shows there), diversity within a prompt, the distance of its pictures from the base model's, and
-prompt alignment. The base model draws a second time with other seeds. Distances are from those: the base model's own
-tells how small one can be.
-
 Writes evaluation.json, evaluation.md and pictures.png.
 """
 
 import argparse
 import json
 import sys
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
-from functools import partial
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
-import torch
-from torch import Tensor
-
-from dag import checkpoint, durable
 from dag.errors import RunError, UsageError, exit_code
-from dag.gpu import out_of_memory_ends, this_device
-from dag.machine import versions
-from dag.measure import BASE, BASE_AGAIN, Measure, Task
-from dag.models.sd import StableDiffusion
-from dag.models.source import EMBEDDED, local_folder
-from dag.perceptual import DISTANCES, Distance, load_distance
-from dag.prompts import load_prompts, read_prompt_file
-from dag.recipe import Recipe
-from dag.recipe_file import parse_reward
-from dag.reward_terms import RewardTerm
-from dag.rewards.clip import ClipTower, feature_tower
-from dag.rollout import generate
-from dag.run_folder import RunFolder
-from dag.verdict import table, write
-
-# Apart from training (from 0 up), from the evaluations of a run (from 2^40 up) and from dag.sample (from 2^41 up).
-_FIRST_SAMPLE_ID, _OTHER_SAMPLE_ID = 1 << 42, 1 << 43
-# Rewards that cost nothing to add, whatever was trained on.
-_ALWAYS = ("colourfulness", "compressibility")
-
-
-def evaluate(
-    runs: Sequence[Path],
-    device: torch.device,
-    prompts: Sequence[str] | None = None,
-    num_prompts: int = 16,
-    images_per_prompt: int = 8,
-    rewards: Sequence[RewardTerm] = (),
-    features: str | None = None,
-    distances: Sequence[str] = (),
-) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """(the report, pictures (P * n, 3, H, W) by model) of trained runs beside their base model.
-
-    Args:
-        prompts:  what is drawn; None takes the first `num_prompts` of the first run.
-        rewards:  besides those that the runs were trained on and those that need no weights.
-        features: `embedded` or a CLIP model; None takes `embedded` for the embedded model only.
-        distances: perceptual ones, names of `dag.perceptual.DISTANCES`.
-
-    Raises:
-        UsageError: the runs differ in their base model or sampler, an argument is out of range, a package is missing.
-    """
-    judged = _judged(runs)
-    recipes, first = [one.recipe for one in judged], judged[0].recipe
-    _refuse_different(runs, recipes)
-    if images_per_prompt < 2 or num_prompts < 1:
-        raise UsageError("--images must be at least 2 (diversity is between pictures) and --prompts at least 1")
-    chosen = list(prompts or _prompts_of(first)[:num_prompts])
-    task = Task([prompt for prompt in chosen for _ in range(images_per_prompt)], images_per_prompt, first.seed)
-    source, tower, known_distances = instruments(first, features, distances, device)
-    measure = Measure(task, _all_rewards(recipes, rewards), tower, known_distances, device)
-    pictures = dict(_drawn(judged, chosen, task, device))
-    report_data = {
-        "features": source,
-        "distances": list(known_distances),
-        "prompts": chosen,
-        "num_prompts": num_prompts,
-        "images_per_prompt": images_per_prompt,
-        "seed": task.seed,
-        "checkpoints": {one.name: one.checkpoint.name for one in judged},
-        "weights": _hashes(judged),
-        "trained_on": [[term.name for term in recipe.reward] for recipe in recipes],
-        "versions": versions(),
-        "models": measure.rows(pictures),
-    }
-    return report_data, pictures
-
-
-def instruments(
-    recipe: Recipe,
-    features: str | None,
-    distances: Sequence[str],
-    device: torch.device,
-    key: str = "--features",
-) -> tuple[str, ClipTower, dict[str, Distance]]:
-    """(name of the feature space, its tower, perceptual distances by name) that pictures of a recipe's model are judged by.
-
-    Args:
-        key: what `features` is called where the user wrote it.
-
-    Raises:
-        UsageError: `features` names no CLIP model, or is needed; or a package is missing.
-        RunError:   weights cannot be fetched.
-    """
-    is_embedded = local_folder(recipe.model.path) == EMBEDDED
-    source = features or ("embedded" if is_embedded else None)
-    if source is None:
-        raise UsageError(f"{key}: name a CLIP model for this base model, e.g. openai/clip-vit-large-patch14")
-    found = {name: load_distance(name, device) for name in sorted(set(distances))}
-    return source, feature_tower(key, source, device), found
-
-
-@dataclass(frozen=True)
-class _Judged:
-    """A run, and what of it is judged."""
-
-    name: str
-    recipe: Recipe
-    checkpoint: Path
-
-
-def _judged(runs: Sequence[Path]) -> list[_Judged]:
-    """Each with its newest checkpoint. Raises UsageError if one is no run, RunError if one has no weights."""
-    folders = [RunFolder.open(path) for path in runs]
-    return [
-        _Judged(name, folder.read_recipe(), checkpoint.chosen(folder.checkpoints))
-        for name, folder in zip(_names(runs), folders, strict=True)
-    ]
-
-
-def weights_of(runs: Sequence[Path]) -> dict[str, str]:
-    """SHA-256 of the trained weights, by run. Raises RunError if a run has none."""
-    return _hashes(_judged(runs))
-
-
-def _hashes(judged: Sequence[_Judged]) -> dict[str, str]:
-    return {one.name: durable.sha256(one.checkpoint / "policy.safetensors") for one in judged}
-
-
-def _refuse_different(runs: Sequence[Path], recipes: Sequence[Recipe]) -> None:
-    """Pictures of different base models or samplers are no comparison of training."""
-    keys = (
-        "model.path",
-        "model.revision",
-        "model.variant",
-        "model.dtype",
-        "model.resolution",
-        "memory.base",
-        "sampler.steps",
-        "sampler.eta",
-        "sampler.guidance_scale",
-        "sampler.guidance_dtype",
-        "sampler.noise_dtype",
-        "sampler.chain_dtype",
-    )
-    for key in keys:
-        section, name = key.split(".")
-        found = [getattr(getattr(recipe, section), name) for recipe in recipes]
-        for run, value in zip(runs, found, strict=True):
-            if value != found[0]:
-                raise UsageError(
-                    f"--against {run}: {key} is {value}, but {found[0]} in {runs[0]}; compare like with like"
-                )
-
-
-def _prompts_of(recipe: Recipe) -> Sequence[str]:
-    found = load_prompts(recipe.prompts)
-    return found.held_out if recipe.evaluation.held_out else found.training
-
-
-def _all_rewards(recipes: Sequence[Recipe], given: Sequence[RewardTerm]) -> list[RewardTerm]:
-    """Those trained on first, each once."""
-    free = [parse_reward(name, []) for name in _ALWAYS]
-    terms = [term for recipe in recipes for term in recipe.reward] + [*given, *free]
-    # With other options it is another reward; a weight only matters in a sum.
-    unique: dict[str, RewardTerm] = {}
-    for term in terms:
-        unique.setdefault(repr(term.model_copy(update={"weight": 1.0})), term)
-    return list(unique.values())
-
-
-def _drawn(
-    judged: Sequence[_Judged], chosen: Sequence[str], task: Task, device: torch.device
-) -> Iterator[tuple[str, Tensor]]:
-    """(name, pictures) of the base model, of it again with other seeds, and of each run."""
-    for one in judged:
-        recipe = one.recipe
-        policy = StableDiffusion(recipe.model, recipe.adapter, recipe.sampler, device, recipe.seed, recipe.memory)
-        text = policy.encode(list(chosen)).repeat_interleave(task.images_per_prompt, dim=0)
-        policy.free_text_encoder()
-        same, other = (first + torch.arange(len(text)) for first in (_FIRST_SAMPLE_ID, _OTHER_SAMPLE_ID))
-        # What training came down to fits here too.
-        tile = int(checkpoint.load_state(one.checkpoint)["tile"])
-        draw = partial(generate, policy, text, seed=task.seed, sampler=recipe.sampler, tile=tile)
-        with policy.decoder.at_work():
-            if one is judged[0]:
-                yield BASE, draw(same)
-                yield BASE_AGAIN, draw(other)
-            policy.load_state_dict(checkpoint.load_tensors(one.checkpoint, "policy"))
-            yield one.name, draw(same)
-        # Before the next one is built.
-        del policy, draw
-
-
-def _names(paths: Sequence[Path]) -> list[str]:
-    """The folders' own names, with as much of the path as tells them apart, also from the base model."""
-    for depth in range(1, 10):
-        names = ["/".join(path.resolve().parts[-depth:]) for path in paths]
-        if len({*names, BASE, BASE_AGAIN}) == len(names) + 2:
-            return names
-    raise UsageError("--against: a run is named twice")
+from dag.evaluation import verdict
+from dag.evaluation.compare import evaluate
+from dag.evaluation.perceptual import DISTANCES
+from dag.recipe import RewardTerm
+from dag.recipe.load import parse_reward
+from dag.recipe.prompts import read_prompt_file
+from dag.run.folder import RunFolder
+from dag.run.gpu import out_of_memory_ends, this_device
 
 
 def _free(folder: Path) -> Path:
@@ -284,7 +89,7 @@ def main(argv: Sequence[str] | None = None) -> int:
                 given.features,
                 given.distance,
             )
-        write(out, data, drawn)
+        verdict.write(out, data, drawn)
     except (UsageError, RunError) as error:
         _leave_no_empty(out)
         return exit_code(error)
@@ -292,7 +97,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         _leave_no_empty(out)
         print("interrupted", file=sys.stderr)
         return 130
-    print(table(data))
+    print(verdict.table(data))
     print(json.dumps({"written": str(out)}))
     return 0
 

@@ -10,13 +10,14 @@ from pathlib import Path
 
 import torch
 
-from dag import checkpoint, report
+from dag.chain.rollout import generate
 from dag.errors import RunError, UsageError, exit_code
-from dag.gpu import out_of_memory_ends, this_device
+from dag.evaluation import sheets
 from dag.models.sd import StableDiffusion
-from dag.prompts import load_prompts
-from dag.rollout import generate
-from dag.run_folder import RunFolder
+from dag.recipe.prompts import load_prompts
+from dag.run import checkpoint
+from dag.run.folder import RunFolder
+from dag.run.gpu import out_of_memory_ends, this_device
 
 # Apart from training (from 0 up) and from evaluations (from 2^40 up).
 _FIRST_SAMPLE_ID = 1 << 41
@@ -57,8 +58,8 @@ def draw(arguments: argparse.Namespace) -> Path:
     policy.load_state_dict(weights)
     after = generate(policy, text, sample_id, seed, recipe.sampler)
     out.parent.mkdir(parents=True, exist_ok=True)
-    sheets = [report.grid(images, captions, arguments.images) for images in (before, after)]
-    report.before_after(*sheets).save(out)
+    grids = [sheets.grid(images, captions, arguments.images) for images in (before, after)]
+    sheets.before_after(*grids).save(out)
     return out
 
 

@@ -21,12 +21,12 @@ from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
+from dag.chain.policy import Reward
 from dag.errors import RunError, UsageError
-from dag.gpu import out_of_memory_ends
-from dag.prompts import read_prompt_file
-from dag.protocols import Reward
-from dag.recipe_file import parse_reward
+from dag.recipe.load import parse_reward
+from dag.recipe.prompts import read_prompt_file
 from dag.rewards import build_term, checked
+from dag.run.gpu import out_of_memory_ends
 
 
 @dataclass(frozen=True)

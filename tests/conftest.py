@@ -19,7 +19,7 @@ if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
 from dag.recipe import Recipe
-from dag.recipe_file import parse
+from dag.recipe.load import parse
 
 
 @pytest.fixture(autouse=True)

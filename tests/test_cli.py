@@ -8,10 +8,10 @@ from pathlib import Path
 import pytest
 
 import train_dag
-from dag.plan import make_plan
 from dag.recipe import Recipe
-from dag.recipe_file import load
-from dag.run_folder import RunFolder
+from dag.recipe.load import load
+from dag.run.folder import RunFolder
+from dag.training.plan import make_plan
 
 MINIMAL = """
 model: {path: embedded}
@@ -169,7 +169,7 @@ MISTAKES = {
 @pytest.mark.parametrize("use_plan", [False, True], ids=["run", "plan"])
 @pytest.mark.parametrize("name", MISTAKES)
 def test_a_mistake_is_one_line(name: str, use_plan: bool, refused: Refused, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("dag.launch.train", stop)
+    monkeypatch.setattr("dag.training.launch.train", stop)
     Path("empty.txt").write_text("\n  \n")
     override, message = MISTAKES[name]
     assert refused("--set", override, "--out", "out", *["--plan"] * use_plan).startswith(message)
@@ -196,7 +196,7 @@ def test_a_recipe_that_is_not_yaml(refused: Refused, file: Path) -> None:
 
 @pytest.fixture
 def no_training(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("dag.launch.train", stop)
+    monkeypatch.setattr("dag.training.launch.train", stop)
 
 
 @pytest.mark.usefixtures("no_training")
@@ -269,7 +269,7 @@ def test_resuming_a_run_of_another_version(refused: Refused, file: Path) -> None
 def calls(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Recipe, RunFolder, bool]]:
     """What training would have been given: (recipe, run, whether it is resumed)."""
     made: list[tuple[Recipe, RunFolder, bool]] = []
-    monkeypatch.setattr("dag.launch.train", lambda config, opener: made.append((config, *opener())))
+    monkeypatch.setattr("dag.training.launch.train", lambda config, opener: made.append((config, *opener())))
     return made
 
 
@@ -301,7 +301,7 @@ def test_an_interrupt_before_training_says_so(
     def interrupt(*_: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("dag.launch.train", interrupt)
+    monkeypatch.setattr("dag.training.launch.train", interrupt)
     assert train_dag.main(["--recipe", str(file)]) == 130
     assert "before training began" in capsys.readouterr().err
 
@@ -337,7 +337,7 @@ BUILD_MISTAKES = {
 @pytest.fixture(scope="module")
 def imported() -> None:
     """Libraries say things on stderr when first imported; that is not the message under test."""
-    import dag.trainer  # noqa: F401
+    import dag.training.trainer  # noqa: F401
 
 
 @pytest.mark.usefixtures("imported")

@@ -1,11 +1,11 @@
-"""Property tests over what reads from outside, a few examples each; `tests/endurance.py fuzz` tries many."""
+"""Property tests over what reads from outside, a few examples each; `tests/by_hand/endurance.py fuzz` tries many."""
 
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
-from fuzz import DAMAGE, OVERRIDES, RECIPE_BYTES, REQUESTS, try_checkpoint, try_recipe, try_request
+from helpers.fuzz import DAMAGE, OVERRIDES, RECIPE_BYTES, REQUESTS, try_checkpoint, try_recipe, try_request
 from hypothesis import HealthCheck, given, settings
 
 from dag.rewards import build_reward

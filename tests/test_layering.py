@@ -1,4 +1,4 @@
-"""Who imports whom. The order below is the architecture: a file may use what stands above it, never what stands below."""
+"""Who may import whom. The floors below are the architecture: a module imports from lower floors, never from higher ones."""
 
 import ast
 from collections.abc import Iterator
@@ -8,78 +8,67 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 
-# A module imports only from earlier rows; within a row only its own package's submodules. Rows with the same
-# number are one level of the design, split where one of its modules stands on another.
-LAYERS = (
-    (0, ("dag_kernels", "dag.errors", "dag.registry", "dag.durable", "dag.fingerprint", "dag.machine", "dag.quiet")),
-    (0, ("dag.processes", "dag.interrupt", "dag.gpu", "dag.determinism")),
-    (0, ("dag.hub",)),
-    (0, ("dag.section",)),
-    (0, ("dag.reward_terms",)),
-    (0, ("dag.recipe",)),
-    (0, ("dag.recipe_file",)),
-    (1, ("dag.prompt_sets",)),
-    (1, ("dag.schedule", "dag.prompts", "dag.metrics", "dag.balance")),
-    (1, ("dag.protocols", "dag.run_folder")),
-    (
-        2,
-        (
-            "dag.trajectory",
-            "dag.state_flow",
-            "dag.fidelity",
-            "dag.accounting",
-            "dag.ledger",
-            "dag.statistics",
-            "dag.perceptual",
-            "dag.curves",
-        ),
-    ),
-    (2, ("dag.units", "dag.embeddings")),
-    (3, ("dag.models", "dag.rewards", "dag.objectives")),
-    (4, ("dag.rollout", "dag.checkpoint", "dag.optimizer_state", "dag.plan", "dag.report")),
-    (4, ("dag.progress", "dag.faults", "dag.rest")),
-    (4, ("dag.optim",)),
-    (4, ("dag.flow_fit", "dag.evaluation")),
-    (4, ("dag.loss", "dag.updates")),
-    (4, ("dag.learner",)),
-    (4, ("dag.one_pass",)),
-    (5, ("dag.parts", "dag.simulation")),
-    (5, ("dag.records", "dag.forecast")),
-    (5, ("dag.saving",)),
-    (5, ("dag.trainer",)),
-    (6, ("dag.published", "dag.flops", "dag.approximations", "dag.study", "dag.figures", "dag.rehearsal")),
-    (6, ("dag.timing", "dag.limited", "dag.stages")),
-    (6, ("dag.profiling", "dag.trial_run")),
-    (6, ("dag.checklist",)),
-    (6, ("dag.missing",)),
-    (6, ("dag.measure",)),
-    (6, ("dag.verdict",)),
-    (6, ("dag.evaluate", "dag.suites")),
-    (6, ("dag.launch",)),
-    (6, ("train_dag", "dag.bench", "dag.sample", "dag.score", "dag.reproduce", "dag.assets.build")),
+# From the ground up. Folders of one floor never import each other; inside a folder only circles are forbidden.
+FLOORS: tuple[tuple[str, ...], ...] = (
+    ("dag_kernels", "dag.errors", "dag.quiet"),
+    ("dag.hub",),
+    ("dag.recipe",),
+    ("dag.chain", "dag.run"),
+    ("dag.models", "dag.rewards", "dag.objectives"),
+    ("dag.evaluation",),
+    ("dag.training",),
+    ("dag.costs",),
+    ("dag.checklist",),
 )
-ROW = {unit: row for row, (_, units) in enumerate(LAYERS) for unit in units}
+# Programs read the command line. They use everything, and nothing imports them.
+DOORS = (
+    "train_dag",
+    "dag.bench",
+    "dag.evaluate",
+    "dag.report",
+    "dag.reproduce",
+    "dag.sample",
+    "dag.score",
+    "dag.assets.build",
+)
+FLOOR = {folder: floor for floor, folders in enumerate((*FLOORS, DOORS)) for folder in folders}
 
-# Libraries with one home. A missing library must not break what does not need it, and a change of its API must
-# not reach further.
+# Libraries that may be imported in a few folders alone: where one is missing, the others work, and a change of its
+# interface reaches no further.
 HOMES = {
     "diffusers": ("dag.models", "dag.assets.build"),
     "peft": ("dag.models",),
     "transformers": ("dag.models", "dag.rewards", "dag.assets.build"),
     "tokenizers": ("dag.assets.build",),
+    "bitsandbytes": ("dag.models", "dag.training"),
+    "accelerate": ("dag.run", "dag.training"),
     "triton": ("dag_kernels",),
-    "accelerate": ("dag.launch", "dag.processes"),
-    "bitsandbytes": ("dag.optim", "dag.models"),
     "huggingface_hub": ("dag.hub",),
-    "torchmetrics": ("dag.perceptual",),
-    "dreamsim": ("dag.perceptual",),
-    "matplotlib": ("dag.report", "dag.figures", "dag_kernels"),
-    "pydantic": ("dag.section", "dag.reward_terms", "dag.recipe", "dag.recipe_file"),
+    "torchmetrics": ("dag.evaluation",),
+    "dreamsim": ("dag.evaluation",),
+    "matplotlib": ("dag.evaluation", "dag_kernels"),
+    "pydantic": ("dag.recipe",),
     "pickle": (),
     "dill": (),
     "joblib": (),
     "tests": (),
 }
+
+# What `train_dag.py --plan` and the report of a mistake need: they answer before torch could be imported.
+TORCH_FREE = (
+    "train_dag",
+    "dag.errors",
+    "dag.hub",
+    "dag.quiet",
+    "dag.recipe",
+    "dag.run.folder",
+    "dag.run.metrics",
+    "dag.run.durable",
+    "dag.run.signals",
+    "dag.models.source",
+    "dag.training.plan",
+)
+HEAVY = {"torch", "diffusers", "transformers", "accelerate", "peft"}
 
 
 def modules() -> dict[str, Path]:
@@ -93,11 +82,11 @@ def modules() -> dict[str, Path]:
 
 
 MODULES = modules()
-CODE = {name: path for name, path in MODULES.items() if path.read_text(encoding="utf-8").strip()}
+CODE = {name: path.read_text(encoding="utf-8") for name, path in MODULES.items() if path.stat().st_size}
 
 
 def imports(source: str) -> Iterator[str]:
-    """Every module a source imports, wherever in the file; `from dag import recipe` counts as dag.recipe."""
+    """Every module that a source imports, also inside functions; `from dag import recipe` counts as dag.recipe."""
     for node in ast.walk(ast.parse(source)):
         if isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names)
@@ -107,25 +96,50 @@ def imports(source: str) -> Iterator[str]:
             yield from (submodule if submodule in MODULES else node.module for submodule in submodules)
 
 
-def unit_of(module: str) -> str | None:
-    """The entry of LAYERS a module belongs to."""
-    return next((unit for unit in ROW if module == unit or module.startswith(f"{unit}.")), None)
+def imports_at_start(source: str) -> set[str]:
+    """The modules that are imported as soon as this one is."""
+    top: list[ast.stmt] = [node for node in ast.parse(source).body if isinstance(node, ast.Import | ast.ImportFrom)]
+    return set(imports(ast.unparse(ast.Module(top, []))))
+
+
+def folder_of(module: str) -> str | None:
+    """The entry of FLOOR that a module belongs to."""
+    return next((folder for folder in FLOOR if module == folder or module.startswith(f"{folder}.")), None)
 
 
 def misplaced(module: str, source: str) -> list[str]:
-    """The imports of a module that break the order."""
-    unit = unit_of(module)
-    assert unit is not None, f"{module}: give it a place in LAYERS"
-    targets = {
-        name: unit_of(name) for name in imports(source) if name.split(".")[0] in ("dag", "dag_kernels", "train_dag")
+    """The imports of a module that do not lead to a lower floor, nor stay inside its own folder."""
+    folder = folder_of(module)
+    assert folder is not None, f"{module}: give it a place in FLOORS"
+    ours = {
+        name: folder_of(name) for name in imports(source) if name.split(".")[0] in ("dag", "dag_kernels", "train_dag")
     }
-    return [name for name, target in targets.items() if target is None or (target != unit and ROW[target] >= ROW[unit])]
+    return [
+        name for name, target in ours.items() if target is None or (target != folder and FLOOR[target] >= FLOOR[folder])
+    ]
 
 
 def homeless(module: str, source: str) -> list[str]:
-    """The libraries a module imports although they live elsewhere."""
+    """The libraries that a module imports although they live in other folders."""
     libraries = {name.split(".")[0] for name in imports(source)}
-    return [library for library in libraries if library in HOMES and unit_of(module) not in HOMES[library]]
+    return [library for library in libraries if library in HOMES and folder_of(module) not in HOMES[library]]
+
+
+def circle(sources: dict[str, str]) -> list[str]:
+    """Modules that import each other in a ring, the first again at the end; empty if there are none."""
+    arrows = {name: [target for target in imports(source) if target in sources] for name, source in sources.items()}
+    done: set[str] = set()
+
+    def walk(name: str, path: list[str]) -> list[str]:
+        if name in path:
+            return [*path[path.index(name) :], name]
+        if name in done:
+            return []
+        found = next(filter(None, (walk(target, [*path, name]) for target in arrows[name] if target != name)), [])
+        done.add(name)
+        return found
+
+    return next(filter(None, (walk(name, []) for name in sources)), [])
 
 
 def unsafe_loads(source: str) -> list[str]:
@@ -144,50 +158,26 @@ def unsafe_loads(source: str) -> list[str]:
 
 
 @pytest.mark.parametrize("module", CODE)
-def test_a_module_imports_only_what_stands_above_it(module: str) -> None:
-    assert misplaced(module, CODE[module].read_text(encoding="utf-8")) == []
+def test_a_module_imports_from_lower_floors_and_keeps_libraries_at_home(module: str) -> None:
+    assert misplaced(module, CODE[module]) == []
+    assert homeless(module, CODE[module]) == []
+    assert unsafe_loads(CODE[module]) == []
 
 
-@pytest.mark.parametrize("module", CODE)
-def test_libraries_stay_at_home(module: str) -> None:
-    source = CODE[module].read_text(encoding="utf-8")
-    assert homeless(module, source) == []
-    assert unsafe_loads(source) == []
+def test_no_modules_import_each_other_in_a_ring() -> None:
+    assert circle(CODE) == []
 
 
-def test_the_order_names_only_what_exists() -> None:
-    assert [unit for unit in ROW if unit not in MODULES] == []
-    assert [level for level, _ in LAYERS] == sorted(level for level, _ in LAYERS)
+def test_the_floors_name_only_what_exists() -> None:
+    assert [folder for folder in FLOOR if folder not in MODULES] == []
 
 
-def test_the_schema_and_the_command_line_import_no_torch() -> None:
-    """--plan and mistakes must answer at once."""
-    torch_free = {
-        "dag.recipe",
-        "dag.recipe_file",
-        "dag.errors",
-        "dag.hub",
-        "dag.registry",
-        "dag.metrics",
-        "dag.prompts",
-        "dag.prompt_sets",
-        "dag.run_folder",
-        "dag.section",
-        "dag.durable",
-        "dag.interrupt",
-        "dag.reward_terms",
-        "dag.plan",
-        "dag.quiet",
-    }
-    torch_free |= {"dag.models.source", "dag.models", "train_dag"}
-    for module in torch_free:
-        tree = ast.parse(MODULES[module].read_text(encoding="utf-8"))
-        top = ast.Module([node for node in tree.body if isinstance(node, ast.Import | ast.ImportFrom)], [])
-        names = set(imports(ast.unparse(top)))
-        assert not {
-            name for name in names if name.split(".")[0] in ("torch", "diffusers", "transformers", "accelerate")
-        }, module
-        assert {name for name in names if name.startswith("dag.")} <= torch_free, module
+def test_what_plans_a_run_imports_no_torch() -> None:
+    free = [name for name in CODE if name.startswith("dag.recipe.")] + [name for name in TORCH_FREE if name in CODE]
+    for module in free:
+        at_start = imports_at_start(CODE[module])
+        assert not {name for name in at_start if name.split(".")[0] in HEAVY}, module
+        assert {name for name in at_start if name.startswith("dag.")} <= set(free), module
 
 
 # -- the rules themselves -----------------------------------------------------------------------------------------
@@ -196,36 +186,43 @@ def test_the_schema_and_the_command_line_import_no_torch() -> None:
 @pytest.mark.parametrize(
     ("module", "source", "expected"),
     [
-        ("dag.recipe", "from dag.schedule import Schedule", ["dag.schedule"]),
-        ("dag.schedule", "import dag_kernels.reference", []),
-        ("dag.schedule", "from dag import balance", ["dag.balance"]),
-        ("dag.rollout", "def f():\n    from dag.learner import Learner", ["dag.learner"]),
-        ("dag.learner", "from dag.rollout import look_ahead", []),
-        ("dag.learner", "from dag.trainer import Trainer", ["dag.trainer"]),
+        ("dag.recipe.schema", "from dag.chain.schedule import Schedule", ["dag.chain.schedule"]),
+        ("dag.chain.schedule", "import dag_kernels.reference", []),
+        ("dag.chain.schedule", "from dag.run import durable", ["dag.run.durable"]),
+        ("dag.chain.rollout", "def f():\n    from dag.training.trainer import Trainer", ["dag.training.trainer"]),
+        ("dag.training.trainer", "from dag.chain.rollout import Batch", []),
         ("dag.rewards.jpeg", "from dag.rewards.registry import REWARDS", []),
         ("dag.rewards.jpeg", "from dag.models.source import resolve", ["dag.models.source"]),
         ("dag_kernels.reference", "import dag.errors", ["dag.errors"]),
-        ("dag.trainer", "import train_dag", ["train_dag"]),
-        ("dag.trainer", "from dag import unheard_of", ["dag"]),
+        ("dag.training.trainer", "import train_dag", ["train_dag"]),
+        ("dag.sample", "from dag.evaluate import main", ["dag.evaluate"]),
+        ("dag.training.trainer", "from dag import unheard_of", ["dag"]),
     ],
 )
-def test_the_order_is_enforced(module: str, source: str, expected: list[str]) -> None:
+def test_the_floors_are_enforced(module: str, source: str, expected: list[str]) -> None:
     assert misplaced(module, source) == expected
 
 
 @pytest.mark.parametrize(
     ("module", "source", "expected"),
     [
-        ("dag.evaluation", "from transformers import CLIPModel", ["transformers"]),
-        ("dag.rewards.image_text", "from transformers import CLIPModel", []),
-        ("dag.rollout", "def f():\n    import diffusers.utils", ["diffusers"]),
-        ("dag.schedule", "import triton.language as tl", ["triton"]),
-        ("dag.learner", "from accelerate import Accelerator", ["accelerate"]),
-        ("dag.checkpoint", "import pickle", ["pickle"]),
+        ("dag.evaluation.fixed", "from transformers import CLIPModel", ["transformers"]),
+        ("dag.rewards.clip_score", "from transformers import CLIPModel", []),
+        ("dag.chain.rollout", "def f():\n    import diffusers.utils", ["diffusers"]),
+        ("dag.chain.schedule", "import triton.language as tl", ["triton"]),
+        ("dag.objectives.ddpo", "from accelerate import Accelerator", ["accelerate"]),
+        ("dag.run.checkpoint", "import pickle", ["pickle"]),
     ],
 )
 def test_the_homes_are_enforced(module: str, source: str, expected: list[str]) -> None:
     assert homeless(module, source) == expected
+
+
+def test_a_ring_is_found() -> None:
+    one, two, three = "dag.run.folder", "dag.run.metrics", "dag.run.durable"
+    line = {one: f"import {two}", two: f"def f():\n    import {three}", three: ""}
+    assert circle(line) == []
+    assert circle({**line, three: f"import {one}"}) == [one, two, three, one]
 
 
 def test_unsafe_loads_are_found() -> None:

@@ -19,6 +19,8 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from dag import recipe
+from dag.chain.policy import Prediction
+from dag.chain.schedule import PREDICTION_TYPES, Schedule
 from dag.errors import RunError, UsageError
 from dag.models.adapter import TrainedWeights, add_lora
 from dag.models.decoder import Decoder
@@ -26,8 +28,6 @@ from dag.models.frozen import freeze_convolutions
 from dag.models.levers import checkpoint_activations, choose_attention, compile_unet, quantise
 from dag.models.source import read_config, resolve
 from dag.models.weights import load_module, load_text_encoder, load_tokenizer
-from dag.protocols import Prediction
-from dag.schedule import PREDICTION_TYPES, Schedule
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 # Where a text encoder's config does not say, as transformers assumes.
@@ -130,7 +130,7 @@ class StableDiffusion:
     def predict(
         self, x_t: Tensor, t: Tensor, text: Tensor, *, pretrained: bool = False, unguided: bool = False
     ) -> Prediction:
-        """Network outputs at B states; see `dag.protocols.Policy`. With guidance, one UNet call on 2B rows."""
+        """Network outputs at B states; see `dag.chain.policy.Policy`. With guidance, one UNet call on 2B rows."""
         guidance_scale, B = self.sampler.guidance_scale, len(x_t)
         x_t = x_t.to(self.dtype).contiguous(memory_format=self.layout)
         text = text.to(self.device, self.dtype)

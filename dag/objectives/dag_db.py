@@ -2,8 +2,8 @@
 
 from dag_kernels import PLAIN, Kernels
 
-from dag.balance import Transition
 from dag.objectives.registry import OBJECTIVES, BatchFree, ObjectiveOutput, balance_loss, log_ratio
+from dag.objectives.transition import Transition
 from dag.recipe import DetailedBalance as Config
 
 

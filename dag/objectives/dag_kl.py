@@ -9,7 +9,6 @@ of the other trajectories at the same step, or of earlier rollouts. The advantag
 from dag_kernels import PLAIN, Kernels
 from torch import Tensor
 
-from dag.balance import Transition, leave_one_out_mean, leave_one_out_std
 from dag.objectives.registry import (
     OBJECTIVES,
     BatchFree,
@@ -18,6 +17,7 @@ from dag.objectives.registry import (
     clipped_surrogate,
     log_ratio,
 )
+from dag.objectives.transition import Transition, leave_one_out_mean, leave_one_out_std
 from dag.recipe import KLDivergence as Config
 
 _tiny = 1e-8

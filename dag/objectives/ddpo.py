@@ -7,8 +7,8 @@ import torch
 from dag_kernels import PLAIN, Kernels
 from torch import Tensor
 
-from dag.balance import Transition
 from dag.objectives.registry import OBJECTIVES, BatchFree, ObjectiveOutput, clipped_surrogate, log_ratio
+from dag.objectives.transition import Transition
 from dag.recipe import PolicyGradient as Config
 
 _tiny = 1e-6

@@ -7,9 +7,9 @@ import torch
 from dag_kernels import BalanceLoss, Kernels
 from torch import Tensor
 
-from dag.balance import Transition
+from dag.objectives.transition import Transition
 from dag.recipe import DetailedBalance, KLDivergence
-from dag.registry import Registry
+from dag.recipe.registry import Registry
 
 OBJECTIVES = Registry("objective")
 

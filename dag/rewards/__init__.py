@@ -11,11 +11,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from dag.chain.policy import Reward
 from dag.errors import RunError, UsageError
-from dag.gpu import is_out_of_memory
-from dag.protocols import Reward
 from dag.quiet import quieten
-from dag.reward_terms import RewardTerm, Tower
+from dag.recipe.reward_sections import RewardTerm, Tower
 from dag.rewards import (  # noqa: F401  (registers them)
     aesthetic,
     clip_score,
@@ -29,6 +28,7 @@ from dag.rewards import (  # noqa: F401  (registers them)
 from dag.rewards.registry import REWARDS
 from dag.rewards.stand_in import StandIn
 from dag.rewards.tower import TowerReward
+from dag.run.gpu import is_out_of_memory
 
 quieten()
 

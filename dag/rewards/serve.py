@@ -18,9 +18,9 @@ from typing import Any
 
 import torch
 
+from dag.chain.policy import Reward
 from dag.errors import RunError, UsageError
-from dag.protocols import Reward
-from dag.recipe_file import parse_reward
+from dag.recipe.load import parse_reward
 from dag.rewards import build_term, checked
 from dag.rewards.wire import decode_request
 

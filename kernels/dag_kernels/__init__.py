@@ -3,7 +3,8 @@
 `choose` picks their form, fused Triton kernels or plain PyTorch; nothing here imports triton before that.
 """
 
-from dag_kernels.dispatch import CHOICES, PLAIN, Kernels, choose
+from dag_kernels.dispatch import CHOICES, PLAIN, choose
+from dag_kernels.implementation import Kernels
 from dag_kernels.reference import (
     BalanceLoss,
     SampledStep,

@@ -30,7 +30,7 @@ from dag_kernels.specs import OPS
 from dag_kernels.timing import PROVIDERS, Row, bandwidth, rows_of, shown
 from dag_kernels.verify import check
 
-TESTS = Path(__file__).parents[2] / "tests" / "test_kernels.py"
+TESTS = Path(__file__).parents[2] / "tests" / "kernels" / "test_kernels.py"
 # Seconds for the tests, and for the registers.
 _LIMIT = 300
 

@@ -1,36 +1,15 @@
 """Which form of the operations a run uses: fused Triton kernels or plain PyTorch."""
 
 import functools
-import os
-from collections.abc import Callable
-from dataclasses import dataclass
 
 import torch
 
 from dag_kernels import reference
-from dag_kernels.reference import BalanceLoss, SampledStep, TransitionLogProbs
+from dag_kernels.implementation import Kernels, is_interpreted
 
 CHOICES = ("auto", "triton", "torch")
 # A compiler's command line is longer than a reason should be.
 _LONGEST_REASON = 200
-
-
-@dataclass(frozen=True)
-class Kernels:
-    """The operations in one form; `dag_kernels.reference` documents their arguments."""
-
-    name: str
-    """"triton" or "torch"."""
-    reason: str
-    """Why, for the run's record."""
-    transition_log_probs: Callable[..., TransitionLogProbs]
-    sampling_step: Callable[..., SampledStep]
-    detailed_balance: Callable[..., BalanceLoss]
-
-
-def is_interpreted() -> bool:
-    """Whether Triton runs its kernels in Python, on the CPU, for tests."""
-    return os.environ.get("TRITON_INTERPRET") == "1"
 
 
 def choose(kernels: str, device: torch.device) -> Kernels:

@@ -1,6 +1,6 @@
 """Every operation in plain PyTorch: the specification that a fused kernel has to match.
 
-Owns the arithmetic only; which coefficient belongs to which step is `dag.schedule`'s business.
+Owns the arithmetic only; which coefficient belongs to which step is `dag.chain.schedule`'s business.
 
 Shapes: B samples, then any latent dims (C, H, W for images).
 """

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from dag_kernels import reference
-from dag_kernels.dispatch import Kernels, is_interpreted
+from dag_kernels.implementation import Kernels, is_interpreted
 from dag_kernels.specs import OPS, Inputs, OpSpec
 
 Named = dict[str, Tensor]

@@ -14,7 +14,7 @@ from dag.assets.build.clock import Clock
 from dag.assets.build.data import Dataset
 from dag.assets.build.truth import Targets, targets
 from dag.assets.build.vae import to_tensor
-from dag.fidelity import Judge, Verdict
+from dag.evaluation.judge import Judge, Verdict
 
 
 @dataclass(frozen=True)

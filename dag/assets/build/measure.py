@@ -14,8 +14,8 @@ from dag.assets.build.data import Dataset
 from dag.assets.build.judge import accuracy
 from dag.assets.build.truth import NAMES, targets
 from dag.assets.build.vae import psnr, reconstruct, to_tensor
-from dag.fidelity import COLOURS, COUNTS, NOUNS, SHAPES, Judge, expected, load_judge, noun_accuracy, plural
-from dag.prompt_sets import with_article
+from dag.evaluation.judge import COLOURS, COUNTS, NOUNS, SHAPES, Judge, expected, load_judge, noun_accuracy, plural
+from dag.recipe.prompt_sets import with_article
 
 SAMPLE_PROMPTS = (
     *(

@@ -15,8 +15,8 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageDraw
 
-from dag.fidelity import COLOURS, COUNTS, NOUNS, SHAPES, plural
-from dag.prompt_sets import with_article
+from dag.evaluation.judge import COLOURS, COUNTS, NOUNS, SHAPES, plural
+from dag.recipe.prompt_sets import with_article
 
 SIDE = 64
 _SPRITE_SIDE = 96

@@ -16,7 +16,7 @@ from dag.assets.build.data import Dataset
 from dag.assets.build.judge import blurred, judge_loss, mixed_batch
 from dag.assets.build.tokenizer import MAX_TOKENS
 from dag.assets.build.truth import caption_matches, targets
-from dag.fidelity import Judge, Verdict
+from dag.evaluation.judge import Judge, Verdict
 
 EMBEDDING = 96
 

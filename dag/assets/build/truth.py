@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from dag.assets.build.scenes import STYLES, TEXTURES, Scene
-from dag.fidelity import COLOURS, NOUNS, SHAPES
+from dag.evaluation.judge import COLOURS, NOUNS, SHAPES
 
 NAMES = (*NOUNS, *SHAPES)
 _IGNORE = -100

@@ -1,0 +1,242 @@
+"""Sampling P_F: chains of states with the scalars that training needs, and the images they end in.
+
+The noise of a sample depends on (seed, global sample id, step) alone, so a trajectory does not depend on the tile
+it was sampled in, beyond the float rounding of the network. States are rounded to the stored dtype *before* their
+log-probs are taken and before the next UNet call.
+
+Legend: N trajectories, B rows of a tile, T transitions.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from dag_kernels import SampledStep
+from torch import Tensor
+
+from dag.chain.policy import Policy, Prediction
+from dag.chain.schedule import INITIAL_NOISE, Schedule
+from dag.chain.trajectory import Trajectories, draw_noise
+from dag.recipe import ForwardLooking, Sampler, is_scored
+
+CHAIN_DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+
+
+class Score(Protocol):
+    """Rewards (B,) of images of some rows of a batch, which tell the prompts and sample ids.
+
+    `is_preview` is set for pictures of x0_hat, which may be scored less exactly than final ones (`dag.rewards`).
+    """
+
+    def __call__(self, images: Tensor, rows: Tensor, *, is_preview: bool = False) -> Tensor: ...
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Which trajectories to sample."""
+
+    prompt_id: Tensor
+    """(N,) int64 on the CPU."""
+    sample_id: Tensor
+    """(N,) int64 on the CPU, global."""
+
+    def tiles(self, size: int) -> Iterator["Batch"]:
+        for start in range(0, len(self.sample_id), size):
+            yield Batch(self.prompt_id[start : start + size], self.sample_id[start : start + size])
+
+    def tail(self, start: int) -> "Batch":
+        """Without the first `start`."""
+        return Batch(self.prompt_id[start:], self.sample_id[start:])
+
+
+@dataclass(frozen=True)
+class SampledTile:
+    """A tile before its rewards are known."""
+
+    chain: Tensor
+    """(T + 1, B, C, H, W)"""
+    log_pf: Tensor
+    """(B, T) sums"""
+    log_pb: Tensor
+    """(B, T) sums; of the pretrained model's P_F where that is the target's prior."""
+    x0_hat: dict[int, Tensor]
+    """(B, C, H, W) float32 at each scored step; empty without forward-looking."""
+    x_0: Tensor
+    """(B, C, H, W) float32, what is decoded."""
+
+
+@torch.no_grad()
+def sample_tile(
+    policy: Policy,
+    text: Tensor,
+    sample_id: Tensor,
+    seed: int,
+    sampler: Sampler,
+    looking: ForwardLooking | None = None,
+    has_prior: bool = False,
+    on_step: Callable[[], object] = lambda: None,
+) -> SampledTile:
+    """Denoise B samples.
+
+    Args:
+        text:      (B, S, D) prompt embeddings.
+        sample_id: (B,) int64.
+        looking:   keep each state's x0_hat as this section says; None keeps none.
+        has_prior: log P_F is to be balanced `against_prior`.
+        on_step:   called after each transition, for progress.
+    """
+    schedule = policy.schedule
+    # Once a tile: what a transition needs is on the device.
+    sample_id, text = sample_id.to(schedule.timesteps.device), text.to(schedule.timesteps.device)
+    x_t = first_state(policy, sample_id, seed, sampler)
+    chain, log_pf, log_pb, x0_hat = [x_t], [], [], {}
+    for k in range(schedule.num_transitions):
+        prediction = policy.predict(x_t, schedule.timesteps[k].expand(len(x_t)), text)
+        step = take_step(schedule, x_t, prediction, k, seed, sample_id, sampler)
+        if has_prior:
+            step = against_prior(policy, step, x_t, text, k)
+        log_pf.append(step.log_pf)
+        log_pb.append(step.log_pb)
+        if looking is not None and is_scored(k, schedule.num_transitions, looking.stride):
+            x0_hat[k] = clean_latents(schedule, step, x_t, prediction, k, looking)
+        chain.append(step.x_next)
+        x_t = step.x_next
+        on_step()
+    x_0 = last_latents(policy, x_t, text)
+    return SampledTile(torch.stack(chain), torch.stack(log_pf, 1), torch.stack(log_pb, 1), x0_hat, x_0)
+
+
+def first_state(policy: Policy, sample_id: Tensor, seed: int, sampler: Sampler) -> Tensor:
+    """x_T (B, C, H, W) in the chain's dtype; sample_id on the policy's device."""
+    noise = draw_noise(seed, sample_id, INITIAL_NOISE, policy.latent_shape, noise_dtype(sampler))
+    return noise.to(CHAIN_DTYPES[sampler.chain_dtype])
+
+
+def last_latents(policy: Policy, x_t: Tensor, text: Tensor) -> Tensor:
+    """What is decoded, (B, C, H, W) float32: the chain's end, or one deterministic step beyond it."""
+    final = policy.schedule.final
+    if final is None:
+        return x_t.float()
+    last = torch.full((len(x_t),), final.timestep, device=x_t.device)
+    return final(x_t, policy.predict(x_t, last, text).guided)
+
+
+@torch.no_grad()
+def take_step(
+    schedule: Schedule, x_t: Tensor, prediction: Prediction, k: int, seed: int, sample_id: Tensor, sampler: Sampler
+) -> SampledStep:
+    """One transition; in one pass, unless the recipe asks for a published deviation that the pass does not know."""
+    chain_dtype, drawn_in = CHAIN_DTYPES[sampler.chain_dtype], noise_dtype(sampler)
+    if drawn_in == torch.float32 and sampler.log_pf_at == "stored":
+        rows, scale = prediction.rows, prediction.guidance_scale
+        return schedule.sampling_step(x_t, rows, k, seed, sample_id, scale, chain_dtype)
+    noise = draw_noise(seed, sample_id, k, tuple(x_t.shape[1:]), drawn_in)
+    exact = schedule.sample_next(x_t, prediction.guided, noise, k)
+    x_next = exact.to(chain_dtype)
+    evaluated_at = x_next if sampler.log_pf_at == "stored" else exact
+    log_pf = schedule.log_pf(x_t, evaluated_at, prediction.guided, k)
+    x0_hat = schedule.x0_hat(x_t.float(), prediction.guided, k)
+    return SampledStep(x_next, x0_hat, log_pf, schedule.log_pb(x_t, x_next, k))
+
+
+@torch.no_grad()
+def against_prior(policy: Policy, step: SampledStep, x_t: Tensor, text: Tensor, k: int) -> SampledStep:
+    """The step with log p_pre(x_next | x_t), (B,), of the pretrained model in the place of log P_B.
+
+        log F(x_t) + log P_F(x_next | x_t) = log F(x_next) + log p_pre(x_next | x_t),    log F(x_0) = beta r(x_0)
+
+    telescopes over a chain to P_F(chain | x_T) = p_pre(chain | x_T) exp(beta r(x_0)) / F(x_T): the target is what the
+    pretrained model samples, tilted by the reward, where with P_B it is exp(beta r) alone.
+    """
+    pretrained = policy.predict(x_t, policy.schedule.timesteps[k].expand(len(x_t)), text, pretrained=True)
+    return step._replace(log_pb=policy.schedule.log_pf(x_t, step.x_next, pretrained.guided, k))
+
+
+@torch.no_grad()
+def clean_latents(
+    schedule: Schedule, step: SampledStep, x_t: Tensor, prediction: Prediction, k: int, looking: ForwardLooking
+) -> Tensor:
+    """The x0_hat that the recipe scores: the step's own, or a published form of it."""
+    if looking.prediction == "guided" and looking.coefficients == "fp32":
+        return step.x0_hat
+    return look_ahead(schedule, x_t, prediction.guided, prediction.conditional, k, looking)
+
+
+def look_ahead(
+    schedule: Schedule,
+    x_t: Tensor,
+    output_guided: Tensor,
+    output_conditional: Tensor,
+    k: int,
+    looking: ForwardLooking,
+) -> Tensor:
+    """x0_hat (B, C, H, W) float32 of step k as a recipe's `forward_looking` section defines it."""
+    output = output_guided if looking.prediction == "guided" else output_conditional
+    if looking.coefficients == "fp32":
+        return schedule.x0_hat(x_t.float(), output, k)
+    x0_x, x0_output = schedule.x0_in_bfloat16[k]
+    return x0_x * x_t.float() + x0_output * output
+
+
+@torch.no_grad()
+def score_tile(
+    policy: Policy, tile: SampledTile, score: Score, on_image: Callable[[], object] = lambda: None
+) -> tuple[Tensor | None, Tensor, Tensor]:
+    """((B, T) rewards of x0_hat or None, (B,) rewards of x_0, images (B, 3, H, W)).
+
+    A step that was not scored itself carries the newest reward before it.
+    """
+    rows = torch.arange(len(tile.x_0))
+    looking: list[Tensor] = []
+    for k in range(tile.log_pf.shape[1] if tile.x0_hat else 0):
+        if k in tile.x0_hat:
+            looking.append(score(policy.preview(tile.x0_hat[k]), rows, is_preview=True))
+            on_image()
+        else:
+            looking.append(looking[-1])
+    images = policy.decode(tile.x_0)
+    reward = score(images, rows)
+    on_image()
+    return torch.stack(looking, 1) if looking else None, reward, images
+
+
+def assemble(
+    tile: SampledTile, looking: Tensor | None, reward: Tensor, batch: Batch, seed: int, sampler: Sampler
+) -> Trajectories:
+    """A scored tile's scalars, on its device; its chain goes to the `ChainStore`."""
+    device = tile.chain.device
+    return Trajectories(
+        chain=tile.chain.new_empty(0),
+        log_pf=tile.log_pf,
+        log_pb=tile.log_pb,
+        looking=None if looking is None else looking.to(device),
+        reward=reward.to(device),
+        prompt_id=batch.prompt_id,
+        sample_id=batch.sample_id.to(device),
+        seed=seed,
+        noise_dtype=noise_dtype(sampler),
+    )
+
+
+def generate(
+    policy: Policy,
+    text: Tensor,
+    sample_id: Sequence[int] | Tensor,
+    seed: int,
+    sampler: Sampler,
+    tile: int | None = None,
+    on_tile: Callable[[], object] = lambda: None,
+) -> Tensor:
+    """(N, 3, H, W) images in [0, 1] for (N, S, D) embeddings, by the sampler that training uses; `tile` at a time."""
+    ids, tile = torch.as_tensor(sample_id, dtype=torch.int64), tile or sampler.tile
+    images = []
+    for part, part_ids in zip(text.split(tile), ids.split(tile), strict=True):
+        images.append(policy.decode(sample_tile(policy, part, part_ids, seed, sampler).x_0).cpu())
+        on_tile()
+    return torch.cat(images)
+
+
+def noise_dtype(sampler: Sampler) -> torch.dtype:
+    """Of the injected noise."""
+    return torch.bfloat16 if sampler.noise_dtype == "bf16" else torch.float32

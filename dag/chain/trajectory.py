@@ -1,0 +1,171 @@
+"""What is stored of a rollout, and how the rest is recomputed from it.
+
+A trajectory keeps its chain of states, a seed and a few scalars per step. The noise follows from the seed, and
+the network's output at sampling time from two states and the noise, so neither is stored. The state *is* the
+rounded stored value: log-probs are evaluated there and the next UNet call sees it.
+
+Legend: N trajectories, T transitions.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, fields, replace
+from typing import Any
+
+import torch
+from dag_kernels import standard_normal
+from torch import Tensor
+
+from dag.chain.schedule import Schedule
+
+Rows = slice | Tensor
+"""Some of a batch's trajectories: a run of them, which needs no index on the device, or their indices (B,)."""
+
+
+def count(rows: Rows) -> int:
+    """B"""
+    return rows.stop - rows.start if isinstance(rows, slice) else len(rows)
+
+
+def cut(rows: Rows, size: int) -> list[Rows]:
+    """The rows in parts of at most `size`."""
+    if isinstance(rows, Tensor):
+        return list(rows.split(size))
+    starts = range(rows.start, rows.stop, size)
+    return [slice(start, min(start + size, rows.stop)) for start in starts]
+
+
+def on_cpu(rows: Rows) -> Rows:
+    """The same rows, to index what is in CPU memory."""
+    return rows.cpu() if isinstance(rows, Tensor) else rows
+
+
+@dataclass(frozen=True)
+class Trajectories:
+    """N chains of one rollout. Log-probs are sums over latent dims, float32."""
+
+    chain: Tensor
+    """(T + 1, N, C, H, W) in the stored dtype, noisiest first; perhaps in CPU memory, and (0,) if nothing was kept."""
+    log_pf: Tensor
+    """(N, T) at sampling time."""
+    log_pb: Tensor
+    """(N, T); of the pretrained model's P_F where that is the target's prior (`dag.chain.rollout.against_prior`)."""
+    looking: Tensor | None
+    """(N, T) raw reward of x0_hat at each state, or None if nothing was scored."""
+    reward: Tensor
+    """(N,) raw reward of the final image."""
+    prompt_id: Tensor
+    """(N,) int64 on the CPU."""
+    sample_id: Tensor
+    """(N,) int64, global over epochs: with the seed and k it determines all noise."""
+    seed: int
+    noise_dtype: torch.dtype = torch.float32
+
+    @property
+    def num_trajectories(self) -> int:
+        return len(self.sample_id)
+
+    @property
+    def bytes_per_trajectory(self) -> float:
+        """Of everything stored."""
+        stored = [getattr(self, field.name) for field in fields(self)]
+        return sum(value.nbytes for value in stored if isinstance(value, Tensor)) / self.num_trajectories
+
+    def without_chain(self) -> "Trajectories":
+        return replace(self, chain=self.chain.new_empty(0))
+
+    def to(self, device: torch.device) -> "Trajectories":
+        """Scalars on the policy's device; prompts stay on the CPU, and the chain where it is."""
+        return replace(
+            self,
+            log_pf=self.log_pf.to(device),
+            log_pb=self.log_pb.to(device),
+            looking=None if self.looking is None else self.looking.to(device),
+            reward=self.reward.to(device),
+            sample_id=self.sample_id.to(device),
+        )
+
+    def states(self, k: int | Tensor, rows: Rows) -> Tensor:
+        """(B, C, H, W) of step k on the device of the scalars; k an int, or (B,) beside indices."""
+        place = self.chain.device
+        k = k.to(place) if isinstance(k, Tensor) else k
+        rows = rows.to(place) if isinstance(rows, Tensor) else rows
+        return self.chain[k, rows].to(self.log_pf.device)
+
+    def noise(self, rows: Rows, k: int) -> Tensor:
+        """(B, C, H, W) float32: the noise that led from state k to k + 1."""
+        return draw_noise(self.seed, self.sample_id[rows], k, tuple(self.chain.shape[2:]), self.noise_dtype)
+
+    def output_old(self, schedule: Schedule, rows: Rows, k: int) -> Tensor:
+        """(B, C, H, W) float32: the guided network output at sampling time, up to the rounding of the chain."""
+        return schedule.output_of(self.states(k, rows), self.states(k + 1, rows), self.noise(rows, k), k)
+
+
+class ChainStore:
+    """One buffer for a rollout's chains, filled tile by tile; on the CPU pinned, and copied to beside the sampling.
+
+    Args:
+        num_states: T + 1.
+        place:      where the buffer is.
+        source:     where tiles are sampled.
+    """
+
+    def __init__(self, num_states: int, num_trajectories: int, place: torch.device, source: torch.device) -> None:
+        self.num_states, self.num_trajectories, self.place, self.source = num_states, num_trajectories, place, source
+        self.chain: Tensor | None = None
+        self.filled = 0
+        self.stream: torch.cuda.Stream | None = None
+
+    def put(self, tile: Tensor) -> None:
+        """The next B trajectories, (T + 1, B, C, H, W)."""
+        if self.chain is None:
+            shape = (self.num_states, self.num_trajectories, *tile.shape[2:])
+            is_far = self.source.type == "cuda" and self.place.type == "cpu"
+            self.chain = torch.empty(shape, dtype=tile.dtype, device=self.place, pin_memory=is_far)
+            self.stream = torch.cuda.Stream(self.source) if is_far else None
+        target = self.chain[:, self.filled : self.filled + tile.shape[1]]
+        self.filled += tile.shape[1]
+        if self.stream is None or tile.device.type == "cpu":
+            target.copy_(tile)
+            return
+        self.stream.wait_stream(torch.cuda.current_stream(tile.device))
+        with torch.cuda.stream(self.stream):
+            # State by state: only where both ends are contiguous is a copy to pinned memory asynchronous.
+            for state, place in zip(tile, target, strict=True):
+                place.copy_(state, non_blocking=True)
+        # The allocator must not hand the tile out while it is being read.
+        tile.record_stream(self.stream)
+
+    def emptied(self) -> "ChainStore":
+        """A fresh one of the same kind."""
+        return ChainStore(self.num_states, self.num_trajectories, self.place, self.source)
+
+    def so_far(self) -> Tensor | None:
+        """(T + 1, filled, C, H, W), or None before the first tile."""
+        if self.stream is not None:
+            self.stream.synchronize()
+        return None if self.chain is None else self.chain[:, : self.filled]
+
+    def finish(self) -> Tensor:
+        """(T + 1, N, C, H, W), complete."""
+        assert self.chain is not None and self.filled == self.num_trajectories
+        if self.stream is not None:
+            self.stream.synchronize()
+        return self.chain
+
+
+def draw_noise(seed: int, sample_id: Tensor, k: int, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+    """Counter-based noise, rounded to `dtype` (the published code draws it in bfloat16), as float32."""
+    return standard_normal(seed, sample_id, k, shape).to(dtype).float()
+
+
+def concatenate(parts: Sequence[Trajectories], chain: Tensor | None = None) -> Trajectories:
+    """One batch of several; `chain` is theirs if it is together already."""
+    first = parts[0]
+    if chain is None:
+        chain = torch.cat([part.chain for part in parts], dim=1) if first.chain.ndim > 1 else first.chain
+    joined: dict[str, Any] = {
+        field.name: torch.cat([getattr(part, field.name) for part in parts])
+        for field in fields(Trajectories)
+        if field.name != "chain" and isinstance(getattr(first, field.name), Tensor)
+    }
+    return Trajectories(**{"looking": None, **joined}, chain=chain, seed=first.seed, noise_dtype=first.noise_dtype)

@@ -1,0 +1,122 @@
+"""FLOP of one transition of one sample, by way of training, counted on the meta device: no weights and no GPU.
+
+FLOP = 2 x multiply-adds of convolutions, matrix products and attention. Legend: T transitions.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
+
+from dag.costs.live_bytes import as_on_cuda
+from dag.costs.memory import META, Simulation
+from dag.costs.reward_networks import architecture
+from dag.recipe import Recipe, is_scored
+from dag.recipe.reward_sections import Tower
+
+Work = dict[str, float]
+
+_ATEN = torch.ops.aten
+
+
+def _attention(
+    query: torch.Size, key: torch.Size, value: torch.Size, *others: Any, out_shape: Any, **options: Any
+) -> int:
+    return int(sdpa_flop_count(query, key, value))
+
+
+def _attention_backward(
+    grad: torch.Size,
+    query: torch.Size,
+    key: torch.Size,
+    value: torch.Size,
+    *others: Any,
+    out_shape: Any,
+    **options: Any,
+) -> int:
+    return int(sdpa_backward_flop_count(grad, query, key, value))
+
+
+def _added_product(
+    total: torch.Size, a: torch.Size, b: torch.Size, *others: Any, out_shape: Any, **options: Any
+) -> int:
+    return 2 * a[0] * a[1] * b[1]
+
+
+# torch 2.13 takes these for nothing: a CPU's attention, and a matrix product added in place.
+_UNCOUNTED = {
+    _ATEN._scaled_dot_product_flash_attention_for_cpu: _attention,
+    _ATEN._scaled_dot_product_flash_attention_for_cpu_backward: _attention_backward,
+    _ATEN.addmm_: _added_product,
+}
+
+
+def counter() -> FlopCounterMode:
+    """Counts the FLOP of what runs under it."""
+    return FlopCounterMode(display=False, custom_mapping=_UNCOUNTED)
+
+
+def of_recipe(recipe: Recipe) -> Work:
+    """GFLOP by kind: sampling and training the UNet, pictures, rewards, flow."""
+    made = Simulation(recipe)
+    shown = _Counts(made)
+    looking, T = made.looking, made.T
+    scored = 0.0
+    if looking is not None and looking.source == "rollout":
+        scored = sum(is_scored(k, T, looking.stride) for k in range(T)) / T
+    return {
+        "sampling": 0.0 if made.is_one_pass else shown.guided,
+        "training": shown.trained,
+        "extra UNet passes": 0.0,
+        "decodes": scored * shown.preview + shown.decode / T,
+        "rewards": (scored + 1 / T) * shown.reward,
+        "flow": shown.flow,
+    }
+
+
+def of_published(recipe: Recipe) -> Work:
+    """GFLOP of what `dag.costs.published_work` does, without the checkpointing that the published code does not have."""
+    recipe = recipe.model_copy(update={"memory": recipe.memory.model_copy(update={"checkpointing": "none"})})
+    made = Simulation(recipe)
+    shown, T = _Counts(made), made.T
+    return {
+        "sampling": shown.guided,
+        "training": shown.trained,
+        "extra UNet passes": 2 * shown.conditional,
+        "decodes": (2 + 1 / T) * shown.decode,
+        "rewards": (2 + 1 / T) * shown.reward,
+        "flow": 2 * shown.flow,
+    }
+
+
+class _Counts:
+    """GFLOP of each building block, of one sample."""
+
+    def __init__(self, made: Simulation) -> None:
+        x_t, rows, policy = made.state(1), (made.timestep(1), made.text(1)), made.policy
+        self.conditional = _gflop(lambda: policy.predict(x_t, *rows, unguided=True), grad=False)
+        self.guided = _gflop(lambda: policy.predict(x_t, *rows), grad=False)
+        self.trained = _gflop(lambda: policy.predict(x_t, *rows).rows.sum().backward())
+        self.decode = _gflop(lambda: policy.decode(x_t.float()), grad=False)
+        self.preview = _gflop(lambda: policy.preview(x_t.float()), grad=False)
+        self.flow = 0.0 if made.flow is None else _gflop(lambda: _summed(made.log_F(x_t)).backward())
+        self.reward = sum(_tower(term.name) for term in made.recipe.reward if isinstance(term, Tower))
+
+
+def _summed(value: torch.Tensor | None) -> torch.Tensor:
+    assert value is not None
+    return value.sum()
+
+
+def _tower(name: str) -> float:
+    with META:
+        _, score, size = architecture(name)
+        pixels = torch.empty(1, 3, size, size)
+    return _gflop(lambda: score(pixels), grad=False)
+
+
+def _gflop(call: Callable[[], object], grad: bool = True) -> float:
+    with counter() as counted, as_on_cuda(), torch.set_grad_enabled(grad):
+        call()
+    return counted.get_total_flops() / 1e9

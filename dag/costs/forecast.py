@@ -1,0 +1,73 @@
+"""Does a recipe fit, and what would make it fit: what `--plan` and `memory.budget_gib` say of `dag.costs.memory`."""
+
+from collections.abc import Iterator
+
+from dag.costs.live_bytes import GIB
+from dag.costs.memory import Forecast, Simulation
+from dag.errors import UsageError
+from dag.recipe import Recipe
+
+_WORTH_NAMING = 0.98
+
+
+def forecast(recipe: Recipe) -> Forecast:
+    """The memory that a recipe will need on the policy's device."""
+    return Simulation(recipe).forecast()
+
+
+# What to try where a recipe does not fit, in the order of what it costs: (key, value).
+LEVERS: tuple[tuple[str, str, object], ...] = (
+    ("memory", "checkpointing", "selective"),
+    ("memory", "checkpointing", "full"),
+    ("train", "optimizer", "adamw8bit"),
+    ("memory", "chains", "cpu"),
+    ("memory", "offload_vae", True),
+    ("memory", "decode_batch", 1),
+    ("train", "micro_batch", 1),
+    ("sampler", "tile", 1),
+    ("memory", "base", "nf4"),
+)
+
+
+def savings(recipe: Recipe, now: Forecast) -> Iterator[tuple[str, int]]:
+    """(key=value, peak bytes with it) of each lever that is not pulled and would alone lower the peak by 2 %."""
+    highest, enough = max(now.phases, key=lambda phase: now.phases[phase]), _WORTH_NAMING * now.peak
+    for section, key, value in LEVERS:
+        is_kept_from = recipe.train.rollout == "one_pass" and key in ("chains", "offload_vae")
+        if getattr(getattr(recipe, section), key) == value or is_kept_from:
+            continue
+        if key == "base" and recipe.adapter.kind == "full":
+            continue
+        changed = recipe.model_copy(update={section: getattr(recipe, section).model_copy(update={key: value})})
+        simulation = Simulation(changed)
+        # A lever that leaves the highest phase high need not be followed through the others.
+        if simulation.peak(highest) < enough and (peak := simulation.forecast().peak) < enough:
+            yield f"{section}.{key}={str(value).lower()}", peak
+
+
+def describe(recipe: Recipe) -> Iterator[str]:
+    """Lines of `--plan`, as they are found."""
+    found = forecast(recipe)
+    parts = ", ".join(f"{kind} {size / GIB:.2f}" for kind, size in found.standing.items() if size >= 0.005 * GIB)
+    yield f"memory        {found.peak / GIB:.2f} GiB at the peak, without the GPU's own context of some hundred MiB" + (
+        " (taken for an SD 1.5)" if found.is_assumed else ""
+    )
+    yield f"standing      {parts or 'under 0.01'} GiB"
+    yield "phases        " + ", ".join(f"{phase} {size / GIB:.2f}" for phase, size in found.phases.items()) + " GiB"
+    for lever, peak in savings(recipe, found):
+        yield f"would save    {lever}: {peak / GIB:.2f} GiB at the peak"
+
+
+def check_budget(recipe: Recipe) -> None:
+    """Raises UsageError if the recipe is predicted to need more than its `memory.budget_gib`."""
+    budget = recipe.memory.budget_gib
+    if budget is None:
+        return
+    found = forecast(recipe)
+    if found.peak > budget * GIB:
+        phase = max(found.phases, key=lambda name: found.phases[name])
+        levers = [f"{lever} ({peak / GIB:.2f})" for lever, peak in savings(recipe, found)]
+        raise UsageError(
+            f"memory.budget_gib={budget:g}: the {phase} is predicted to need {found.peak / GIB:.2f} GiB; "
+            + (f"levers, each alone: {', '.join(levers)}" if levers else "no lever would lower that")
+        )

@@ -1,0 +1,105 @@
+"""What an epoch of a recipe's loop spends its time on: the kernels of a GPU, or the operators of a CPU."""
+
+import time
+from collections import defaultdict
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+import torch
+from torch.autograd import DeviceType
+from torch.profiler import ProfilerActivity, profile
+
+from dag.costs.train_step import Row, epoch_of, timed_epoch, trainer_of
+from dag.errors import RunError
+from dag.recipe import Recipe
+
+_TOP = 10
+# Names of templated kernels fill pages.
+_LONGEST_NAME = 100
+
+
+def rows(recipe: Recipe, device: torch.device) -> Iterator[Row]:
+    """The ten kernels (on a CPU operators) that took most of an epoch, then the share of it in which the GPU did nothing.
+
+    One epoch warms up, one is timed, one is recorded: recording slows the CPU down, so the GPU's busy time is held against
+    the epoch that was not recorded.
+    """
+    is_gpu = device.type == "cuda"
+    with trainer_of(recipe, device) as trainer:
+        epoch = epoch_of("profile", recipe, trainer)
+        timed_epoch(epoch, trainer)
+        seconds = timed_epoch(epoch, trainer)["total"]
+        with profile(activities=[ProfilerActivity.CUDA if is_gpu else ProfilerActivity.CPU]) as recorded:
+            timed_epoch(epoch, trainer)
+    start = time.perf_counter()
+    if is_gpu:
+        kernels = [event for event in recorded.events() or () if _is_kernel(event)]
+        if not kernels:
+            raise RunError("the profiler saw no kernel: may this user read the GPU's counters?")
+        yield from _shown(_top((event.name, _span(event)) for event in kernels))
+        yield from _shown([_idle(busy_us([_span(event) for event in kernels]), seconds)])
+    else:
+        operators = recorded.key_averages()
+        yield from _shown(_top_of_cpu(operators))
+        yield from _shown([{"label": "GPU idle", "error": "there is no GPU"}])
+    print(f"an epoch took {seconds:.2f} s, reading its profile {time.perf_counter() - start:.1f} s", flush=True)
+
+
+def _shown(found: Iterable[Row]) -> Iterator[Row]:
+    for row in found:
+        if "error" in row:
+            print(f"{row['label']}: not measured, {row['error']}", flush=True)
+        else:
+            print(f"{row['percent']:5.1f} %  {row['ms']:9.2f} ms  {row['calls']:6} x  {row['label']}", flush=True)
+        yield row
+
+
+def _is_kernel(event: Any) -> bool:
+    """Work of the GPU; the names that code gives to its phases are laid over it as if they were work too."""
+    return event.device_type == DeviceType.CUDA and not getattr(event, "is_user_annotation", False)
+
+
+def _span(event: Any) -> tuple[float, float]:
+    """(start, end) in microseconds."""
+    return event.time_range.start, event.time_range.end
+
+
+def _top(spans: Iterable[tuple[str, tuple[float, float]]]) -> list[Row]:
+    """The kernels with the longest time in sum; `percent` is of the time of all."""
+    took, calls = defaultdict[str, float](float), defaultdict[str, int](int)
+    for name, (start, end) in spans:
+        took[name] += end - start
+        calls[name] += 1
+    return _largest([(name, calls[name], us) for name, us in took.items()])
+
+
+def _top_of_cpu(operators: Iterable[Any]) -> list[Row]:
+    return _largest([(operator.key, operator.count, operator.self_cpu_time_total) for operator in operators])
+
+
+def _largest(found: list[tuple[str, int, float]]) -> list[Row]:
+    total = sum(us for *_, us in found) or 1.0
+    largest = sorted(found, key=lambda one: one[2], reverse=True)[:_TOP]
+    return [
+        {
+            "label": name[:_LONGEST_NAME],
+            "calls": calls,
+            "ms": round(us / 1e3, 3),
+            "percent": round(100 * us / total, 1),
+        }
+        for name, calls, us in largest
+    ]
+
+
+def busy_us(spans: list[tuple[float, float]]) -> float:
+    """Microseconds in which at least one of the spans runs."""
+    busy, until = 0.0, float("-inf")
+    for start, end in sorted(spans):
+        busy += max(0.0, end - max(start, until))
+        until = max(until, end)
+    return busy
+
+
+def _idle(busy: float, seconds: float) -> Row:
+    idle = max(0.0, 1e3 * seconds - busy / 1e3)
+    return {"label": "GPU idle", "calls": 1, "ms": round(idle, 3), "percent": round(idle / seconds / 10, 1)}

@@ -1,0 +1,106 @@
+"""The amount of work that the published code does for an epoch, with our own parts: the yardstick of `dag.bench`.
+
+Per transition and trained row: one pass of both branches forward and backward, two more conditional forward passes for
+x0_hat(x_t) and x0_hat(x_next), two decodes, two rewards and two flow evaluations; every state is scored twice, and the
+rollout's states, next states and predictions are stored in bfloat16. Plain PyTorch throughout. Nothing is learnt here
+that the trainer could not learn: only the work counts.
+
+Legend: B rows, N trajectories, T transitions.
+"""
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+
+import torch
+from dag_kernels import residual, with_rewarded_end
+from torch import Tensor
+
+from dag.chain.rollout import Batch, Score, first_state, last_latents, noise_dtype
+from dag.chain.trajectory import draw_noise
+from dag.recipe import Recipe
+from dag.training.build import Parts
+
+Timer = Callable[[str], AbstractContextManager[None]]
+
+
+@dataclass(frozen=True)
+class _Stored:
+    """A tile's triples, (T, B, C, H, W) in bfloat16 each, and its rewards (B,)."""
+
+    batch: Batch
+    x_t: Tensor
+    x_next: Tensor
+    output: Tensor
+    reward: Tensor
+
+
+class Published:
+    """Epochs of the published loop: sample and store, then one update over every transition."""
+
+    def __init__(self, recipe: Recipe, parts: Parts, scorer: Callable[[Batch], Score]) -> None:
+        self.recipe, self.parts, self.scorer = recipe, parts, scorer
+        self.policy, self.learner = parts.policy, parts.learner
+        self.schedule, self.device = self.policy.schedule, parts.learner.device
+
+    def epoch(self, batch: Batch, timed: Timer) -> None:
+        tiles = [self._sample(tile, timed) for tile in batch.tiles(self.recipe.sampler.tile)]
+        with timed("update"):
+            for stepper in self.learner.updates.steppers():
+                stepper.zero_grad()
+            for tile in tiles:
+                self._backward_all(tile, len(batch.sample_id))
+            for stepper in self.learner.updates.steppers():
+                stepper.step()
+
+    @torch.no_grad()
+    def _sample(self, batch: Batch, timed: Timer) -> _Stored:
+        with timed("sample"):
+            text, ids = self.parts.text[batch.prompt_id], batch.sample_id.to(self.device)
+            x_t, triples = first_state(self.policy, ids, self.recipe.seed, self.recipe.sampler), []
+            for k in range(self.schedule.num_transitions):
+                output = self.policy.predict(x_t, self._t(k, len(x_t)), text).guided
+                drawn = noise_dtype(self.recipe.sampler)
+                noise = draw_noise(self.recipe.seed, ids, k, tuple(x_t.shape[1:]), drawn)
+                x_next = self.schedule.sample_next(x_t, output, noise, k)
+                self.schedule.log_pf(x_t, x_next, output, k)
+                triples.append(tuple(x.bfloat16() for x in (x_t, x_next, output)))
+                x_t = x_next
+        with timed("reward"):
+            images = self.policy.decode(last_latents(self.policy, x_t, text))
+            reward = self.scorer(batch)(images, torch.arange(len(ids)))
+        stored = [torch.stack(column) for column in zip(*triples, strict=True)]
+        return _Stored(batch, stored[0], stored[1], stored[2], reward.to(self.device))
+
+    def _backward_all(self, tile: _Stored, num_trajectories: int) -> None:
+        for rows in torch.arange(len(tile.reward)).split(self.recipe.train.micro_batch):
+            for k in range(self.schedule.num_transitions):
+                self._backward(tile, rows, k, num_trajectories)
+
+    def _backward(self, tile: _Stored, rows: Tensor, k: int, num_trajectories: int) -> None:
+        """One micro-batch of one step."""
+        x_t, x_next = tile.x_t[k, rows].float(), tile.x_next[k, rows].float()
+        text = self.parts.text[tile.batch.prompt_id[rows]]
+        is_last = torch.full((len(rows),), k == self.schedule.num_transitions - 1, device=self.device)
+        output = self.policy.predict(x_t, self._t(k, len(rows)), text).guided
+        log_pf = self.schedule.log_pf(x_t, x_next, output, k)
+        following = min(k + 1, self.schedule.num_transitions - 1)
+        log_F = self._log_F(tile, rows, x_t, k, text)
+        log_F_next = with_rewarded_end(self._log_F(tile, rows, x_next, following, text), tile.reward[rows], is_last)
+        delta = residual(log_F, log_pf, self.schedule.log_pb(x_t, x_next, k), log_F_next) / x_t[0].numel()
+        pull = (output - tile.output[k, rows].float()).square().flatten(1).mean(1)
+        loss = (delta.square() + pull).sum() / (num_trajectories * self.schedule.num_transitions)
+        self.learner.updates.stepper.backward(loss)
+
+    def _log_F(self, tile: _Stored, rows: Tensor, x_t: Tensor, k: int, text: Tensor) -> Tensor:
+        """Flow and reward of x0_hat at one end of a transition."""
+        assert self.learner.flow_fit is not None
+        with torch.no_grad():
+            conditional = self.policy.predict(x_t, self._t(k, len(rows)), text, unguided=True).conditional
+            x0_hat = self.schedule.x0_hat(x_t, conditional.float(), k)
+            reward = self.scorer(tile.batch)(self.policy.decode(x0_hat), rows).to(self.device)
+        ks = torch.full((len(rows),), k, device=self.device)
+        return self.learner.flow_fit.log_F_tilde_at(x_t, tile.batch.prompt_id[rows], ks) + reward
+
+    def _t(self, k: int, rows: int) -> Tensor:
+        return self.schedule.timesteps[k].expand(rows)

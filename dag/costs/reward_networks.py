@@ -1,0 +1,37 @@
+"""The memory of a reward's network, from its architecture alone; nothing is loaded."""
+
+from dataclasses import dataclass
+
+import torch
+
+from dag.costs.live_bytes import peak_of
+from dag.recipe.reward_sections import RewardTerm, Tower
+from dag.rewards.clip import DTYPES
+from dag.rewards.stand_in import architecture
+
+
+@dataclass(frozen=True)
+class Footprint:
+    """Bytes on the reward's device."""
+
+    weights: int
+    activations: int
+    """Beyond the weights, at the peak of one forward pass of `max_batch` pictures."""
+
+
+def footprint(term: RewardTerm) -> Footprint:
+    """Of the published network of this name; of one from elsewhere only if it has that architecture."""
+    if not isinstance(term, Tower):
+        return Footprint(0, 0)
+    dtype = DTYPES[term.dtype]
+    with torch.device("meta"):
+        towers, score, size = architecture(term.name)
+        pixels = torch.empty(term.max_batch, 3, size, size, dtype=dtype)
+    weights = [p for tower in towers for p in tower.to(dtype).parameters()]
+
+    def forward() -> None:
+        with torch.no_grad():
+            score(pixels)
+
+    total = sum(weight.nbytes for weight in weights)
+    return Footprint(total, peak_of(forward, [*weights, pixels]) - total)

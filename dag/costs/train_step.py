@@ -1,0 +1,149 @@
+"""One row of the bench: a recipe's own training loop, or the published one, timed and counted."""
+
+import functools
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from dag.chain.policy import Reward
+from dag.costs import flops
+from dag.costs.forecast import forecast
+from dag.costs.live_bytes import GIB, LiveBytes
+from dag.costs.published_work import Published
+from dag.recipe import Recipe
+from dag.recipe.reward_sections import RewardTerm, Tower
+from dag.rewards import RewardSum, build_term
+from dag.run.folder import RunFolder
+from dag.run.meter import Ledger
+from dag.training.build import build
+from dag.training.trainer import Trainer
+
+Row = dict[str, Any]
+
+LITERAL = "published amount of work"
+
+
+def measure(label: str, recipe: Recipe, device: torch.device, repeats: int, is_predicted: bool = True) -> Row:
+    """One row: an untimed epoch, in which FLOP are counted, then `repeats` timed ones.
+
+    Args:
+        is_predicted: also the peak that `--plan` would print, which takes seconds of a CPU.
+    """
+    with trainer_of(recipe, device) as trainer:
+        parts, epoch = trainer.parts, epoch_of(label, recipe, trainer)
+        flop, counted = _counted_epoch(epoch, trainer, device)
+        if recipe.memory.compile:
+            timed_epoch(epoch, trainer)  # nothing is compiled while it is counted
+        runs = [timed_epoch(epoch, trainer) for _ in range(repeats)]
+        memory = _peak(trainer.ledger, device)
+    count = recipe.train.trajectories * parts.policy.schedule.num_transitions
+    middle = sorted(runs, key=lambda seconds: seconds["total"])[len(runs) // 2]
+    row: Row = {
+        "label": label,
+        "micro_batch": parts.learner.updates.micro_batch,
+        **{
+            f"ms_{phase}": round(1e3 * seconds / count, 3) for phase, seconds in middle.items() if phase != "evaluation"
+        },
+        "ms_total_spread": [round(1e3 * run["total"] / count, 3) for run in runs],
+        "trajectories_per_hour": round(3600 * recipe.train.trajectories / middle["total"], 1),
+        "gflop_per_transition": round(flop / count / 1e9, 3),
+        "tflop_per_second": round(flop / middle["total"] / 1e12, 4),
+        "utilisation": round(flop / middle["total"] / _matmul_flop_per_second(device, parts.policy.dtype), 4),
+        **{name: round(size / GIB, 4) for name, size in (memory | counted).items()},
+    }
+    if is_predicted and label != LITERAL:
+        # At the micro-batch that it came down to, where the card was too small for the recipe's.
+        train = recipe.train.model_copy(update={"micro_batch": parts.learner.updates.micro_batch})
+        row["predicted_gib"] = round(_predicted(recipe.model_copy(update={"train": train})), 4)
+    return row
+
+
+@contextmanager
+def trainer_of(recipe: Recipe, device: torch.device) -> Iterator[Trainer]:
+    """A trainer of the recipe that needs no download, in a run folder that is gone afterwards."""
+    with tempfile.TemporaryDirectory() as folder:
+        reward = RewardSum(recipe.reward, device, build=without_download)
+        parts = build(recipe, device, warn=_warn, reward=reward)
+        yield Trainer(recipe, RunFolder.create(Path(folder) / "run"), parts)
+
+
+def _warn(text: str) -> None:
+    """Out of memory is worth a line; prompts that are cut are not."""
+    if "memory" in text:
+        print(text, flush=True)
+
+
+def _predicted(recipe: Recipe) -> float:
+    """Without the evaluation, which no row runs."""
+    return max(size for name, size in forecast(recipe).phases.items() if name != "evaluation") / GIB
+
+
+def epoch_of(label: str, recipe: Recipe, trainer: Trainer) -> Callable[[], object]:
+    """One epoch of the recipe's loop, or of the published one."""
+    if label == LITERAL:
+        published = Published(recipe, trainer.parts, trainer.tile_scorer)
+        return lambda: published.epoch(trainer.batch(0), trainer.ledger.timed)
+    if trainer.is_one_pass(0):
+        return lambda: trainer.one_pass(0)
+    return lambda: trainer.update(trainer.sample(0), 0)
+
+
+def timed_epoch(epoch: Callable[[], object], trainer: Trainer) -> dict[str, float]:
+    """Seconds by phase, and in total."""
+    trainer.ledger.start_epoch()
+    _synchronise()
+    start = time.perf_counter()
+    epoch()
+    _synchronise()
+    return {**trainer.ledger.seconds, "total": time.perf_counter() - start}
+
+
+def _counted_epoch(epoch: Callable[[], object], trainer: Trainer, device: torch.device) -> tuple[int, dict[str, int]]:
+    """(FLOP, peak bytes of tensors on a machine whose allocator does not tell)."""
+    with flops.counter() as counter:
+        epoch()
+    counted = {}
+    if device.type != "cuda":
+        with LiveBytes() as live:
+            live.include(trainer.parts.standing())
+            epoch()
+        counted["peak_tensors_gib"] = live.peak
+    return counter.get_total_flops(), counted
+
+
+@functools.cache
+def _matmul_flop_per_second(device: torch.device, dtype: torch.dtype) -> float:
+    """The best that a large matrix product reaches here, which stands for the machine's peak."""
+    side = 8192 if device.type == "cuda" else 1024
+    a, b = torch.randn(2, side, side, device=device).to(dtype)
+    best = float("inf")
+    for _ in range(10):
+        _synchronise()
+        start = time.perf_counter()
+        a @ b
+        _synchronise()
+        best = min(best, time.perf_counter() - start)
+    return 2 * side**3 / best
+
+
+def without_download(term: RewardTerm, device: torch.device) -> Reward:
+    """The reward, or its architecture where the weights would have to be fetched."""
+    if isinstance(term, Tower) and term.path is None:
+        term = term.model_copy(update={"path": "random"})
+    return build_term(term, device)
+
+
+def _synchronise() -> None:
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+
+
+def _peak(ledger: Ledger, device: torch.device) -> dict[str, int]:
+    """Of the last epoch; a process's resident memory on a CPU says little about a card, and is left out."""
+    ledger.read()
+    return {"peak_allocated_gib": ledger.in_use, "peak_reserved_gib": ledger.held} if device.type == "cuda" else {}

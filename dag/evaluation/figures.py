@@ -1,0 +1,246 @@
+"""Figures and tables of a study: curves with their spread over seeds, the trade-off of reward and diversity, one HTML page."""
+
+import base64
+import csv
+import html
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from dag.evaluation.curves import Rows, at_reward, ends, evaluated, trained
+
+_MOST_INSIDE = 4
+
+
+@dataclass(frozen=True)
+class Line:
+    """One method's runs."""
+
+    name: str
+    runs: tuple[Rows, ...]
+    """Rows of metrics.jsonl of every seed."""
+
+
+def common_reward(lines: Sequence[Line]) -> float | None:
+    """The highest fixed-evaluation reward that every run of every line reaches by training; None if a run gains none."""
+    curves = [[row["eval_reward_mean"] for row in evaluated(run)] for line in lines for run in line.runs]
+    level = min(map(max, curves))
+    return level if level > max(curve[0] for curve in curves) else None
+
+
+# -- tables -------------------------------------------------------------------------------------------------------
+
+
+def summary(lines: Sequence[Line]) -> list[dict[str, Any]]:
+    """One row a method: means over seeds, and their sd where it says so."""
+    level = common_reward(lines)
+    table = []
+    for line in lines:
+        first, last = ([ends(run)[i] for run in line.runs] for i in (0, 1))
+        finals = [evaluated(run)[-1] for run in line.runs]
+        seconds = [
+            sum(value for row in run for key, value in row.items() if key.startswith("seconds_")) for run in line.runs
+        ]
+        row: dict[str, Any] = {
+            "method": line.name,
+            "seeds": len(line.runs),
+            "reward_first": _mean(first),
+            "reward_last_quarter": _mean(last),
+            "reward_last_quarter_sd": _sd(last),
+            "eval_reward": _mean([final["eval_reward_mean"] for final in finals]),
+            "equal_reward": level,
+        }
+        for key in ("diversity", "fidelity_top1"):
+            row[key] = _mean([final.get(key) for final in finals])
+            row[f"{key}_at_equal_reward"] = _mean(
+                [None if level is None else at_reward(run, level, key) for run in line.runs]
+            )
+        row["trajectories"] = max(trained(run)[-1]["trajectories"] for run in line.runs)
+        row["updates"] = max(trained(run)[-1]["optimizer_step"] for run in line.runs)
+        row["seconds"] = _mean(seconds)
+        row["peak_memory_gib"] = _mean(list(map(_peak, line.runs)))
+        table.append(row)
+    return table
+
+
+def _mean(values: Sequence[float | None]) -> float | None:
+    """None if any value is missing: a mean over some seeds is another figure."""
+    known = [value for value in values if value is not None]
+    return float(np.mean(known)) if len(known) == len(values) else None
+
+
+def _peak(run: Rows) -> float | None:
+    """GiB; a resumed run starts to count anew."""
+    return max((row["peak_memory_gib"] for row in run if row.get("peak_memory_gib") is not None), default=None)
+
+
+def _sd(values: Sequence[float]) -> float | None:
+    return float(np.std(values, ddof=1)) if len(values) > 1 else None
+
+
+def markdown(table: Sequence[dict[str, Any]]) -> str:
+    names = list(table[0])
+    lines = ["| " + " | ".join(names) + " |", "|---" * len(names) + "|"]
+    return "\n".join([*lines, *("| " + " | ".join(_cell(row[name]) for name in names) + " |" for row in table)])
+
+
+def _cell(value: Any) -> str:
+    if value is None:
+        return ""
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
+
+
+def write_csv(rows: Sequence[dict[str, Any]], path: Path) -> None:
+    names = list(dict.fromkeys(name for row in rows for name in row))
+    with path.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, names)
+        writer.writeheader()
+        writer.writerows(rows)
+
+
+def curve_rows(lines: Sequence[Line]) -> Iterator[dict[str, Any]]:
+    """Every number of every epoch, by method and seed."""
+    for line in lines:
+        for seed, run in enumerate(line.runs):
+            for row in run:
+                numbers = {key: value for key, value in row.items() if isinstance(value, int | float) or value is None}
+                yield {"method": line.name, "seed": seed, **numbers}
+
+
+# -- figures ------------------------------------------------------------------------------------------------------
+
+
+def draw(lines: Sequence[Line], folder: Path) -> list[Path]:
+    """PNG and SVG of each figure; returns the PNG files."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from cycler import cycler
+    from matplotlib import pyplot
+
+    kinds: dict[str, Callable[[Any], None]] = {
+        "reward_by_trajectories": lambda axis: _curves(axis, lines, "trajectories", 0, "trajectories"),
+        # A rollout is drawn before its own updates.
+        "reward_by_updates": lambda axis: _curves(axis, lines, "optimizer_step", 1, "optimizer updates before"),
+        "reward_against_diversity": lambda axis: _trade_off(axis, lines, "diversity", "diversity within a prompt"),
+        "reward_against_fidelity": lambda axis: _trade_off(axis, lines, "fidelity_top1", "judged noun right"),
+        "time_and_memory": lambda axis: _costs(axis, lines),
+    }
+    # Where the colours are used up, the next dash begins.
+    looks = cycler(linestyle=["-", "--", ":"]) * matplotlib.rcParams["axes.prop_cycle"]
+    files = []
+    for name, plot in kinds.items():
+        figure, axis = pyplot.subplots(figsize=(6.4, 4.2))
+        axis.set_prop_cycle(looks)
+        plot(axis)
+        if axis.has_data():
+            figure.tight_layout()
+            files.append(folder / f"{name}.png")
+            for path in (files[-1], folder / f"{name}.svg"):
+                figure.savefig(path, dpi=120, bbox_inches="tight")
+        pyplot.close(figure)
+    return files
+
+
+def _curves(axis: Any, lines: Sequence[Line], key: str, late: int, label: str) -> None:
+    """Mean over seeds, and one sd, against `key` as so many epochs earlier."""
+    for line in lines:
+        runs = [trained(run) for run in line.runs]
+        epochs = min(map(len, runs))
+        x = [0] * late + [row[key] for row in runs[0][: epochs - late]]
+        y = np.array([[row["reward_mean"] for row in run[:epochs]] for run in runs])
+        (drawn,) = axis.plot(x, y.mean(0), label=f"{line.name} ({len(runs)} seed{'s' * (len(runs) > 1)})")
+        if len(runs) > 1:
+            spread = y.std(0, ddof=1)
+            axis.fill_between(x, y.mean(0) - spread, y.mean(0) + spread, alpha=0.15, color=drawn.get_color())
+    axis.set(xlabel=label, ylabel="reward of the rollouts, mean and sd over seeds")
+    _legend(axis)
+
+
+def _trade_off(axis: Any, lines: Sequence[Line], key: str, label: str) -> None:
+    """Every evaluation of every seed, along training; the mean over seeds at equal training."""
+    for line in lines:
+        runs = [[row for row in evaluated(run) if row.get(key) is not None] for run in line.runs]
+        if not all(runs):
+            continue
+        points = np.array([[(row[key], row["eval_reward_mean"]) for row in run[: min(map(len, runs))]] for run in runs])
+        mean = points.mean(0)
+        (drawn,) = axis.plot(mean[:, 0], mean[:, 1], marker="o", markersize=4, label=line.name)
+        axis.scatter(points[..., 0], points[..., 1], s=6, alpha=0.35, color=drawn.get_color())
+    axis.set(xlabel=label, ylabel="reward of the fixed evaluation")
+    if axis.lines:
+        _legend(axis)
+
+
+def _legend(axis: Any) -> None:
+    """Beside the figure where it would cover too much of it."""
+    is_long = len(axis.get_legend_handles_labels()[0]) > _MOST_INSIDE
+    place = {"loc": "center left", "bbox_to_anchor": (1, 0.5)} if is_long else {}
+    axis.legend(fontsize=8, **place)
+
+
+def _costs(axis: Any, lines: Sequence[Line]) -> None:
+    """Seconds a trajectory by phase, and the peak of memory in the label."""
+    phases = ("sample", "reward", "update")
+    names = []
+    for line in lines:
+        rows = [row for run in line.runs for row in trained(run)]
+        memory = _mean(list(map(_peak, line.runs)))
+        names.append(line.name if memory is None else f"{line.name}\n{memory:.2f} GiB")
+        count = sum(trained(run)[-1]["trajectories"] for run in line.runs)
+        left = 0.0
+        for index, phase in enumerate(phases):
+            seconds = sum(row.get(f"seconds_{phase}") or 0.0 for row in rows) / count
+            label = phase if line is lines[0] else None
+            axis.barh(len(names) - 1, seconds, left=left, color=f"C{index}", label=label)
+            left += seconds
+    axis.set_yticks(range(len(names)), names)
+    axis.invert_yaxis()
+    axis.set(xlabel="seconds a trajectory")
+    axis.legend(fontsize=8)
+
+
+# -- page ---------------------------------------------------------------------------------------------------------
+
+_STYLE = (
+    "body{font:15px/1.5 system-ui,sans-serif;max-width:1100px;margin:2em auto;padding:0 1em;color:#222}"
+    "table{border-collapse:collapse;font-size:13px;display:block;overflow-x:auto}"
+    "td,th{border:1px solid #ccc;padding:3px 7px;text-align:right}td:first-child,th:first-child{text-align:left}"
+    "img{max-width:100%}figcaption{color:#555;font-size:13px}"
+    "figure{display:inline-block;width:48%;margin:1em 1% 0 0;vertical-align:top}figure:last-child{width:100%}"
+)
+
+
+def page(
+    title: str, text: str, tables: dict[str, Sequence[dict[str, Any]]], pictures: Sequence[Path], path: Path
+) -> None:
+    """One HTML file with everything in it."""
+    parts = [f"<h1>{html.escape(title)}</h1>", f"<p>{html.escape(text)}</p>"]
+    for caption, table in tables.items():
+        parts += [f"<h2>{html.escape(caption)}</h2>", _html_table(table)]
+    for picture in pictures:
+        data = base64.b64encode(picture.read_bytes()).decode()
+        name = html.escape(picture.stem.replace("_", " "))
+        parts.append(
+            f'<figure><img alt="{name}" src="data:image/png;base64,{data}"><figcaption>{name}</figcaption></figure>'
+        )
+    head = f'<meta charset="utf-8"><title>{html.escape(title)}</title><style>{_STYLE}</style>'
+    body = f"<body>{''.join(parts)}</body>"
+    path.write_text(f'<!doctype html><html lang="en">{head}{body}</html>\n', encoding="utf-8")
+
+
+def _html_table(table: Sequence[dict[str, Any]]) -> str:
+    """One line a row, or a row a column where there are many columns and few rows."""
+    if not table:
+        return "<p>nothing</p>"
+    lines = [list(table[0]), *([_cell(value) for value in row.values()] for row in table)]
+    if len(lines[0]) > 2 * len(lines):
+        lines = [list(column) for column in zip(*lines, strict=True)]
+    tags = ["th", *["td"] * (len(lines) - 1)]
+    rows = (
+        "".join(f"<{tag}>{html.escape(cell)}</{tag}>" for cell in line) for tag, line in zip(tags, lines, strict=True)
+    )
+    return f"<table>{''.join(f'<tr>{row}</tr>' for row in rows)}</table>"

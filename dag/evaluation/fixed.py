@@ -1,0 +1,96 @@
+"""The fixed evaluation of a run: the same prompts and seeds before, during and after training."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from dag.chain.policy import Policy
+from dag.chain.rollout import generate
+from dag.errors import UsageError
+from dag.evaluation.distances import within_prompt_diversity
+from dag.evaluation.judge import expected, load_judge, noun_accuracy
+from dag.recipe import Recipe
+from dag.rewards import RewardSum
+from dag.rewards.clip import feature_tower
+from dag.run.processes import ALONE, Processes
+
+# Sample ids of evaluations; training counts up from 0 and never gets here.
+FIRST_SAMPLE_ID = 1 << 40
+
+
+@dataclass(frozen=True)
+class EvaluationResult:
+    images: Tensor
+    """(N, 3, H, W) float32 in [0, 1], image i of prompt i // images_per_prompt."""
+    prompts: list[str]
+    """(N,)"""
+    reward: Tensor
+    """(N,)"""
+    metrics: dict[str, float]
+
+
+class Evaluator:
+    """Holds the towers that measure; built once per run.
+
+    Args:
+        prompts: those to evaluate on; the recipe says how many of them, from the first.
+        text:    (P, S, D) their embeddings.
+    """
+
+    def __init__(
+        self,
+        recipe: Recipe,
+        prompts: Sequence[str],
+        text: Tensor,
+        device: torch.device,
+        world: Processes = ALONE,
+    ) -> None:
+        self.world = world
+        config = recipe.evaluation
+        self.recipe, self.per_prompt = recipe, config.images_per_prompt
+        index = torch.arange(min(config.prompts, len(prompts))).repeat_interleave(self.per_prompt)
+        self.prompts, self.text = [prompts[i] for i in index.tolist()], text[index]
+        self.sample_id = FIRST_SAMPLE_ID + torch.arange(len(index))
+        self.tower = feature_tower("evaluation.diversity", config.diversity, device) if config.diversity else None
+        self.judge = load_judge() if config.fidelity else None
+        unknown = [prompt for prompt in self.prompts if self.judge is not None and expected(prompt) is None]
+        if unknown:
+            raise UsageError(
+                f"evaluation.fidelity: the judge knows no single thing in the prompt {unknown[0]!r}; use false"
+            )
+
+    def __call__(self, policy: Policy, reward: RewardSum, tile: int | None = None) -> EvaluationResult:
+        """Draw, `tile` pictures at a time (default: the sampler's), and measure."""
+        return self.measure(self.together(self.draw(policy, tile)), reward)
+
+    def draw(self, policy: Policy, tile: int | None = None, on_tile: Callable[[], object] = lambda: None) -> Tensor:
+        """(n, 3, H, W) this process's share of the pictures, all processes' being equal."""
+        index = self.world.mine(self._padded())
+        ids = self.sample_id[index]
+        return generate(policy, self.text[index], ids, self.recipe.seed, self.recipe.sampler, tile, on_tile)
+
+    def together(self, images: Tensor) -> Tensor:
+        """(N, 3, H, W) all pictures, in every process."""
+        return self.world.everyones(images)[: len(self.prompts)]
+
+    def _padded(self) -> Tensor:
+        """Rows of the evaluation, the last one repeated until every process has as many."""
+        count, size = len(self.prompts), self.world.size
+        return torch.arange(-(-count // size) * size).clamp(max=count - 1)
+
+    def measure(self, images: Tensor, reward: RewardSum) -> EvaluationResult:
+        """Reward, diversity and fidelity of the pictures (N, 3, H, W)."""
+        values, parts = reward.detailed(images, self.prompts, self.sample_id.tolist())
+        metrics = {
+            "eval_reward_mean": float(values.mean()),
+            "eval_reward_std": float(values.std(correction=0)),
+        }
+        if len(parts) > 1:
+            metrics |= {f"eval_reward_{name}": float(part.mean()) for name, part in parts.items()}
+        if self.tower is not None:
+            metrics["diversity"] = within_prompt_diversity(self.tower.embed_images(images).cpu(), self.per_prompt)
+        if self.judge is not None:
+            metrics["fidelity_top1"], metrics["fidelity_top5"] = noun_accuracy(self.judge, images, self.prompts)
+        return EvaluationResult(images, self.prompts, values, metrics)

@@ -1,0 +1,55 @@
+"""Pictures in captioned grids, and grids side by side."""
+
+import math
+from collections.abc import Sequence
+
+import numpy as np
+from PIL import Image, ImageDraw
+from torch import Tensor
+
+_CAPTION_PX = 12
+_SMALLEST_CELL_PX = 96
+# Sheets.
+_ABREAST, _GAP_PX = 4, 12
+
+
+def to_pictures(images: Tensor) -> list[Image.Image]:
+    """(N, 3, H, W) float in [0, 1] as 8-bit pictures."""
+    pixels = (images.float() * 255).round().clamp(0, 255).byte().permute(0, 2, 3, 1).cpu().numpy()
+    return [Image.fromarray(np.ascontiguousarray(array)) for array in pixels]
+
+
+def grid(images: Tensor, captions: Sequence[str], columns: int) -> Image.Image:
+    """Pictures row by row, a caption above each; small pictures are enlarged to be seen."""
+    pictures = to_pictures(images)
+    side = max(pictures[0].width, _SMALLEST_CELL_PX)
+    rows = math.ceil(len(pictures) / columns)
+    sheet = Image.new("RGB", (columns * (side + 2), rows * (side + _CAPTION_PX + 2)), "white")
+    draw = ImageDraw.Draw(sheet)
+    for index, (picture, caption) in enumerate(zip(pictures, captions, strict=True)):
+        left, top = index % columns * (side + 2), index // columns * (side + _CAPTION_PX + 2)
+        draw.text((left + 1, top), caption, fill="black", font_size=_CAPTION_PX - 2)
+        sheet.paste(picture.resize((side, side), Image.Resampling.BICUBIC), (left, top + _CAPTION_PX))
+    return sheet
+
+
+def with_title(sheet: Image.Image, title: str) -> Image.Image:
+    titled = Image.new("RGB", (sheet.width, sheet.height + 20), "white")
+    ImageDraw.Draw(titled).text((2, 2), title, fill="black", font_size=14)
+    titled.paste(sheet, (0, 20))
+    return titled
+
+
+def beside(sheets: Sequence[Image.Image]) -> Image.Image:
+    """Pictures side by side, in as many rows as it takes to stay readable on a page."""
+    width, height = (max(sizes) + _GAP_PX for sizes in zip(*(sheet.size for sheet in sheets), strict=True))
+    columns, rows = min(len(sheets), _ABREAST), math.ceil(len(sheets) / _ABREAST)
+    joined = Image.new("RGB", (columns * width - _GAP_PX, rows * height - _GAP_PX), "white")
+    for index, sheet in enumerate(sheets):
+        joined.paste(sheet, (index % _ABREAST * width, index // _ABREAST * height))
+    return joined
+
+
+def before_after(before: Image.Image, after: Image.Image) -> Image.Image:
+    """Grids of the base model and of the trained one, side by side."""
+    return beside([with_title(before, "before"), with_title(after, "after")])

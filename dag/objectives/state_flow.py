@@ -1,0 +1,89 @@
+"""The state flow log F~_phi(x_t, t, prompt): one number per noisy latent.
+
+    log F~(x_t) = c_k + s * net(x_t, t, prompt)
+
+The per-step constants c_k carry what a network learns slowly: log P_F - log P_B has a mean of tens to thousands
+of nats that depends on the step alone. They are set from rollouts (`dag.objectives.transition.constant_shift`), and s is the
+residuals' spread when they were first set, so that the network works on numbers of order one.
+"""
+
+import math
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+
+class _Stage(nn.Module):
+    """Halves the side; the embedding of step and prompt scales and shifts the normalised features."""
+
+    def __init__(self, width_in: int, width: int, embedding: int) -> None:
+        super().__init__()
+        self.down = nn.Conv2d(width_in, width, 3, stride=2, padding=1)
+        self.norm = nn.GroupNorm(math.gcd(8, width), width)
+        self.modulate = nn.Linear(embedding, 2 * width)
+        self.mix = nn.Conv2d(width, width, 3, padding=1)
+
+    def forward(self, h: Tensor, embedding: Tensor) -> Tensor:
+        h = self.down(h)
+        scale, shift = self.modulate(embedding)[:, :, None, None].chunk(2, dim=1)
+        modulated = functional.silu(self.norm(h) * (1 + scale) + shift)
+        return h + self.mix(modulated)
+
+
+class StateFlow(nn.Module):
+    """log F~ of B states.
+
+    Args:
+        latent_channels: C of the latent.
+        text_width:      D of the prompt embeddings.
+        num_transitions: T, the number of per-step constants.
+        channels:        width of each stage.
+    """
+
+    constants: Tensor
+    scale: Tensor
+
+    def __init__(self, latent_channels: int, text_width: int, num_transitions: int, channels: tuple[int, ...]) -> None:
+        super().__init__()
+        width = channels[-1]
+        self.embedding_width = width
+        self.time = nn.Sequential(nn.Linear(width, width), nn.SiLU(), nn.Linear(width, width))
+        self.text = nn.Linear(text_width, width)
+        self.pick_token = nn.Linear(text_width, 1)
+        self.stages = nn.ModuleList(
+            _Stage(before, after, width) for before, after in zip((latent_channels, *channels), channels, strict=False)
+        )
+        last = nn.Linear(width, 1)
+        # Starts as the constants alone: an arbitrary flow would first have to be unlearnt.
+        nn.init.zeros_(last.weight)
+        nn.init.zeros_(last.bias)
+        self.head = nn.Sequential(nn.LayerNorm(2 * width), nn.Linear(2 * width, width), nn.SiLU(), last)
+        self.register_buffer("constants", torch.zeros(num_transitions))
+        self.register_buffer("scale", torch.ones(()))
+
+    def forward(self, x_t: Tensor, t: Tensor, k: Tensor, text: Tensor) -> Tensor:
+        """(B,) float32 log F~.
+
+        Args:
+            x_t:  (B, C, H, W), any dtype.
+            t:    (B,) int64 timesteps.
+            k:    (B,) int64 transition indices.
+            text: (B, S, D) prompt embeddings.
+        """
+        text = text.float()
+        attention = self.pick_token(text).softmax(dim=1)  # (B, S, 1)
+        embedding = self.time(_sinusoidal(t, self.embedding_width)) + self.text((attention * text).sum(1))
+        h = x_t.float()
+        for stage in self.stages:
+            h = stage(h, embedding)
+        features = torch.cat([h.mean((2, 3)), h.amax((2, 3))], dim=1)
+        return self.constants[k] + self.scale * self.head(features).squeeze(-1)
+
+
+def _sinusoidal(t: Tensor, width: int) -> Tensor:
+    """(B, width) Fourier features of the timestep, periods from 2 pi to 2 pi 10^4 steps."""
+    half = (width + 1) // 2
+    frequencies = torch.exp(-math.log(10_000.0) / half * torch.arange(half, device=t.device))
+    angles = t.float()[:, None] * frequencies
+    return torch.cat([angles.cos(), angles.sin()], dim=1)[:, :width]

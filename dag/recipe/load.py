@@ -1,0 +1,200 @@
+"""Reading a recipe: YAML, `--set` overrides, and every mistake in words of the file. Imports no torch.
+
+Precedence: field default < file < --set. All mistakes of a file are reported together.
+"""
+
+import difflib
+import types
+import typing
+from pathlib import Path
+from typing import Annotated, Any, Union
+
+import yaml
+from pydantic import ValidationError
+
+from dag.errors import UsageError
+from dag.recipe import ObjectiveTerm, Recipe, validate
+from dag.recipe.reward_sections import RewardTerm
+from dag.recipe.section import Section
+
+
+def load(path: str | Path, overrides: typing.Sequence[str] = ()) -> Recipe:
+    """Read, override and check a recipe.
+
+    Args:
+        path:      YAML file.
+        overrides: `key.sub=value` strings; the value is YAML.
+
+    Raises:
+        UsageError: naming the file and every mistake in it.
+    """
+    try:
+        text = Path(path).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UsageError(f"{path}: cannot read the recipe: {getattr(error, 'strerror', None) or error}") from None
+    try:
+        data = yaml.load(text, _Loader)
+    except Exception as error:  # PyYAML lets the ValueError of an impossible date and its like through
+        mark = getattr(error, "problem_mark", None)
+        where = f" (line {mark.line + 1})" if mark else ""
+        reason = getattr(error, "problem", None) or str(error).partition("\n")[0]
+        raise UsageError(f"{path}: not a YAML file{where}: {reason}") from None
+    if not isinstance(data, dict):
+        raise UsageError(f"{path}: a recipe is a mapping of keys, found {type(data).__name__}")
+    for override in overrides:
+        _apply_override(data, override)
+    return parse(data, str(path))
+
+
+class _Loader(yaml.SafeLoader):
+    """Refuses a key given twice, of which YAML would keep the last."""
+
+    def compose_mapping_node(self, anchor: Any) -> yaml.MappingNode:
+        node = super().compose_mapping_node(anchor)
+        seen = set()
+        for key, _ in node.value:
+            if isinstance(key, yaml.ScalarNode) and key.value in seen:
+                raise yaml.composer.ComposerError(None, None, f"the key {key.value!r} is given twice", key.start_mark)
+            seen.add(key.value if isinstance(key, yaml.ScalarNode) else None)
+        return node
+
+
+def parse(data: dict[str, Any], source: str) -> Recipe:
+    """Check a mapping; `source` names it in errors. Raises UsageError with every mistake found."""
+    try:
+        recipe = Recipe.model_validate(data)
+    except ValidationError as error:
+        raise UsageError("\n".join(f"{source}: {line}" for line in _explain(error))) from None
+    problems = validate(recipe)
+    if problems:
+        raise UsageError("\n".join(f"{source}: {problem}" for problem in problems))
+    return recipe
+
+
+def flat(data: Any, prefix: str = "") -> dict[str, Any]:
+    """{"section.key": value} of a nested mapping."""
+    if not isinstance(data, dict):
+        return {prefix: data}
+    return {
+        key: value for name, part in data.items() for key, value in flat(part, f"{prefix}.{name}".lstrip(".")).items()
+    }
+
+
+def parse_reward(name: str, overrides: typing.Sequence[str]) -> RewardTerm:
+    """One reward by its name and `key=value` options, checked as in a recipe. Raises UsageError."""
+    data: dict[str, Any] = {"reward": {"name": name}}
+    for override in overrides:
+        _apply_override(data["reward"], override)
+    # The required sections, so that the reward is checked and explained by the recipe's own schema.
+    data |= {"model": {"path": "embedded"}, "prompts": {"texts": ["-"]}, "objective": {"name": "ddpo"}}
+    return parse(data, "--set").reward[0]
+
+
+def _apply_override(data: dict[str, Any], override: str) -> None:
+    key, separator, raw = override.partition("=")
+    override = _shown(override)
+    if not separator or not key.strip():
+        raise UsageError(f"--set {override}: write key.sub=value")
+    try:
+        value = yaml.load(raw, _Loader)
+    except Exception:  # as in load
+        raise UsageError(f"--set {override}: the value is not YAML") from None
+    *parents, last = key.strip().split(".")
+    node: Any = data
+    for depth, name in enumerate(parents):
+        node = _child(node, name, create=True)
+        if not isinstance(node, dict | list):
+            raise UsageError(f"--set {override}: {'.'.join(parents[: depth + 1])} is not a section")
+    if isinstance(node, list):
+        if not last.isdecimal() or int(last) >= len(node):
+            raise UsageError(f"--set {override}: index {last!r} is not one of 0..{len(node) - 1}")
+        node[int(last)] = value
+    else:
+        node[last] = value
+
+
+def _shown(text: str) -> str:
+    """What a line of an error may hold: no control character, no line break."""
+    return text if text.isprintable() else repr(text)
+
+
+def _child(node: Any, name: str, create: bool) -> Any:
+    if isinstance(node, list):
+        return node[int(name)] if name.isdecimal() and int(name) < len(node) else None
+    if create and node.get(name) is None:
+        node[name] = {}
+    return node.get(name)
+
+
+def _explain(error: ValidationError) -> list[str]:
+    lines = []
+    for item in error.errors(include_url=False):
+        location = _without_union_tag(item["loc"])
+        key = _shown(".".join(map(str, location))) or "recipe"
+        if item["type"] == "extra_forbidden":
+            known = known_keys(item["loc"][:-1])
+            close = difflib.get_close_matches(str(location[-1]), known, n=1)
+            hint = f"; did you mean '{close[0]}'?" if close else f"; known: {', '.join(known)}"
+            lines.append(f"{key}: unknown key{hint}")
+        elif item["type"] == "missing":
+            lines.append(f"{key}: missing, and it has no default")
+        elif item["type"] == "union_tag_invalid":
+            context = item["ctx"]
+            tags = context["expected_tags"].replace("'", "").split(", ")
+            close = difflib.get_close_matches(str(context["tag"]), tags, n=1)
+            hint = f"; did you mean '{close[0]}'?" if close else ";"
+            lines.append(f"{key}.name: unknown name '{context['tag']}'{hint} known: {', '.join(tags)}")
+        elif item["type"] == "union_tag_not_found":
+            lines.append(f"{key}.name: missing, and it has no default")
+        else:
+            message = _PLAIN.get(item["type"]) or item["msg"].removeprefix("Value error, ")
+            found = "" if item["type"] == "value_error" else f" (found {item['input']!r})"
+            lines.append(f"{key}: {message[0].lower()}{message[1:]}{found}"[:400])
+    return lines
+
+
+_UNION_TAGS = {
+    name
+    for union in (RewardTerm, ObjectiveTerm)
+    for member in typing.get_args(typing.get_args(union)[0])
+    for name in typing.get_args(member.model_fields["name"].annotation)
+}
+
+
+# Where pydantic speaks of Python rather than of YAML.
+_SECTION = "input should be a section, key: value"
+_PLAIN = {
+    "model_type": _SECTION,
+    "model_attributes_type": _SECTION,
+    "tuple_type": "input should be a list",
+    "string_pattern_mismatch": "write module:function or file.py:function",
+}
+
+
+def _without_union_tag(location: tuple[int | str, ...]) -> list[int | str]:
+    """pydantic puts the chosen `name` of a union into the path; it is no key of the file."""
+    at = {"objective": 1, "reward": 2}.get(str(location[0])) if location else None
+    return [part for index, part in enumerate(location) if index != at or part not in _UNION_TAGS]
+
+
+def known_keys(path: typing.Sequence[int | str]) -> list[str]:
+    """The keys a section accepts, [] for the top level; a union's members are merged unless the path names one."""
+    models: list[type[Section]] = [Recipe]
+    for part in path:
+        if isinstance(part, int):
+            continue
+        if part in _UNION_TAGS:
+            models = [model for model in models if part in typing.get_args(model.model_fields["name"].annotation)]
+            continue
+        models = [
+            m for model in models if part in model.model_fields for m in _sections(model.model_fields[part].annotation)
+        ]
+    return sorted({name for model in models for name in model.model_fields})
+
+
+def _sections(annotation: Any) -> list[type[Section]]:
+    if isinstance(annotation, type) and issubclass(annotation, Section):
+        return [annotation]
+    if typing.get_origin(annotation) in (Union, types.UnionType, tuple, Annotated):
+        return [section for argument in typing.get_args(annotation) for section in _sections(argument)]
+    return []

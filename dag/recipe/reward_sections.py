@@ -1,0 +1,119 @@
+"""The recipe's sections for rewards: every reward's name and options. Imports no torch."""
+
+from typing import Annotated, Literal
+
+from pydantic import Field
+
+from dag.recipe.section import Section
+
+
+class _Reward(Section):
+    weight: float = 1.0
+    """Factor in the sum of rewards."""
+
+
+class Compressibility(_Reward):
+    name: Literal["compressibility"]
+
+
+class Incompressibility(_Reward):
+    name: Literal["incompressibility"]
+
+
+class Colourfulness(_Reward):
+    name: Literal["colourfulness"]
+
+
+class Tower(_Reward):
+    """A reward with a neural network."""
+
+    path: str | None = None
+    """Local file or folder, or hub id, of its weights; null takes the published ones from the hub. `random` is the published
+    network with random weights, for benchmarks: its work without its download, and numbers that judge nothing."""
+    tokenizer: str | None = None
+    """Folder or hub id of its tokenizer; null looks beside the weights, then at the hub."""
+    config: str | None = None
+    """JSON file of an architecture that an original-layout file does not tell; only unusual ones need it."""
+    dtype: Literal["fp32", "tf32", "bf16", "fp16"] = "fp32"
+    """Precision of the network; heads and normalisation stay fp32. `tf32` is float32 with the faster matrix products of
+    data-centre GPUs (RTX cards have them at the rate of fp32); bf16 and fp16 take half the memory, and move scores more."""
+    max_batch: int = Field(16, ge=1)
+    """Pictures per forward pass; memory grows with it, scores do not depend on it."""
+    device: Literal["auto", "cpu"] = "auto"
+    """`auto` is the policy's device; `cpu` costs no GPU memory, and time."""
+    offload: bool = False
+    """Keep the network on the CPU while the policy trains; costs its transfer twice an epoch."""
+
+
+class Aesthetic(Tower):
+    name: Literal["aesthetic"]
+    head: str | None = None
+    """LAION's predictor, `sac+logos+ava1-l14-linearMSE.pth`; null takes TRL's copy from the hub."""
+
+
+class ClipScore(Tower):
+    name: Literal["clip_score"]
+    scale: float = 1.0
+    """Factor of the cosine: 2.5 is Hessel et al., 100 is torchmetrics."""
+    clamp: bool = False
+    """Negative cosines count as 0, in both of these; they then have no gradient."""
+    prefix: str = ""
+    """Before every prompt; Hessel et al.: `A photo depicts `."""
+
+
+class ImageText(ClipScore):
+    name: Literal["image_text"]  # type: ignore[assignment]
+    path: str | None = "embedded"
+    """`embedded`, the scorer that ships with this package, or any CLIP model."""
+    scale: float = 100.0
+    """Factor of the cosine."""
+
+
+class PickScore(Tower):
+    name: Literal["pickscore"]
+
+
+class HPSv2(Tower):
+    name: Literal["hpsv2"]
+    version: Literal["v2.1", "v2.0"] = "v2.1"
+    """Which published weights; a `path` of your own says itself."""
+
+
+class ImageReward(Tower):
+    name: Literal["image_reward"]
+
+
+class Http(_Reward):
+    """A reward in another process or on another machine: `python -m dag.rewards.serve`, or your own server."""
+
+    name: Literal["http"]
+    url: str = Field(pattern=r"^https?://[^/\s]+(/\S*)?$")
+    """Gets POST {"images": [base64 PNG, ...], "prompts": [...]}, answers {"rewards": [...]}."""
+    timeout: float = Field(60.0, gt=0)
+    """Seconds to wait for one answer."""
+    retries: int = Field(6, ge=0)
+    """Attempts after a failed one, with pauses of 1, 2, 4, ... at most 30 seconds: six bridge about a minute."""
+    max_batch: int = Field(16, ge=1)
+    """Pictures per request."""
+
+
+class Custom(_Reward):
+    name: Literal["custom"]
+    path: str = Field(pattern=r"^[^:]+:[A-Za-z_]\w*$")
+    """`module:function` or `file.py:function`: (images (B,3,H,W) in [0,1], prompts) -> (B,) float32."""
+
+
+RewardTerm = Annotated[
+    Compressibility
+    | Incompressibility
+    | Colourfulness
+    | ImageText
+    | ClipScore
+    | Aesthetic
+    | ImageReward
+    | HPSv2
+    | PickScore
+    | Http
+    | Custom,
+    Field(discriminator="name"),
+]

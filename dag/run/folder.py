@@ -1,0 +1,121 @@
+"""The folder of one run: what lies where, and the promise that nothing in it is overwritten by accident.
+
+run.json, metrics.jsonl, curves.png, samples/epoch_NNNN.png, checkpoints/epoch_EEEE[_RRRRRR]/, lora/, faults/
+"""
+
+import fcntl
+import json
+import re
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from dag.errors import RunError, UsageError
+from dag.recipe import Recipe
+from dag.recipe.load import parse
+from dag.run import durable
+from dag.run.metrics import MetricsFile
+
+# Held while a process trains in the folder.
+_LOCK = ".lock"
+_PROBE = ".writable"
+
+
+class RunFolder:
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.metrics = MetricsFile(path / "metrics.jsonl")
+        self.samples = path / "samples"
+        self.checkpoints = path / "checkpoints"
+        self.weights = path / "lora"
+        self.faults = path / "faults"
+
+    def sheet(self, epoch: int) -> Path:
+        """The picture of an evaluation after so many epochs."""
+        return self.samples / f"epoch_{epoch:04d}.png"
+
+    @classmethod
+    def create(cls, path: Path) -> "RunFolder":
+        """A new run. Raises UsageError if the folder holds any file or cannot be written."""
+        try:
+            # Empty folders are what a run leaves that was refused before it began.
+            left = [inside for inside in path.rglob("*") if not inside.is_dir() and inside.name != _LOCK]
+            for inside in [inside for inside in left if inside.name.startswith((durable.TEMPORARY, _PROBE))]:
+                inside.unlink()  # of a start that was killed
+                left.remove(inside)
+            if left:
+                raise UsageError(
+                    f"--out {path}: the folder is not empty; continue that run with --resume, or choose another folder"
+                )
+            (path / "samples").mkdir(parents=True, exist_ok=True)
+            probe = path / _PROBE
+            probe.touch()
+            probe.unlink()
+        except OSError as error:
+            raise UsageError(f"--out {path}: cannot write there: {error.strerror}") from None
+        return cls(path)
+
+    @classmethod
+    def open(cls, path: Path) -> "RunFolder":
+        """An existing run. Raises UsageError if there is none."""
+        if not (path / "run.json").is_file():
+            raise UsageError(f"{path}: no run there (run.json is missing)")
+        return cls(path)
+
+    @contextmanager
+    def held(self) -> Iterator[None]:
+        """No other process trains here inside. Raises UsageError if one does."""
+        try:
+            file = (self.path / _LOCK).open("w")
+        except OSError as error:
+            raise UsageError(f"{self.path / _LOCK}: cannot be opened: {error.strerror}") from None
+        with file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except OSError:
+                raise UsageError(f"{self.path}: another process is training in this folder") from None
+            for left in (*self.path.glob(f"{durable.TEMPORARY}*"), *self.samples.glob(f"{durable.TEMPORARY}*")):
+                if left.is_file():
+                    left.unlink(missing_ok=True)
+            yield
+
+    def write_description(self, description: dict[str, Any]) -> None:
+        durable.write_json(self.path / "run.json", description)
+
+    def read_recipe(self) -> Recipe:
+        """The recipe of the run. Raises UsageError if run.json holds none that this version understands."""
+        description, source = self.read_description(), str(self.path / "run.json")
+        data = description.get("recipe") if isinstance(description, dict) else None
+        if not isinstance(data, dict):
+            raise UsageError(f"{source}: holds no recipe")
+        return parse(data, source)
+
+    def read_description(self) -> dict[str, Any]:
+        try:
+            return json.loads((self.path / "run.json").read_text(encoding="utf-8"))
+        except (OSError, ValueError) as error:
+            raise RunError(f"{self.path / 'run.json'}: cannot be read: {error}") from None
+
+
+def default_path(recipe_name: str) -> Path:
+    """runs/<recipe>-<time>; a clock that went back, or a second run in one second, waits for a free one."""
+    while (path := Path("runs") / f"{recipe_name}-{time.strftime('%Y%m%d-%H%M%S')}").exists():
+        time.sleep(0.1)
+    return path
+
+
+def newest_run(recipe_name: str) -> Path:
+    """The newest runs/<recipe>-* that has a checkpoint. Raises UsageError if there is none."""
+    name = re.compile(re.escape(recipe_name) + r"-\d{8}-\d{6}")
+    found = sorted(
+        path
+        for path in Path("runs").glob("*")
+        if name.fullmatch(path.name) and any((path / "checkpoints").glob("epoch_*"))
+    )
+    if not found:
+        raise UsageError(
+            f"--resume: no run of {recipe_name} with a checkpoint under runs/; name its folder: --resume DIR"
+        )
+    return found[-1]

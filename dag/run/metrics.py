@@ -1,0 +1,47 @@
+"""metrics.jsonl: one JSON object per epoch, finite numbers or null, never NaN. Trackers get the same numbers."""
+
+import json
+import math
+import os
+from pathlib import Path
+from typing import Any
+
+from dag.run import durable
+
+Value = float | int | str | None | list[Any]
+
+
+def finite(value: Any) -> Any:
+    """The value with every non-finite float, also inside lists, replaced by None."""
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    return [finite(item) for item in value] if isinstance(value, list) else value
+
+
+class MetricsFile:
+    """Appends rows to `path`; each is on disk before `write` returns."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def write(self, row: dict[str, Any]) -> None:
+        line = json.dumps({name: finite(value) for name, value in row.items()}, allow_nan=False)
+        with self.path.open("a", encoding="utf-8") as file:
+            file.write(line + "\n")
+            file.flush()
+            os.fsync(file.fileno())
+
+    def text(self) -> str:
+        """The complete rows; what follows the last newline was cut short by a crash."""
+        if not self.path.exists():
+            return ""
+        complete, newline, _ = self.path.read_text(encoding="utf-8").rpartition("\n")
+        return complete + newline
+
+    def read(self) -> list[dict[str, Any]]:
+        return [json.loads(line) for line in self.text().splitlines() if line]
+
+    def restore(self, text: str) -> None:
+        """Go back to what `text` told; what came after it will be written again."""
+        with durable.replacing(self.path) as temporary:
+            temporary.write_text(text, encoding="utf-8")

@@ -1,0 +1,148 @@
+"""Fitting the state flow to a rollout: per-step constants, running residual means and scales, flow-only updates.
+
+The UNet is not called here: log P_F stays what it was at sampling time.
+
+Legend: N trajectories, B rows, T transitions.
+"""
+
+from collections.abc import Callable
+
+import torch
+from dag_kernels import residual, with_rewarded_end
+from torch import Tensor
+
+from dag.chain.schedule import Schedule
+from dag.chain.trajectory import Rows, Trajectories, count, cut, on_cpu
+from dag.objectives import transition
+from dag.objectives.log_scale import Scalars
+from dag.objectives.state_flow import StateFlow
+from dag.run.processes import ALONE, Processes
+from dag.training.embeddings import Embeddings
+from dag.training.optimizer import Stepper
+
+# Share of a new rollout in the running means per step.
+_RUNNING_RATE = 0.3
+_ROWS_AT_ONCE = 64
+
+
+class FlowFit:
+    """Owns what the flow carries from rollout to rollout.
+
+    Args:
+        text:        embeddings of the recipe's prompts.
+        calibration: share by which a rollout moves the constants (`flow.calibration`); 0 never.
+        is_scaled:   divide residuals by their running sd per step (`objective.residual_scale: running`).
+    """
+
+    def __init__(
+        self,
+        flow: StateFlow,
+        stepper: Stepper,
+        schedule: Schedule,
+        text: Embeddings,
+        calibration: float,
+        is_scaled: bool,
+    ) -> None:
+        self.flow, self.stepper, self.schedule, self.text = flow, stepper, schedule, text
+        self.calibration, self.is_scaled = calibration, is_scaled
+        self.residual_scale = torch.ones(schedule.num_transitions, device=schedule.timesteps.device)
+        self.baseline = torch.zeros_like(self.residual_scale)
+        self.is_calibrated = False
+
+    def step_weights(self) -> Tensor:
+        """(T,) weights of the steps' losses, s_k over their mean; ones where residuals are not scaled.
+
+        loss_k = (s_k / mean s) g(delta / s_k): its gradient is g'(delta / s_k) / mean s, so a wide step counts like a
+        narrow one. Without this weight it is divided by s_k twice, and the narrow steps, which hardly touch the
+        reward, drown the others.
+        """
+        return self.residual_scale / self.residual_scale.mean()
+
+    def log_F_tilde(self, trajectories: Trajectories, rows: Rows, k: int | Tensor) -> Tensor:
+        """(B,) learnt part of the flow at state k of each row, with gradients; k an int, or (B,) beside indices."""
+        ks = torch.full((count(rows),), k, device=self.baseline.device) if isinstance(k, int) else k
+        return self.log_F_tilde_at(trajectories.states(k, rows), trajectories.prompt_id[on_cpu(rows)], ks)
+
+    def log_F_tilde_at(self, x_t: Tensor, prompt_id: Tensor, ks: Tensor) -> Tensor:
+        """(B,) the same at states (B, C, H, W) of steps (B,)."""
+        return self.flow(x_t, self.schedule.timesteps[ks], ks, self.text.rows(prompt_id))
+
+    @torch.no_grad()
+    def residuals(self, trajectories: Trajectories, scalars: Scalars, rows: Rows) -> Tensor:
+        """(B, T) residuals of some trajectories at the sampling-time policy and the current flow."""
+        steps = range(self.schedule.num_transitions)
+        parts = cut(rows, _ROWS_AT_ONCE)
+        table = torch.cat(
+            [torch.stack([self.log_F_tilde(trajectories, part, k) for k in steps], dim=1) for part in parts]
+        )
+        return transition.residual_table(
+            table, scalars.looking[rows], scalars.log_pf[rows], scalars.log_pb[rows], scalars.log_reward[rows]
+        )
+
+    def calibrate(self, residuals: Tensor) -> None:
+        """Centre the flow's constants on a rollout's residuals (N, T), and track their mean and scale per step."""
+        mean = residuals.mean(0)
+        # The constants move a step's residuals alike: their spread stays.
+        spread = residuals.std(0, correction=0).clamp(min=1e-6)
+        if self.calibration > 0:
+            rate = self.calibration if self.is_calibrated else 1.0
+            self.flow.constants += rate * transition.constant_shift(residuals)
+            mean = (1 - rate) * mean
+        if self.calibration > 0 and not self.is_calibrated:
+            self.flow.scale.copy_(spread.mean())
+        rate = _RUNNING_RATE if self.is_calibrated else 1.0
+        self.baseline = (1 - rate) * self.baseline + rate * mean
+        if self.is_scaled:
+            self.residual_scale = (1 - rate) * self.residual_scale + rate * spread
+        self.is_calibrated = True
+
+    def train(
+        self,
+        trajectories: Trajectories,
+        scalars: Scalars,
+        penalty: Callable[[Tensor], Tensor],
+        batch: int,
+        generator: torch.Generator,
+        world: Processes = ALONE,
+        groups: int = 1,
+    ) -> None:
+        """One shuffled pass over every transition: an update per `batch` of them on the mean penalty of delta / s.
+
+        All processes shuffle alike, and each answers for the transitions that are its own.
+        """
+        N, T = world.size * len(scalars.log_pf), scalars.log_pf.shape[1]
+        device = scalars.log_pf.device
+        # Which transitions are ours is decided on the CPU, where choosing costs no wait.
+        place = torch.full((N,), -1)
+        place[world.mine(torch.arange(N), groups)] = torch.arange(N // world.size)
+        for index in torch.randperm(N * T, generator=generator).split(batch):
+            mine = place[index // T] >= 0
+            rows, k = place[index // T][mine].to(device), (index % T)[mine].to(device)
+            self.stepper.zero_grad()
+            if len(rows):
+                delta = self._residual_of(trajectories, scalars, rows, k)
+                losses = self.step_weights()[k] * penalty(delta / self.residual_scale[k])
+                (losses.sum() / len(index)).backward()
+            world.sum_gradients(self.stepper.parameters)
+            self.stepper.step()
+            self.stepper.check()
+
+    def _residual_of(self, trajectories: Trajectories, scalars: Scalars, rows: Tensor, k: Tensor) -> Tensor:
+        """(B,) residuals of single transitions with the gradient of log F; log F' is a constant target."""
+        T = self.schedule.num_transitions
+        following = (k + 1).clamp(max=T - 1)
+        with torch.no_grad():
+            log_F_next = self.log_F_tilde(trajectories, rows, following) + scalars.looking[rows, following]
+            log_F_next = with_rewarded_end(log_F_next, scalars.log_reward[rows], k == T - 1)
+        log_F = self.log_F_tilde(trajectories, rows, k) + scalars.looking[rows, k]
+        return residual(log_F, scalars.log_pf[rows, k], scalars.log_pb[rows, k], log_F_next)
+
+
+def describe_residuals(residuals: Tensor) -> dict[str, float | list[float]]:
+    """Metrics of a rollout's residuals (N, T), before the flow is fitted to them."""
+    return {
+        "residual_mean": float(residuals.mean()),
+        "residual_rms": float(residuals.square().mean().sqrt()),
+        "residual_mean_per_step": residuals.mean(0).tolist(),
+        "residual_rms_per_step": residuals.square().mean(0).sqrt().tolist(),
+    }

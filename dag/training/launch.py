@@ -1,0 +1,179 @@
+"""From a recipe and a run folder to a training run: processes, device, threads, what run.json says, trackers."""
+
+import ctypes
+import os
+import signal
+import sys
+from collections.abc import Callable
+from contextlib import ExitStack, suppress
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator, PartialState
+from accelerate.utils import broadcast_object_list
+
+from dag.errors import RunError, UsageError
+from dag.models.levers import compilations
+from dag.recipe import Recipe
+from dag.recipe.load import flat
+from dag.run.determinism import deterministic
+from dag.run.folder import RunFolder
+from dag.run.gpu import indexed, limit_memory, out_of_memory_ends
+from dag.run.machine import num_cores
+from dag.run.processes import Processes
+from dag.run.signals import Interrupt
+from dag.training.build import build, describe_run
+from dag.training.trainer import Trainer
+
+# accelerate's launcher tells its processes the precision, torchrun does not.
+_IS_LAUNCHED = "ACCELERATE_MIXED_PRECISION" in os.environ
+_PR_SET_PDEATHSIG = 1
+_LOADING = (
+    "out of GPU memory while loading; model.dtype=bf16, memory.base=nf4, memory.offload_vae=true and reward.device=cpu "
+    "need less, and another program may hold the GPU"
+)
+_OUTSIDE = "out of GPU memory outside sampling and gradients"
+_NO_MAC_GPU = "not the GPU of this Mac, which has no float64: a run's noise is drawn in it"
+
+
+def train(config: Recipe, opener: Callable[[], tuple[RunFolder, bool]]) -> None:
+    """Train a recipe in each process of the launch.
+
+    Args:
+        opener: (run folder, whether it is resumed); the main process calls it, and all must be able to read the folder.
+
+    Raises:
+        UsageError: the launch or the recipe asks for what cannot be done.
+        RunError, StoppedError: see `Trainer.fit`.
+    """
+    _end_with_launcher()
+    with deterministic(config.deterministic), ExitStack() as stack:
+        # Without a GPU accelerate connects the processes that torchrun started only if it is told of the CPU.
+        state = PartialState(cpu=_takes_cpu())
+        _check_launch(state.num_processes)
+        found: list[Any] = [None, None]
+        if state.is_main_process:
+            run, is_resumed = opener()
+            stack.enter_context(run.held())
+            several = f", {state.num_processes} processes" if state.num_processes > 1 else ""
+            print(f"run folder {run.path}{several}", flush=True)
+            if _has_mac_gpu():
+                print(f"device: cpu ({_NO_MAC_GPU})", flush=True)
+            found = [str(run.path), is_resumed]
+        if state.num_processes > 1:
+            broadcast_object_list(found, from_process=0)
+        _train(config, RunFolder(Path(found[0])), found[1])
+
+
+def _end_with_launcher() -> None:
+    """accelerate's launcher passes no signal on: without this, a SIGTERM ends it and leaves the training behind."""
+    if _IS_LAUNCHED and sys.platform == "linux" and "accelerate" in _command_of(os.getppid()):
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, int(signal.SIGTERM), 0, 0, 0)
+
+
+def _command_of(process: int) -> str:
+    try:
+        return (Path("/proc") / str(process) / "cmdline").read_text(encoding="utf-8", errors="replace")
+    except OSError:
+        return ""
+
+
+def _takes_cpu() -> bool:
+    """Whether accelerate must be told to take the CPU."""
+    return _are_cpu_processes() or _has_mac_gpu()
+
+
+def _has_mac_gpu() -> bool:
+    """Whether accelerate would take a Mac's GPU, on which a rollout's noise cannot be drawn."""
+    return torch.backends.mps.is_available()
+
+
+def _are_cpu_processes() -> bool:
+    return int(os.environ.get("WORLD_SIZE", "1")) > 1 and not torch.cuda.is_available()
+
+
+def _check_launch(num_processes: int) -> None:
+    """Without a GPU accelerate's launcher starts one process whatever it was asked for, and says nothing."""
+    started = int(os.environ.get("WORLD_SIZE", "1"))
+    if num_processes != started:
+        raise UsageError(f"{started} processes were started, and {num_processes} found each other")
+    was_asked = _IS_LAUNCHED and "MASTER_PORT" in os.environ
+    if num_processes == 1 and was_asked and "WORLD_SIZE" not in os.environ:
+        raise UsageError(
+            "accelerate launch was asked for several processes and started one, as it does without a GPU; "
+            "start them with: torchrun --nproc_per_node N train_dag.py ..."
+        )
+
+
+def _train(config: Recipe, run: RunFolder, is_resumed: bool) -> None:
+    trackers = list(config.trackers) or None
+    accelerator = Accelerator(cpu=_takes_cpu(), mixed_precision="no", log_with=trackers, project_dir=str(run.path))
+    world, device = Processes(accelerator), indexed(accelerator.device)
+    world.check_shares(config.train.trajectories, config.train.updates)
+    if world.size == 1:
+        _use_all_threads(device.type)
+    if config.memory.budget_gib is not None:
+        limit_memory(device, config.memory.budget_gib)
+    say = print if world.is_main else _nothing
+    # What the main process downloads or converts, the others find.
+    with out_of_memory_ends(_LOADING), accelerator.main_process_first():
+        parts = build(config, device, say, world=world)
+    say(f"kernels: {parts.kernels.name} ({parts.kernels.reason})")
+    say(f"attention: {parts.policy.describe()['attention']}", flush=True)
+    here = {**describe_run(config, parts, device), "processes": world.size}
+    if is_resumed:
+        before = run.read_description()
+        if changed := _changes(before, here):
+            say(f"not where this run began ({'; '.join(changed)}): it goes on, but not bit for bit", flush=True)
+        elif device.type == "cuda" and not config.deterministic:
+            say("on a GPU and without deterministic: true it goes on, but not bit for bit", flush=True)
+        # With what may change on the way: more epochs, other reports.
+        here = {**before, "recipe": here["recipe"]}
+    tracker = None
+    if trackers is not None:
+        accelerator.init_trackers(
+            "dag", config={key: str(value) for key, value in flat(config.model_dump(mode="json")).items()}
+        )
+        tracker = accelerator.log
+    try:
+        with out_of_memory_ends(_OUTSIDE), Interrupt().listening() as interrupt:
+            trainer = Trainer(config, run, parts, tracker, world, interrupt)
+            trainer.fit(is_resumed, on_start=lambda: run.write_description(here) if world.is_main else None)
+    except OSError as error:
+        raise RunError(f"{error.filename or run.path}: {error.strerror or error}") from None
+    finally:
+        if world.is_main and config.memory.compile:
+            _describe_compilations(run, compilations())
+        accelerator.end_training()
+
+
+def _nothing(*texts: object, **options: object) -> None:
+    """What other processes than the main one print."""
+
+
+def _describe_compilations(run: RunFolder, counts: dict[str, int]) -> None:
+    """Add to run.json what `memory.compile` did in this process, if the run began."""
+    if counts["graphs"]:
+        with suppress(RunError, OSError):  # a full disk is told of elsewhere
+            run.write_description(run.read_description() | {"compiled": counts})
+
+
+def _changes(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
+    """Where a resumed run is not on the machine and with the versions that it began with."""
+    places = ("device", "threads", "processes", "python", "jpeg")
+    pairs = [(key, before[key], now[key]) for key in places if key in before]
+    # A package that is there now and was not before counts; one that an older run.json does not speak of cannot.
+    then = before.get("versions", {})
+    pairs += [(name, then[name], version) for name, version in now["versions"].items() if name in then]
+    return [f"{key} {old or 'none'} then, {new or 'none'} now" for key, old, new in pairs if old != new]
+
+
+def _use_all_threads(device_type: str) -> None:
+    """Undo the launcher's OMP_NUM_THREADS=1, which it sets for any number of CPU processes, also for one."""
+    if device_type == "cpu" and _IS_LAUNCHED and torch.get_num_threads() == 1:
+        threads = num_cores()
+        torch.set_num_threads(threads)
+        print(
+            f"{threads} threads (accelerate's launcher had set 1; start with python train_dag.py to choose)", flush=True
+        )

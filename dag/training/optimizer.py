@@ -1,0 +1,95 @@
+"""Optimizers, gradient clipping and the finite check."""
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from dag.errors import UsageError
+from dag.models.adapter import TrainedWeights
+from dag.quiet import quieten
+from dag.recipe import Train
+from dag.training.faults import NotFiniteError, Suspects
+
+# In a row; a single overflow is ordinary in half precision.
+_MAX_SKIPPED_UPDATES = 5
+
+
+def build_optimizer(
+    parameters: list[nn.Parameter], learning_rate: float, train: Train, kind: str
+) -> torch.optim.Optimizer:
+    """AdamW, or bitsandbytes' 8-bit ones. Raises UsageError if that is not installed."""
+    options: dict[str, Any] = {
+        "lr": learning_rate,
+        "betas": train.adam_betas,
+        "weight_decay": train.weight_decay,
+        "eps": 1e-8,
+    }
+    if kind == "adamw":
+        # On a GPU one launch moves all weights; on a CPU the plain form keeps earlier runs' numbers.
+        return torch.optim.AdamW(parameters, **options, fused=parameters[0].is_cuda)
+    quieten()
+    try:
+        import bitsandbytes
+    except ImportError:
+        raise UsageError(f"optimizer={kind} needs bitsandbytes: pip install bitsandbytes, or use adamw") from None
+    for parameter in parameters:
+        # Its kernels go through memory in order: states of another layout would not survive being saved.
+        parameter.data = parameter.data.contiguous()
+    kinds = {"adamw8bit": bitsandbytes.optim.AdamW8bit, "paged_adamw8bit": bitsandbytes.optim.PagedAdamW8bit}
+    return kinds[kind](parameters, **options)
+
+
+class Stepper:
+    """One optimizer with its parameters: scale, clip, check, step.
+
+    Args:
+        name: for error messages, "policy" or "flow".
+        weights: whose masters the optimizer moves; None where the parameters are computed with as they are.
+        use_scaler: scale losses against underflow; for fp16 alone.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        optimizer: torch.optim.Optimizer,
+        clip_norm: float,
+        weights: TrainedWeights | None = None,
+        use_scaler: bool = False,
+    ) -> None:
+        self.name, self.optimizer, self.clip_norm, self.weights = name, optimizer, clip_norm, weights
+        self.parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+        self.scaler = torch.amp.GradScaler("cuda", enabled=use_scaler)
+        self.skipped = 0
+
+    def zero_grad(self) -> None:
+        self.optimizer.zero_grad(set_to_none=True)
+        if self.weights is not None:
+            self.weights.forget()
+
+    def backward(self, loss: Tensor) -> None:
+        """Accumulate the gradients of a loss ()."""
+        self.scaler.scale(loss).backward()
+        if self.weights is not None:
+            self.weights.gather()
+
+    def step(self) -> float:
+        """Apply the accumulated gradients; returns their norm before clipping. A non-finite gradient is skipped."""
+        self.scaler.unscale_(self.optimizer)
+        norm = float(nn.utils.clip_grad_norm_(self.parameters, self.clip_norm))
+        self.skipped = 0 if math.isfinite(norm) else self.skipped + 1
+        if math.isfinite(norm):
+            self.scaler.step(self.optimizer)
+            if self.weights is not None:
+                self.weights.refresh()
+        self.scaler.update()
+        return norm
+
+    def check(self, suspects: Suspects | None = None) -> None:
+        """Raises NotFiniteError after several skipped updates in a row."""
+        if self.skipped > _MAX_SKIPPED_UPDATES:
+            raise NotFiniteError(
+                f"the {self.name}'s gradient was not finite {self.skipped} times in a row; lower its learning rate or beta",
+                suspects,
+            )

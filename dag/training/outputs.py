@@ -1,0 +1,75 @@
+"""What a run leaves for its user: rows, curves, pictures, weights."""
+
+import shutil
+from collections.abc import Callable
+from typing import Any
+
+from PIL import Image
+from safetensors import SafetensorError
+from tqdm import tqdm
+
+from dag.errors import RunError
+from dag.evaluation import sheets
+from dag.evaluation.curves import draw_curves, line
+from dag.evaluation.fixed import EvaluationResult
+from dag.recipe import Recipe
+from dag.run import durable
+from dag.run.folder import RunFolder
+from dag.training.build import Parts
+
+
+class Records:
+    """Writes into a run folder.
+
+    Args:
+        tracker: gets (metrics, trajectories) of every epoch, e.g. accelerate's log; None logs to files alone.
+    """
+
+    def __init__(
+        self,
+        recipe: Recipe,
+        run: RunFolder,
+        parts: Parts,
+        tracker: Callable[[dict[str, Any], int], object] | None,
+    ) -> None:
+        self.recipe, self.run, self.parts, self.tracker = recipe, run, parts, tracker
+
+    def epoch(self, epoch: int, metrics: dict[str, Any], measured: EvaluationResult | None) -> None:
+        """A row of metrics with a line and the curves, and after an evaluation its pictures."""
+        trajectories = epoch * self.recipe.train.trajectories
+        row = {
+            "epoch": epoch,
+            "optimizer_step": self.parts.learner.updates.optimizer_step,
+            "trajectories": trajectories,
+            "micro_batch": self.parts.learner.updates.micro_batch,
+            **metrics,
+        }
+        self.run.metrics.write(row)
+        if self.tracker is not None:
+            self.tracker({key: value for key, value in row.items() if isinstance(value, int | float)}, trajectories)
+        if measured is not None:
+            sheet = sheets.grid(measured.images, self._captions(measured), self.recipe.evaluation.images_per_prompt)
+            with durable.replacing(self.run.sheet(epoch)) as temporary:
+                sheet.save(temporary)
+        draw_curves(self.run.metrics.read(), self.run.path / "curves.png")
+        tqdm.write(line(row, self.recipe.train.epochs))
+
+    def finish(self) -> None:
+        """Export the weights, and put the same prompts and seeds before and after side by side."""
+        temporary_weights = self.run.path / f"{durable.TEMPORARY}{self.run.weights.name}"
+        for old in (temporary_weights, self.run.weights):
+            shutil.rmtree(old, ignore_errors=True)
+        try:
+            self.parts.policy.export(temporary_weights)
+        except SafetensorError as error:
+            raise RunError(f"{self.run.weights}: cannot be written: {error}") from None
+        temporary_weights.rename(self.run.weights)
+        joined = self.run.samples / "before_after.png"
+        grids = [self.run.sheet(epoch) for epoch in (0, self.recipe.train.epochs)]
+        if all(grid.exists() for grid in grids):
+            with durable.replacing(joined) as temporary:
+                sheets.before_after(*map(Image.open, grids)).save(temporary)
+        tqdm.write(f"weights in {self.run.weights}, pictures in {joined if joined.exists() else self.run.samples}")
+
+    def _captions(self, result: EvaluationResult) -> list[str]:
+        return [f"{p}  {r:.2f}" for p, r in zip(result.prompts, result.reward.tolist(), strict=True)]

@@ -1,0 +1,241 @@
+"""The Gaussian chain: closed forms that pin every coefficient, on production code."""
+
+import pytest
+import torch
+from diffusers import DDIMScheduler, DDPMScheduler, PNDMScheduler
+
+from dag.chain.schedule import PREDICTION_TYPES, Schedule
+from dag.objectives.transition import residual
+
+SD = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
+SHAPE = (3, 4, 2, 5)
+
+
+def stable_diffusion(**changes: object) -> DDIMScheduler:
+    return DDIMScheduler(**{**SD, "clip_sample": False, "set_alpha_to_one": False, "steps_offset": 1, **changes})
+
+
+def data(*seed: int) -> torch.Tensor:
+    return torch.randn(SHAPE, generator=torch.Generator().manual_seed(seed[0] if seed else 0), dtype=torch.float64)
+
+
+def network_output(schedule: Schedule, x_t: torch.Tensor, x_0: torch.Tensor, k: int) -> torch.Tensor:
+    """What a perfect network says when the data is the single point x_0, in the schedule's prediction type."""
+    signal, noise = schedule.alpha_bar_t[k].sqrt(), (1 - schedule.alpha_bar_t[k]).sqrt()
+    eps = (x_t - signal * x_0) / noise
+    return {"epsilon": eps, "v_prediction": signal * eps - noise * x_0, "sample": x_0}[schedule.prediction_type]
+
+
+# 50 steps of Stable Diffusion's schedule, computed by hand from the DDIM formulas in float64.
+TABLE = {
+    0: (981, 0.005776, 0.007282, 1.122852, -0.232936, 0.454463, 13.15846, -13.12041, 0.890590, 0.454808),
+    10: (781, 0.043456, 0.051364, 1.087187, -0.171142, 0.390750, 4.79706, -4.69167, 0.919805, 0.392376),
+    48: (21, 0.980381, 0.998296, 1.009096, -0.129287, 0.039480, 1.00996, -0.14146, 0.990986, 0.133962),
+    49: (1, 0.998296, 0.999150, 1.000428, -0.020714, 0.020648, 1.00085, -0.04131, 0.999573, 0.029235),
+}
+COLUMNS = (
+    "timesteps",
+    "alpha_bar_t",
+    "alpha_bar_next",
+    "mean_x",
+    "mean_output",
+    "sigma",
+    "x0_x",
+    "x0_output",
+    "noising_x",
+    "noising_std",
+)
+
+
+@pytest.mark.parametrize("k", TABLE)
+def test_coefficients_of_stable_diffusion(k: int) -> None:
+    schedule = Schedule.from_diffusers(stable_diffusion(), 50)
+    found = [float(getattr(schedule, name)[k]) for name in COLUMNS]
+    # The table is printed to five decimals at least.
+    assert found == pytest.approx(TABLE[k], rel=0, abs=5.1e-6)
+
+
+@pytest.mark.parametrize("prediction_type", PREDICTION_TYPES)
+@pytest.mark.parametrize("steps", [1, 7, 50])
+def test_detailed_balance_holds_exactly_for_a_point_mass(prediction_type: str, steps: int) -> None:
+    """log F_t = log q(x_t | x_0), the perfect network as P_F: Bayes' rule makes every residual zero, on any states."""
+    schedule = Schedule.from_diffusers(stable_diffusion(prediction_type=prediction_type), steps)
+    x_0 = data(1)
+    for k in range(schedule.num_transitions):
+        x_t, x_next = data(2 + k), data(100 + k)
+
+        def log_q(x: torch.Tensor, alpha_bar: torch.Tensor) -> torch.Tensor:
+            return (
+                torch.distributions.Normal(alpha_bar.sqrt() * x_0, (1 - alpha_bar).sqrt()).log_prob(x).flatten(1).sum(1)
+            )
+
+        delta = residual(
+            log_q(x_t, schedule.alpha_bar_t[k]),
+            schedule.log_pf(x_t, x_next, network_output(schedule, x_t, x_0, k), k),
+            schedule.log_pb(x_t, x_next, k),
+            log_q(x_next, schedule.alpha_bar_next[k]),
+        )
+        # Relative to the size of the four terms, whose rounding does not cancel.
+        assert float(delta.abs().max()) < 1e-9 * float(schedule.log_pb(x_t, x_next, k).abs().max().clamp(min=1))
+
+
+@pytest.mark.parametrize("prediction_type", PREDICTION_TYPES)
+def test_x0_hat_inverts_the_prediction(prediction_type: str) -> None:
+    schedule = Schedule.from_diffusers(stable_diffusion(prediction_type=prediction_type), 50)
+    x_0 = data(1)
+    for k in (0, 25, 49):
+        x_t = data(2)
+        torch.testing.assert_close(
+            schedule.x0_hat(x_t, network_output(schedule, x_t, x_0, k), k), x_0, rtol=0, atol=1e-10
+        )
+
+
+@pytest.mark.parametrize("reduction", ["sum", "mean"])
+def test_log_probs_equal_torch_distributions(reduction: str) -> None:
+    schedule = Schedule.from_diffusers(stable_diffusion(), 50)
+    x_t, x_next, output = data(1), data(2), data(3)
+    for k in (0, 25, 49):
+        forward = torch.distributions.Normal(schedule.step_mean(x_t, output, k), schedule.sigma[k]).log_prob(x_next)
+        backward = torch.distributions.Normal(schedule.noising_x[k] * x_next, schedule.noising_std[k]).log_prob(x_t)
+        reduce = torch.sum if reduction == "sum" else torch.mean
+        log_pf = schedule.log_pf(x_t, x_next, output, k, reduction)  # type: ignore[arg-type]
+        log_pb = schedule.log_pb(x_t, x_next, k, reduction)  # type: ignore[arg-type]
+        torch.testing.assert_close(log_pf, reduce(forward.flatten(1), 1), rtol=1e-12, atol=1e-9)
+        torch.testing.assert_close(log_pb, reduce(backward.flatten(1), 1), rtol=1e-12, atol=1e-9)
+
+
+def test_eta_one_is_the_ddpm_posterior() -> None:
+    """sigma^2 = (1 - ab_next) / (1 - ab_t) * beta and diffusers' own DDIM step agree with ours."""
+    scheduler = stable_diffusion()
+    schedule, x_t, output = Schedule.from_diffusers(scheduler, 50), data(1), data(2)
+    scheduler.set_timesteps(50)
+    for k in (0, 25, 49):
+        noise = data(3)
+        ours = schedule.sample_next(x_t, output, noise, k)
+        theirs = scheduler.step(output, int(schedule.timesteps[k]), x_t, eta=1.0, variance_noise=noise)
+        # diffusers keeps alphas_cumprod in float32.
+        torch.testing.assert_close(ours, theirs.prev_sample, rtol=2e-5, atol=2e-5)
+        torch.testing.assert_close(schedule.x0_hat(x_t, output, k), theirs.pred_original_sample, rtol=2e-5, atol=1e-4)
+
+
+def test_per_sample_k_equals_int_k() -> None:
+    schedule = Schedule.from_diffusers(stable_diffusion(), 50)
+    x_t, x_next, output, ks = data(1), data(2), data(3), torch.tensor([0, 25, 49])
+    together = schedule.log_pf(x_t, x_next, output, ks)
+    alone = [schedule.log_pf(x_t[i : i + 1], x_next[i : i + 1], output[i : i + 1], int(k)) for i, k in enumerate(ks)]
+    torch.testing.assert_close(together, torch.cat(alone), rtol=1e-12, atol=0)
+
+
+@pytest.mark.parametrize(
+    "scheduler",
+    [
+        DDIMScheduler(clip_sample=False, set_alpha_to_one=False),
+        DDIMScheduler(**SD, clip_sample=False, set_alpha_to_one=True, steps_offset=1),
+        DDPMScheduler(**SD, clip_sample=False),
+        DDIMScheduler(**SD, clip_sample=False, timestep_spacing="trailing"),
+    ],
+)
+def test_a_deterministic_last_step_ends_the_chain_before_it(scheduler: DDIMScheduler) -> None:
+    schedule = Schedule.from_diffusers(scheduler, 10)
+    assert schedule.final is not None
+    assert schedule.num_transitions == 9 == len(schedule.sigma)
+    assert bool((schedule.sigma > 0).all())
+    x_t, output = data(1).float(), data(2).float()
+    k_table = Schedule.from_diffusers(stable_diffusion(), 10)
+    assert k_table.final is None
+    assert schedule.final(x_t, output).isfinite().all()
+
+
+def test_final_step_is_x0_hat_when_the_chain_ends_clean() -> None:
+    scheduler = DDIMScheduler(**SD, clip_sample=False, set_alpha_to_one=True, steps_offset=1)
+    schedule = Schedule.from_diffusers(scheduler, 10)
+    scheduler.set_timesteps(10)
+    x_t, output = data(1), data(2)
+    expected = scheduler.step(output, 1, x_t, eta=0.0).pred_original_sample
+    assert schedule.final is not None
+    torch.testing.assert_close(schedule.final(x_t, output).double(), expected, rtol=1e-5, atol=1e-5)
+
+
+def test_output_of_recovers_the_network_output() -> None:
+    schedule, x_t, output, noise = Schedule.from_diffusers(stable_diffusion(), 50), data(1), data(2), data(3)
+    for k in (0, 25, 49):
+        x_next = schedule.sample_next(x_t, output, noise, k)
+        torch.testing.assert_close(schedule.output_of(x_t, x_next, noise, k), output, rtol=1e-9, atol=1e-9)
+
+
+def test_policy_kl_equals_torch_distributions() -> None:
+    schedule, x_t, output, reference = (
+        Schedule.from_diffusers(stable_diffusion(), 50),
+        data(1),
+        data(2),
+        data(3),
+    )
+    for k in (0, 49):
+        ours, theirs = (
+            torch.distributions.Normal(schedule.step_mean(x_t, o, k), schedule.sigma[k]) for o in (output, reference)
+        )
+        expected = torch.distributions.kl_divergence(ours, theirs).flatten(1).sum(1)
+        ks = torch.full((len(x_t),), k)
+        found = schedule.transition_log_probs(x_t, x_t, output, ks, output_ref=reference)
+        assert found.kl is not None
+        torch.testing.assert_close(found.kl, expected, rtol=1e-9, atol=0)
+
+
+def test_gradients_reach_the_network_output_alone() -> None:
+    schedule = Schedule.from_diffusers(stable_diffusion(), 50)
+    x_t, x_next, output = (data(i).requires_grad_() for i in range(3))
+    schedule.log_pf(x_t, x_next, output, 3).sum().backward()
+    assert x_t.grad is None
+    assert x_next.grad is None
+    torch.autograd.gradcheck(lambda o: schedule.log_pf(x_t, x_next, o, 3), (output,))
+    assert output.grad is not None
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+def test_half_precision_states_are_computed_in_float32(dtype: torch.dtype) -> None:
+    """Against float64 on the same rounded inputs: no worse than twice plain float32 torch."""
+    exact, on_device = (Schedule.from_diffusers(stable_diffusion(), 50) for _ in range(2))
+    on_device = on_device.to("cpu")
+    x_t, x_next, output = (data(i).to(dtype) for i in range(3))
+    for k in (0, 49):
+        ours = on_device.log_pf(x_t, x_next, output, k)
+        assert ours.dtype == torch.float32
+        reference = exact.log_pf(x_t.double(), x_next.double(), output.double(), k)
+        mean = exact.step_mean(x_t.float(), output.float(), k)
+        plain = torch.distributions.Normal(mean, exact.sigma[k].float()).log_prob(x_next.float()).flatten(1).sum(1)
+        assert float((ours - reference).abs().max()) <= 2 * float((plain - reference).abs().max()) + 1e-6 * float(
+            reference.abs().max()
+        )
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"num_steps": 50, "eta": 0.0}, "no density"),
+        ({"num_steps": 50, "eta": -1.0}, "no density"),
+        ({"num_steps": 1001}, "1 to 1000"),
+        ({"num_steps": 0}, "1 to 1000"),
+        ({"num_steps": 50, "eta": 3.0}, "eta <= 1"),
+    ],
+)
+def test_impossible_chains_are_refused(arguments: dict[str, float], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        Schedule.from_diffusers(stable_diffusion(), **arguments)  # type: ignore[arg-type]
+
+
+def test_multistep_schedulers_are_refused() -> None:
+    with pytest.raises(ValueError, match="DDIMScheduler"):
+        Schedule.from_diffusers(PNDMScheduler(**SD, steps_offset=1), 10)
+
+
+def test_unknown_prediction_type_is_refused() -> None:
+    levels = torch.tensor([0.5, 0.9])
+    with pytest.raises(ValueError, match="known: epsilon"):
+        Schedule.from_alpha_bars(torch.tensor([9, 1]), levels, torch.tensor([0.9, 0.99]), "flow")
+
+
+def test_the_scheduler_is_left_alone() -> None:
+    scheduler = stable_diffusion()
+    before = scheduler.timesteps.clone()
+    Schedule.from_diffusers(scheduler, 10)
+    assert torch.equal(scheduler.timesteps, before)

@@ -1,0 +1,176 @@
+"""The bench of a training step: what it counts, and that the published amount of work is that amount."""
+
+import json
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from helpers.building import parts_of
+
+from dag import bench
+from dag.costs import flops
+from dag.costs.published_work import Published
+from dag.recipe import Recipe
+from dag.recipe.load import load
+from dag.run.folder import RunFolder
+from dag.training.trainer import Trainer
+
+ROOT = Path(__file__).parents[2]
+STEPS, TRAJECTORIES = 5, 2
+SMALL = (
+    f"sampler.steps={STEPS}",
+    f"train.trajectories={TRAJECTORIES}",
+    f"train.micro_batch={TRAJECTORIES}",
+    f"sampler.tile={TRAJECTORIES}",
+    "train.updates=1",
+    "train.step_fraction=1",
+    "flow.warmup_epochs=0",
+    "flow.passes=0",
+    "regulariser.pretrained_kl=0",
+    "objective.beta.unit=reward",
+)
+
+
+def recipe_of(*overrides: str) -> Recipe:
+    return load(ROOT / "recipes/tiny_cpu.yaml", [*SMALL, *overrides])
+
+
+def trainer_of(recipe: Recipe, folder: Path) -> Trainer:
+    trainer = Trainer(recipe, RunFolder.create(folder / "run"), parts_of(recipe))
+    return trainer
+
+
+def counted(epoch: Any) -> float:
+    """GFLOP a transition of an epoch that really runs."""
+    with flops.counter() as counter:
+        epoch()
+    return counter.get_total_flops() / 1e9 / (STEPS * TRAJECTORIES)
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        (),
+        ("train.rollout=one_pass",),
+        ("train.rollout=one_pass", "objective.forward_looking.decoder=tiny", "objective.forward_looking.stride=2"),
+        ("train.rollout=one_pass", "sampler.uncond=frozen", "memory.checkpointing=full"),
+        ("objective.forward_looking.source=none",),
+    ],
+    ids=str,
+)
+def test_work_counted_from_configs_is_the_work_of_a_run(tmp_path: Path, overrides: tuple[str, ...]) -> None:
+    recipe = recipe_of(*overrides)
+    trainer = trainer_of(recipe, tmp_path)
+    real = counted(
+        (lambda: trainer.one_pass(0)) if trainer.is_one_pass(0) else lambda: trainer.update(trainer.sample(0), 0)
+    )
+    assert sum(flops.of_recipe(recipe).values()) == pytest.approx(real, rel=0.01)
+
+
+def test_the_published_work_is_what_its_docstring_says(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    recipe, calls = recipe_of(), Counter[str]()
+    trainer = trainer_of(recipe, tmp_path)
+    policy, T, N = trainer.parts.policy, STEPS, TRAJECTORIES
+    for name in ("predict", "decode"):
+        original = getattr(policy, name)
+
+        def counting(*given: Any, name: str = name, original: Any = original, **options: Any) -> Any:
+            kind = name + (" of one branch" if options.get("unguided") else "")
+            calls[kind] += len(given[0])
+            return original(*given, **options)
+
+        monkeypatch.setattr(policy, name, counting)
+
+    def scorer(batch: Any) -> Any:
+        def score(images: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
+            calls["reward"] += len(images)
+            return torch.zeros(len(images))
+
+        return score
+
+    before = [parameter.clone() for parameter in policy.trainable()]
+    published = Published(recipe, trainer.parts, scorer)
+    real = counted(lambda: published.epoch(trainer.batch(0), trainer.ledger.phase))
+    assert calls == {
+        "predict": N * T * 2,
+        "predict of one branch": N * T * 2,
+        "decode": N * (2 * T + 1),
+        "reward": N * (2 * T + 1),
+    }
+    assert sum(flops.of_published(recipe).values()) == pytest.approx(real, rel=0.01)
+    assert any(not torch.equal(a, b) for a, b in zip(before, policy.trainable(), strict=True))
+
+
+def test_the_bench_compares_with_the_published_work(tmp_path: Path, capsys: Any) -> None:
+    result = tmp_path / "rows.json"
+    arguments = ["train-step", "--recipe", str(ROOT / "recipes/tiny_cpu.yaml"), "--literal", "--ablation"]
+    chosen = [word for override in (*SMALL, "sampler.steps=3") for word in ("--set", override)]
+    limits = ["--trajectories", str(TRAJECTORIES), "--repeats", "1", "--json", str(result)]
+    assert bench.main([*arguments, *chosen, *limits]) == 0
+    shown = capsys.readouterr().out.splitlines()
+    written = json.loads(result.read_text())
+    rows = written["rows"]
+    assert [row["label"] for row in rows] == [bench.LITERAL, *(label for label, _ in bench.ABLATION)]
+    assert len(shown) == len(rows)
+    assert rows[0]["times_published"] == 1
+    work = [row["gflop_per_transition"] for row in rows]
+    assert work == sorted(work, reverse=True), "every lever takes work away"
+    assert all(row["trajectories_per_hour"] > 0 and row["peak_tensors_gib"] > 0 for row in rows)
+    assert {"device", "threads", "torch", "commit"} <= written["environment"].keys()
+
+
+def test_the_arithmetic_behind_the_24_gb_recipe(capsys: Any) -> None:
+    """Stable Diffusion 1.5 from its configs: three times less work for the same transitions, four with a frozen branch."""
+    assert bench.main(["count", "--recipe", str(ROOT / "recipes/aesthetic_24gb.yaml")]) == 0
+    ratios = {line[:30].strip(): float(line.split("= ")[1].split()[0]) for line in capsys.readouterr().out.splitlines()}
+    assert ratios[bench.LITERAL] == 1
+    assert len(set(ratios.values())) == len(ratios), "the recipe has some of the levers: the ablation starts without"
+    assert ratios["+ tiny decoder for x0_hat"] > 3
+    assert ratios["+ frozen unconditional branch"] > 4
+
+
+def test_ddpo_is_refused(capsys: Any) -> None:
+    assert bench.main(["count", "--recipe", str(ROOT / "recipes/tiny_cpu_ddpo.yaml")]) == 2
+    assert "the bench times objectives with a flow, not ddpo" in capsys.readouterr().err
+
+
+def test_cheaper_previews_are_measured_against_the_full_ones(tmp_path: Path, capsys: Any) -> None:
+    result = tmp_path / "rows.json"
+    recipe, few = str(ROOT / "recipes/tiny_cpu.yaml"), ["--trajectories", "4", "--json", str(result)]
+    assert bench.main(["previews", "--recipe", recipe, "--set", "sampler.steps=6", *few]) == 0
+    rows = {(row["decoder"], row["stride"]): row for row in json.loads(result.read_text())["rows"]}
+    assert len(capsys.readouterr().out.splitlines()) == len(rows) == 9
+    exact = rows.pop(("full", 1))
+    assert (exact["bias"], exact["rms"]) == (0, 0)
+    assert exact["correlation"] == pytest.approx(1)
+    assert all(row["rms"] > 0 and row["correlation"] < 1 for row in rows.values())
+
+
+def test_chains_are_exact_where_log_pf_is_taken_at_the_stored_state(tmp_path: Path) -> None:
+    result = tmp_path / "rows.json"
+    recipe, few = str(ROOT / "recipes/tiny_cpu.yaml"), ["--trajectories", "4", "--json", str(result)]
+    assert bench.main(["storage", "--recipe", recipe, "--set", "sampler.steps=6", *few]) == 0
+    rows = {(row["chain"], row["log_pf_at"]): row for row in json.loads(result.read_text())["rows"]}
+    assert [rows[dtype, "stored"]["ratio_error"] for dtype in ("fp32", "fp16", "bf16")] == [0, 0, 0]
+    assert 0 < rows["fp16", "unrounded"]["log_pf_error"] < rows["bf16", "unrounded"]["log_pf_error"]
+    # 7 states of 4 x 16 x 16, 3 numbers a step in fp32, and a reward, a prompt and a sample id.
+    assert rows["fp16", "stored"]["bytes"] == 7 * 4 * 16 * 16 * 2 + 6 * 3 * 4 + 4 + 8 + 8
+
+
+def test_every_row_leaves_out_the_passes_of_the_pretrained_model() -> None:
+    """FLOP counts do not know them."""
+    given = ["objective.prior=pretrained"]
+    recipes = [r for _, r in bench.cases(str(ROOT / "recipes/tiny_cpu.yaml"), given, None, is_ablation=True)]
+    assert {recipe.objective.prior for recipe in recipes} == {"none"}  # type: ignore[union-attr]
+    assert {recipe.regulariser.pretrained_kl for recipe in recipes} == {0}
+
+
+def test_a_row_that_does_not_fit_is_a_line_and_no_end(monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
+    def full(*anything: Any, **options: Any) -> Any:
+        raise RuntimeError("cuDNN error: CUDNN_STATUS_ALLOC_FAILED")
+
+    monkeypatch.setattr(bench, "measure", full)
+    assert bench.main(["train-step", "--recipe", str(ROOT / "recipes/tiny_cpu.yaml")]) == 1
+    assert "not measured: out of GPU memory: cuDNN error: CUDNN_STATUS_ALLOC_FAILED" in capsys.readouterr().out

@@ -1,0 +1,140 @@
+"""Predicted memory against tensors counted while the embedded model really trains."""
+
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from helpers.building import parts_of
+from torch import Tensor
+
+import train_dag
+from dag.costs.forecast import LEVERS, forecast, savings
+from dag.costs.live_bytes import LiveBytes
+from dag.costs.memory import optimizer_states
+from dag.recipe import Recipe
+from dag.recipe.load import load, parse
+from dag.run.folder import RunFolder
+from dag.training.optimizer import build_optimizer
+from dag.training.trainer import Trainer
+
+ROOT = Path(__file__).parents[2]
+BASE: dict[str, dict[str, Any]] = {
+    "model": {"path": "embedded"},
+    "sampler": {"steps": 2, "guidance_scale": 3.0, "tile": 8},
+    "prompts": {"texts": ["a cat", "a dog"]},
+    "reward": {"name": "colourfulness"},
+    "objective": {"name": "dag_db", "beta": {"value": 20.0}},
+    "flow": {"channels": [32, 64, 64], "warmup_epochs": 0},
+    "train": {"epochs": 2, "trajectories": 8, "updates": 1, "micro_batch": 8},
+    "evaluation": {"prompts": 2, "images_per_prompt": 2},
+}
+ONE_PASS = {"rollout": "one_pass"}
+
+
+def recipe_of(change: dict[str, Any]) -> Recipe:
+    sections = {name: {**BASE.get(name, {}), **change.get(name, {})} for name in BASE | change}
+    if sections["objective"]["name"] == "ddpo":
+        del sections["objective"]["beta"]
+    return parse(sections, "test recipe")
+
+
+def measured(recipe: Recipe, run: RunFolder) -> dict[str, int]:
+    """Peak bytes of the phases of a second epoch: the first has left gradients and optimizer states."""
+    trainer = Trainer(recipe, run, parts_of(recipe))
+    peaks: dict[str, int] = {}
+
+    def phase(name: str, call: Callable[[], Any], *others: Tensor) -> Any:
+        with LiveBytes() as live:
+            live.include([*trainer.parts.standing(), *others])
+            result = call()
+        peaks[name] = live.peak
+        return result
+
+    for _ in range(2):
+        if recipe.train.rollout == "one_pass":
+            phase("one pass", lambda: trainer.one_pass(1))
+            continue
+        trajectories = phase("rollout", lambda: trainer.sample(1))
+        phase("update", partial(trainer.update, trajectories, 1), trajectories.chain)
+    phase("evaluation", trainer.evaluate)
+    return peaks
+
+
+# In float32: half precision is predicted with CUDA's rules of autocast, under which norms keep more than on a CPU.
+CHANGES: list[dict[str, Any]] = [
+    {},
+    {"memory": {"checkpointing": "selective"}},
+    {"memory": {"checkpointing": "full"}},
+    {"train": {"micro_batch": 2}},
+    {"sampler": {"tile": 3, "chain_dtype": "fp16"}, "objective": {"prior": "pretrained"}},
+    {"sampler": {"guidance_scale": 1.0}},
+    {"sampler": {"uncond": "frozen"}},
+    {"regulariser": {"pretrained_kl": 1e-4, "sampling": 1.0}},
+    {"adapter": {"rank": 32, "targets": ["to_q", "to_k", "to_v", "to_out.0", "conv1", "conv2"]}},
+    {"adapter": {"kind": "full"}},
+    {"adapter": {"kind": "full"}, "train": {"optimizer": "adamw8bit"}},
+    {"adapter": {"kind": "full"}, "memory": {"checkpointing": "full"}, "train": ONE_PASS},
+    {"train": ONE_PASS},
+    {"train": ONE_PASS, "memory": {"checkpointing": "selective"}},
+    {"train": ONE_PASS, "memory": {"checkpointing": "full"}},
+    {"train": ONE_PASS, "sampler": {"uncond": "frozen"}, "objective": {"prior": "pretrained"}},
+    {"objective": {"forward_looking": {"decoder": "half"}}, "train": {**ONE_PASS, "micro_batch": 4}},
+    {"objective": {"forward_looking": {"source": "current", "prediction": "conditional"}}},
+    {"objective": {"name": "ddpo"}},
+    {"memory": {"decode_batch": 1}},
+    {"memory": {"base": "nf4"}},
+    {"memory": {"base": "int8"}},
+]
+
+
+@pytest.mark.parametrize("change", CHANGES, ids=str)
+def test_predicted_peaks_are_within_a_tenth_of_the_measured(tmp_path: Path, change: dict[str, Any]) -> None:
+    recipe = recipe_of(change)
+    predicted = forecast(recipe).phases
+    found = measured(recipe, RunFolder.create(tmp_path / "run"))
+    assert predicted.keys() == found.keys()
+    for name, peak in found.items():
+        print(f"{name:11} predicted {predicted[name] / 2**20:8.2f} MiB, measured {peak / 2**20:8.2f} MiB")
+        assert predicted[name] == pytest.approx(peak, rel=0.1), name
+
+
+def test_the_levers_that_would_help_are_named_and_their_peaks_hold() -> None:
+    recipe = recipe_of({"train": {"micro_batch": 8}})
+    now, found = forecast(recipe), dict(savings(recipe, forecast(recipe)))
+    assert {"memory.checkpointing=full", "memory.checkpointing=selective", "train.micro_batch=1"} <= found.keys()
+    assert all(peak < now.peak for peak in found.values())
+    pulled = recipe_of({"memory": {"checkpointing": "full"}})
+    assert forecast(pulled).peak == found["memory.checkpointing=full"]
+    assert not {lever for lever, _ in savings(pulled, forecast(pulled))} & {"memory.checkpointing=full"}
+
+
+def test_a_budget_refuses_before_anything_is_loaded(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    """For a model of the hub nothing is downloaded; it is taken for what its name stands for here, an SD 1.5."""
+    monkeypatch.chdir(tmp_path)
+    # Each costs seconds to follow; two are enough to see them named.
+    monkeypatch.setattr("dag.costs.forecast.LEVERS", LEVERS[:2])
+    recipe = str(ROOT / "recipes/aesthetic_24gb.yaml")
+    arguments = ["--recipe", recipe, "--out", "run", "--set", "memory.budget_gib=4"]
+    assert train_dag.main(arguments) == 2
+    said = capsys.readouterr().err
+    assert said.startswith("error: memory.budget_gib=4: the ")
+    assert "GiB; levers, each alone: " in said
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_states_of_the_optimizers_are_counted_as_they_are() -> None:
+    pytest.importorskip("bitsandbytes")
+    parameters = [torch.nn.Parameter(torch.randn(shape)) for shape in ((4095,), (64, 64), (300, 70))]
+    train = load(ROOT / "recipes/tiny_cpu.yaml").train
+    for kind in ("adamw", "adamw8bit", "paged_adamw8bit"):
+        optimizer = build_optimizer(parameters, 1e-3, train, kind)
+        sum(p.square().sum() for p in parameters).backward()  # type: ignore[union-attr]
+        optimizer.step()
+        names = ("exp_avg", "exp_avg_sq", "state1", "state2", "absmax1", "absmax2")
+        held = sum(state[name].nbytes for state in optimizer.state.values() for name in names if name in state)
+        assert sum(tensor.nbytes for tensor in optimizer_states(parameters, kind)) == held, kind

@@ -1,0 +1,88 @@
+"""Builds the parts of a recipe and one scored rollout, as the trainer does."""
+
+import json
+import signal
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+
+from dag.chain.trajectory import Trajectories
+from dag.recipe import Recipe
+from dag.run.folder import RunFolder
+from dag.run.meter import PHASES
+from dag.run.signals import Interrupt
+from dag.training.build import Parts, build
+from dag.training.trainer import Trainer
+
+CPU = torch.device("cpu")
+# What no two runs share.
+MEASURED = {*(f"{kind}_{name}" for kind in ("seconds", "memory_gib") for name in PHASES), "peak_memory_gib"}
+
+
+def rows(run: Path) -> list[dict[str, Any]]:
+    """metrics.jsonl without times and memory."""
+    lines = (run / "metrics.jsonl").read_text().splitlines()
+    return [{key: value for key, value in json.loads(line).items() if key not in MEASURED} for line in lines]
+
+
+class Soon(Interrupt):
+    """A signal that comes at the n-th resting point."""
+
+    def __init__(self, points: float, number: signal.Signals = signal.SIGTERM) -> None:
+        super().__init__()
+        self.left, self.number = points, number
+
+    @property
+    def signal(self) -> signal.Signals | None:
+        self.left -= 1
+        return self.number if self.left < 0 else None
+
+    @signal.setter
+    def signal(self, value: object) -> None:
+        """Nothing else sets it."""
+
+
+def parts_of(recipe: Recipe) -> Parts:
+    return build(recipe, CPU, warn=lambda text: None)
+
+
+def rolled_out(recipe: Recipe, run: RunFolder) -> tuple[Trainer, Trajectories]:
+    """A trainer and its first epoch's trajectories."""
+    trainer = Trainer(recipe, run, parts_of(recipe))
+    return trainer, trainer.sample(0)
+
+
+def disturb(parts: Parts, scale: float = 0.05) -> None:
+    """Give the adapter (and the flow) non-zero weights: a fresh LoRA adds nothing, and hides what depends on it."""
+    generator = torch.Generator().manual_seed(11)
+    modules = [*parts.policy.trainable(), *(parts.flow.parameters() if parts.flow is not None else ())]
+    with torch.no_grad():
+        for parameter in modules:
+            parameter.add_(scale * torch.randn(parameter.shape, generator=generator))
+    parts.policy.weights.refresh()
+
+
+def write(recipe: Recipe, path: Path) -> str:
+    """A recipe as a YAML file; its path."""
+    path.write_text(yaml.safe_dump(json.loads(recipe.model_dump_json(exclude_none=True))))
+    return str(path)
+
+
+def poisoned(trainer: Trainer, sample: int, k: int, times: int) -> None:
+    """The loss of a transition is not finite, so often."""
+    learner, left = trainer.parts.learner, times
+    rows_loss = learner.loss.rows
+
+    def spoilt(rollout: Any, rows: torch.Tensor, step: int, *rest: Any) -> Any:
+        nonlocal left
+        output, regulariser = rows_loss(rollout, rows, step, *rest)
+        hit = (rollout.trajectories.sample_id[rows] == sample) & (step == k)
+        if left and bool(hit.any()):
+            left -= 1
+            output = replace(output, loss=torch.where(hit, output.loss * torch.inf, output.loss))
+        return output, regulariser
+
+    learner.loss.rows = spoilt  # type: ignore[method-assign,assignment]

@@ -1,0 +1,134 @@
+"""Finds which recipe keys a module reads, so that a test can refuse keys that nothing reads."""
+
+import ast
+import typing
+from collections.abc import Iterator
+from typing import Any
+
+from dag import recipe
+from dag.recipe import reward_sections, schema
+from dag.recipe.section import Section
+
+SCHEMAS = {"dag.recipe": recipe, "dag.recipe.schema": schema, "dag.recipe.reward_sections": reward_sections}
+
+
+def sections_below(section: type[Section]) -> Iterator[type[Section]]:
+    """A section and all that its keys can hold."""
+    yield section
+    for field in section.model_fields.values():
+        for inner in sections_in(field.annotation):
+            yield from sections_below(inner)
+
+
+def sections_in(annotation: Any) -> set[type[Section]]:
+    """The sections a type annotation of the schema mentions."""
+    if isinstance(annotation, type) and issubclass(annotation, Section):
+        return {annotation}
+    return {section for argument in typing.get_args(annotation) for section in sections_in(argument)}
+
+
+def names_in(annotation: Any) -> set[str]:
+    return {section.__name__ for section in sections_in(annotation)}
+
+
+SECTIONS = {section.__name__: section for section in sections_below(recipe.Recipe)}
+FIELDS = {(name, field) for name, section in SECTIONS.items() for field in section.model_fields}
+
+
+class Reader(ast.NodeVisitor):
+    """Which fields of which sections a module reads, by following names from annotated parameters.
+
+    Flow-insensitive and per module: every assignment to a name adds to what that name may be. A dump of a section
+    reads its fields; a dump of the whole recipe is a record of the run and reads none.
+    """
+
+    def __init__(self, module: ast.Module) -> None:
+        self.reads: set[tuple[str, str]] = set()
+        self.types: dict[str, set[str]] = {}
+        self.imported = dict(self._imports(module))
+        size = -1
+        while size != (size := sum(map(len, self.types.values()))):
+            self.visit(module)
+
+    @staticmethod
+    def _imports(module: ast.Module) -> Iterator[tuple[str, set[str]]]:
+        for node in ast.walk(module):
+            if isinstance(node, ast.ImportFrom) and node.module in SCHEMAS:
+                for alias in node.names:
+                    yield alias.asname or alias.name, names_in(getattr(SCHEMAS[node.module], alias.name))
+
+    def annotated(self, annotation: ast.expr | None) -> set[str]:
+        if annotation is None:
+            return set()
+        found: set[str] = set()
+        for node in ast.walk(annotation):
+            if isinstance(node, ast.Name):
+                found |= self.imported.get(node.id, set())
+            elif isinstance(node, ast.Attribute) and ast.unparse(node.value) in ("recipe", "dag.recipe"):
+                found |= names_in(getattr(recipe, node.attr, None))
+        return found
+
+    def infer(self, node: ast.expr) -> set[str]:
+        found = set(self.types.get(ast.unparse(node), set()))
+        if isinstance(node, ast.Attribute):
+            for owner in self.infer(node.value):
+                field = SECTIONS[owner].model_fields.get(node.attr)
+                found |= names_in(field.annotation) if field else set()
+        elif isinstance(node, ast.Call):
+            function = ast.unparse(node.func)
+            found |= {"Recipe"} if function in ("load", "parse") else self.types.get(f"{function}()", set())
+        elif isinstance(node, ast.IfExp):
+            found |= self.infer(node.body) | self.infer(node.orelse)
+        return found
+
+    def learn(self, target: ast.expr, value: ast.expr) -> None:
+        if isinstance(target, ast.Tuple) and isinstance(value, ast.Tuple):
+            for part, entry in zip(target.elts, value.elts, strict=False):
+                self.learn(part, entry)
+        elif found := self.infer(value):
+            self.types.setdefault(ast.unparse(target), set()).update(found)
+
+    def visit_arg(self, node: ast.arg) -> None:
+        if found := self.annotated(node.annotation):
+            self.types.setdefault(node.arg, set()).update(found)
+
+    def visit_FunctionDef(self, node: ast.FunctionDef) -> None:
+        if any(isinstance(decorator, ast.Name) and decorator.id == "property" for decorator in node.decorator_list):
+            self.types.setdefault(f"self.{node.name}", set()).update(self.annotated(node.returns))
+        else:
+            self.types.setdefault(f"{node.name}()", set()).update(self.annotated(node.returns))
+        self.generic_visit(node)
+
+    def visit_Assign(self, node: ast.Assign) -> None:
+        for target in node.targets:
+            self.learn(target, node.value)
+        self.generic_visit(node)
+
+    def visit_For(self, node: ast.For | ast.comprehension) -> None:
+        entries = node.iter.elts if isinstance(node.iter, ast.Tuple | ast.List) else [node.iter]
+        for entry in entries:
+            self.learn(node.target, entry)
+        self.generic_visit(node)
+
+    visit_comprehension = visit_For
+
+    def visit_Attribute(self, node: ast.Attribute) -> None:
+        if isinstance(node.ctx, ast.Load):
+            self.reads |= {(owner, node.attr) for owner in self.infer(node.value)} & FIELDS
+        self.generic_visit(node)
+
+    def visit_Call(self, node: ast.Call) -> None:
+        if isinstance(node.func, ast.Attribute) and node.func.attr == "model_dump":
+            skipped = {
+                name
+                for keyword in node.keywords
+                if keyword.arg == "exclude"
+                for name in ast.literal_eval(keyword.value)
+            }
+            owners = self.infer(node.func.value) - {"Recipe"}
+            self.reads |= {(owner, field) for owner, field in FIELDS if owner in owners and field not in skipped}
+        self.generic_visit(node)
+
+
+def fields_read(source: str) -> set[tuple[str, str]]:
+    return Reader(ast.parse(source)).reads

@@ -1,0 +1,340 @@
+"""Diffusion chains in one or two dimensions whose data law, target and optimum are known in closed form.
+
+The model is exact: its data law is a Gaussian mixture, so the score is a formula. The policy is that score
+plus a learnt table, one per step, of normalised radial basis functions; the flow is such a table too. What is
+under test (the chain's coefficients and densities, the residual, the objectives) comes from `dag`; here are
+the mixtures, the tables, a training loop and an independent reference.
+
+Legend: S seeds trained at once, B trajectories each, N = S * B rows (seed-major), T transitions, D dimensions
+of the state, J basis functions. Transitions are (T, N, ...) here, flattened step-major into `Transition`.
+"""
+
+import math
+from dataclasses import dataclass, replace
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from dag.chain.schedule import Schedule
+from dag.objectives import Objective
+from dag.objectives.transition import Transition, residual_table
+
+
+class Law(Protocol):
+    """Something with a log density, perhaps not normalised."""
+
+    def log_prob(self, x: Tensor) -> Tensor:
+        """(N,) of x (N, D)."""
+        ...
+
+
+@dataclass(frozen=True)
+class Mixture:
+    """sum_i weights_i N(means_i, sd^2 I): weights (M,), means (M, D)."""
+
+    weights: Tensor
+    means: Tensor
+    sd: float
+
+    def log_prob(self, x: Tensor) -> Tensor:
+        """(N,) log density of x (N, D)."""
+        return self._log_joint(x, torch.ones(())).logsumexp(1)
+
+    def eps(self, x: Tensor, alpha_bar: Tensor) -> Tensor:
+        """The optimal noise prediction, -sqrt(1 - ab) score(x) of this law noised to `alpha_bar`, (N, D)."""
+        posterior = self._log_joint(x, alpha_bar).softmax(1)
+        pull = x - alpha_bar.sqrt() * (posterior @ self.means)
+        return (1 - alpha_bar).sqrt() * pull / noised_variance(self.sd, alpha_bar)
+
+    def nearest_mode(self, x: Tensor) -> Tensor:
+        """(N,) int64, the mode whose mean is closest to x (N, D)."""
+        return torch.cdist(x, self.means).argmin(1)
+
+    def _log_joint(self, x: Tensor, alpha_bar: Tensor) -> Tensor:
+        """(N, M) log weight_i + log N(x; sqrt(ab) mean_i, V I)."""
+        variance = noised_variance(self.sd, alpha_bar)
+        square = (x[:, None] - alpha_bar.sqrt() * self.means).square().sum(2)
+        return self.weights.log() - 0.5 * square / variance - 0.5 * x.shape[1] * (2 * math.pi * variance).log()
+
+
+@dataclass(frozen=True)
+class Bowl:
+    """log R = slope x - (x - centre)^2 / 2 in one dimension: a reward that a pretrained model's law is tilted by."""
+
+    slope: float
+    centre: float
+
+    def log_prob(self, x: Tensor) -> Tensor:
+        return (self.slope * x - 0.5 * (x - self.centre).square()).sum(1)
+
+
+def noised_variance(sd: float, alpha_bar: Tensor) -> Tensor:
+    """Variance of a mode of `sd` after noising to `alpha_bar`."""
+    return alpha_bar * sd**2 + 1 - alpha_bar
+
+
+def toy_schedule(mode_sd: float, steps: int = 16) -> Schedule:
+    """`steps` transitions with log-SNR linear in [-5, 5].
+
+    The mean of a DDPM step is exact for any data law. Its variance is replaced by the exact one for a single
+    mode of `mode_sd`, so that only the Gaussian shape of a step keeps a trained policy from its target.
+    """
+    alpha_bars = torch.linspace(-5, 5, steps + 1, dtype=torch.float64).sigmoid()
+    ab_t, ab_next = alpha_bars[:-1], alpha_bars[1:]
+    schedule = Schedule.from_alpha_bars(torch.arange(steps).flip(0), ab_t, ab_next, "epsilon")
+    rho = ab_t / ab_next
+    posterior_variance = 1 / (1 / noised_variance(mode_sd, ab_next) + rho / (1 - rho))
+    return replace(schedule, sigma=posterior_variance.sqrt())
+
+
+def basis(x: Tensor, centres: Tensor) -> Tensor:
+    """(N, J) normalised radial basis functions of x (N, D).
+
+    Their centres are the J = C^D points with coordinates in `centres` (C,); their width is the spacing.
+    """
+    spacing = centres[1] - centres[0]
+    per_dim = (-0.5 * ((x[:, :, None] - centres) / spacing).square()).softmax(2)
+    product = per_dim[:, 0]
+    for d in range(1, x.shape[1]):
+        product = (product[:, :, None] * per_dim[:, d, None, :]).flatten(1)
+    return product
+
+
+@dataclass(frozen=True)
+class Rollout:
+    """Trajectories sampled without gradient, and all that depends on them but not on the weights."""
+
+    states: Tensor
+    """(T + 1, N, D), noise first."""
+    features: Tensor
+    """(T, N, J) basis functions of every state but the last."""
+    exact_eps: Tensor
+    """(T, N, D) the data law's noise prediction."""
+    looking: Tensor
+    """(T, N) alpha_bar * log R(x0_hat), with the x0_hat of the policy that sampled."""
+    log_reward: Tensor
+    """(N,)"""
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How a method is trained. The flow learns ten times faster than the policy that it judges."""
+
+    iterations: int = 800
+    warmup: int = 100
+    """The first of the iterations, which train the flow alone."""
+    policy_lr: float = 5e-3
+    flow_lr: float = 5e-2
+    decay: bool = True
+    """Learning rates fall linearly to 0 over the second half."""
+    batch: int = 128
+    """Trajectories per update, for each seed."""
+
+    def learning_rates(self, iteration: int) -> tuple[float, float]:
+        """(policy's, flow's)."""
+        left = 2 * (1 - iteration / self.iterations)
+        factor = min(1.0, left) if self.decay else 1.0
+        return (0.0 if iteration < self.warmup else factor * self.policy_lr), factor * self.flow_lr
+
+
+class ToyGFN:
+    """The pretrained chain with a learnt residual and flow, for S seeds that share nothing but the loop.
+
+    `policy` (T, S, J, D) is added to the noise prediction, `flow` (T, S, J, 1) is log F~; both start at zero. The target
+    is the reward, or with `has_prior` the data law times the reward.
+    """
+
+    def __init__(self, data: Mixture, reward: Law, centres: Tensor, seeds: int, has_prior: bool = False) -> None:
+        self.data, self.reward, self.centres, self.has_prior = data, reward, centres, has_prior
+        self.schedule = toy_schedule(data.sd).to("cpu")  # in float32, like the states
+        self.seeds, self.dims = seeds, data.means.shape[1]
+        T, J = self.schedule.num_transitions, len(centres) ** self.dims
+        self.policy = torch.zeros(T, seeds, J, self.dims, requires_grad=True)
+        self.flow = torch.zeros(T, seeds, J, 1, requires_grad=True)
+        self.generators = [torch.Generator().manual_seed(seed) for seed in range(seeds)]
+
+    def noise(self, batch: int) -> Tensor:
+        """(S * B, D) standard normal, each seed from its own generator."""
+        return torch.cat([torch.randn(batch, self.dims, generator=generator) for generator in self.generators])
+
+    def output(self, k: int, features: Tensor, exact_eps: Tensor) -> Tensor:
+        """(N, D) the policy's noise prediction at step k."""
+        return exact_eps + self._lookup(self.policy[k : k + 1], features[None])[0]
+
+    @torch.no_grad()
+    def rollout(self, batch: int) -> Rollout:
+        """`batch` trajectories of the current policy for each seed."""
+        schedule, x = self.schedule, self.noise(batch)
+        states, features, exact, looking = [x], [], [], []
+        for k in range(schedule.num_transitions):
+            features.append(basis(x, self.centres))
+            exact.append(self.data.eps(x, schedule.alpha_bar_t[k]))
+            output = self.output(k, features[k], exact[k])
+            looking.append(schedule.alpha_bar_t[k] * self.reward.log_prob(schedule.x0_hat(x, output, k)))
+            x = schedule.sample_next(x, output, self.noise(batch), k)
+            states.append(x)
+        return Rollout(
+            states=torch.stack(states),
+            features=torch.stack(features),
+            exact_eps=torch.stack(exact),
+            looking=torch.stack(looking),
+            log_reward=self.reward.log_prob(x),
+        )
+
+    def loss(self, objective: Objective, rollout: Rollout) -> Tensor:
+        """Sum over the seeds of each seed's mean loss over all transitions of its trajectories."""
+        (T, N), S = rollout.looking.shape, self.seeds
+        k = torch.arange(T).repeat_interleave(N)
+        x_t, x_next = rollout.states[:-1].flatten(0, 1), rollout.states[1:].flatten(0, 1)
+        output = (rollout.exact_eps + self._lookup(self.policy, rollout.features)).flatten(0, 1)
+        log_pf = self.schedule.log_pf(x_t, x_next, output, k)
+        if self.has_prior:
+            log_pb = self.schedule.log_pf(x_t, x_next, rollout.exact_eps.flatten(0, 1), k)
+        else:
+            log_pb = self.schedule.log_pb(x_t, x_next, k)
+        log_F_tilde = self._lookup(self.flow, rollout.features)[..., 0]
+        past_the_end = torch.zeros(1, N)
+        transition = Transition(
+            k=k,
+            is_terminal=k == T - 1,
+            log_pf=log_pf,
+            log_pf_old=log_pf.detach(),
+            log_pb=log_pb,
+            log_reward=rollout.log_reward.repeat(T),
+            log_F_tilde=log_F_tilde.flatten(),
+            log_F_tilde_next=torch.cat([log_F_tilde[1:], past_the_end]).flatten(),
+            looking=rollout.looking.flatten(),
+            looking_next=torch.cat([rollout.looking[1:], past_the_end]).flatten(),
+            advantage=self._advantage(objective, rollout, log_F_tilde, log_pf.view(T, N), log_pb.view(T, N)),
+        )
+        return objective(transition).loss.view(T, S, N // S).mean((0, 2)).sum()
+
+    @torch.no_grad()
+    def _advantage(
+        self, objective: Objective, rollout: Rollout, log_F_tilde: Tensor, log_pf: Tensor, log_pb: Tensor
+    ) -> Tensor | None:
+        """(T * N,) advantages, from rewards or residuals as the objective chooses; each seed on its own."""
+        T, N = log_pf.shape
+        rewards = rollout.log_reward.split(N // self.seeds)
+        from_rewards = [objective.observe(reward, torch.zeros(len(reward))) for reward in rewards]
+        given = [one for one in from_rewards if one is not None]
+        if given:
+            return torch.cat(given).repeat(T)
+        delta = residual_table(log_F_tilde.T, rollout.looking.T, log_pf.T, log_pb.T, rollout.log_reward)
+        from_residuals = [
+            objective.advantages(rows, torch.ones(T), torch.zeros(T)) for rows in delta.split(N // self.seeds)
+        ]
+        given = [one for one in from_residuals if one is not None]
+        return torch.cat(given).T.flatten() if given else None
+
+    def train(self, objective: Objective, settings: Settings) -> None:
+        """On-policy: one update from all transitions of every rollout."""
+        optimizer = torch.optim.Adam([{"params": [self.policy]}, {"params": [self.flow]}], betas=(0.9, 0.99), eps=1e-4)
+        for iteration in range(settings.iterations):
+            for group, rate in zip(optimizer.param_groups, settings.learning_rates(iteration), strict=True):
+                group["lr"] = rate
+            optimizer.zero_grad()
+            self.loss(objective, self.rollout(settings.batch)).backward()
+            for table in (self.policy, self.flow):
+                clip_per_seed(table)
+            optimizer.step()
+
+    @torch.no_grad()
+    def samples(self, count: int) -> Tensor:
+        """(S, count, D) final states of fresh trajectories."""
+        return self.rollout(count).states[-1].view(self.seeds, count, self.dims)
+
+    @torch.no_grad()
+    def initial_log_F(self, count: int) -> Tensor:
+        """(S,) mean of log F over the initial noise."""
+        rollout = self.rollout(count)
+        log_F = self._lookup(self.flow, rollout.features)[0, :, 0] + rollout.looking[0]
+        return log_F.view(self.seeds, count).mean(1)
+
+    def _lookup(self, table: Tensor, features: Tensor) -> Tensor:
+        """(T, N, D') values of a table (T, S, J, D') at features (T, N, J)."""
+        T, N, J = features.shape
+        return (features.view(T, self.seeds, N // self.seeds, J) @ table).flatten(1, 2)
+
+
+def clip_per_seed(table: Tensor, norm: float = 1.0) -> None:
+    """Scale the gradient of a table (T, S, J, D'), if it has one, to at most `norm` for each seed."""
+    if table.grad is not None:
+        norms = table.grad.square().sum((0, 2, 3), keepdim=True).sqrt()
+        table.grad /= (norms / norm).clamp(min=1.0)
+
+
+GRID = torch.linspace(-5, 5, 1001, dtype=torch.float64)
+"""Where laws in one dimension are tabulated, as probabilities (1001,) float64 of its points."""
+
+
+@dataclass(frozen=True)
+class Fit:
+    """How far a law in one dimension is from another."""
+
+    left: float
+    """The law's mass below zero."""
+    kl: float
+    """KL(law || other) of histograms with bins of 0.1, in nats."""
+    w1: float
+    """Wasserstein-1 distance."""
+
+    def __str__(self) -> str:
+        return f"left mass {self.left:.3f}  KL {self.kl:.4f}  W1 {self.w1:.3f}"
+
+
+def fit(law: Tensor, other: Tensor) -> Fit:
+    """Compare two laws on GRID."""
+    p, q = (values[:-1].view(-1, 10).sum(1) for values in (law, other))
+    return Fit(
+        left=float(law[: len(GRID) // 2].sum()),
+        kl=float((torch.xlogy(p, p) - torch.xlogy(p, q)).sum()),
+        w1=float((law.cumsum(0) - other.cumsum(0)).abs().sum() * (GRID[1] - GRID[0])),
+    )
+
+
+def on_grid(*factors: Law) -> Tensor:
+    """The product of one-dimensional densities as a law on GRID."""
+    points = GRID.float()[:, None]
+    return torch.stack([factor.log_prob(points).double() for factor in factors]).sum(0).softmax(0)
+
+
+def histogram(samples: Tensor) -> Tensor:
+    """Samples (n,) as a law on GRID, each at its nearest point."""
+    spacing = GRID[1] - GRID[0]
+    nearest = ((samples.double() - GRID[0]) / spacing).round().clamp(0, len(GRID) - 1).long()
+    return torch.bincount(nearest, minlength=len(GRID)).double() / len(samples)
+
+
+def best_gaussian_steps(reward: Law, schedule: Schedule, prior: Mixture | None = None) -> tuple[Tensor, float]:
+    """The best policy with steps N(mu_k(x), sigma_k^2), by dynamic programming.
+
+    Returns its law on GRID and the mean of log F_0 over the initial noise.
+
+    Detailed balance cannot hold exactly where the posterior F' P_B / F of a step is not Gaussian. What DAG's
+    updates then leave at rest minimises KL(P_F || F' P_B / F) in each step: backwards from log F_T = log R,
+
+        log F_k(x) = max_mu E_{x' ~ N(mu, sigma_k^2)}[log F_{k+1}(x') + log P_B(x | x') - log P_F(x')].
+
+    mu is searched on GRID; nothing of `dag` but the noise levels and sigma enters. With the data law as a prior, whose
+    chain has steps N(m_k(x), sigma_k^2), log P_B above is the log-prob of that step.
+    """
+    log_F = reward.log_prob(GRID.float()[:, None]).double()
+    kernels = []
+    for k in reversed(range(schedule.num_transitions)):
+        rho, sigma = schedule.alpha_bar_t[k] / schedule.alpha_bar_next[k], schedule.sigma[k]
+        step = (-0.5 * ((GRID - GRID[:, None]) / sigma).square()).softmax(1)
+        if prior is None:
+            misfit = (GRID[:, None] - rho.sqrt() * GRID).square() + rho * sigma.square()
+            gain = step @ log_F - 0.5 * misfit / (1 - rho) - 0.5 * ((1 - rho) / sigma.square()).log() + 0.5
+        else:
+            eps = prior.eps(GRID[:, None].float(), schedule.alpha_bar_t[k].float())[:, 0].double()
+            mean = schedule.mean_x[k] * GRID + schedule.mean_output[k] * eps
+            gain = step @ log_F - 0.5 * ((GRID - mean[:, None]) / sigma).square()
+        log_F, best = gain.max(1)
+        kernels.append(step[best])
+    initial = law = (-0.5 * GRID.square()).softmax(0)
+    for kernel in reversed(kernels):
+        law = law @ kernel
+    return law, float(initial @ log_F)

@@ -1,0 +1,165 @@
+"""Seconds and memory by phase: what belongs to which phase, and what a machine cannot tell."""
+
+import json
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import train_dag
+from dag.run import meter
+from dag.run.meter import PHASES, Ledger
+
+ROOT = Path(__file__).parents[2]
+CPU = torch.device("cpu")
+needs_proc = pytest.mark.skipif(meter.meter_of(CPU) is None, reason="this system does not tell resident peaks")
+
+
+class Scripted:
+    """A meter that reads what it was told, once per reset."""
+
+    def __init__(self) -> None:
+        self.now, self.resets = 0, 0
+
+    def reset(self) -> None:
+        self.now, self.resets = 0, self.resets + 1
+
+    def peak(self) -> int:
+        return self.now
+
+    def peak_held(self) -> int:
+        return 2 * self.now
+
+
+@pytest.fixture
+def scripted(monkeypatch: pytest.MonkeyPatch) -> Scripted:
+    meter = Scripted()
+    monkeypatch.setattr(meter, "meter_of", lambda device: meter)
+    return meter
+
+
+def test_a_phase_owns_its_peak_and_time_only(scripted: Scripted) -> None:
+    book = Ledger(CPU)
+    scripted.now = 7 << 30
+    with book.phase("sample"):
+        scripted.now = 3 << 30
+        time.sleep(0.01)
+    for peak in (1, 2):
+        with book.phase("update"):
+            scripted.now = peak << 30
+    row = book.row()
+    assert (row["memory_gib_sample"], row["memory_gib_update"], row["memory_gib_reward"]) == (3, 2, None)
+    assert book.in_use == 7 << 30, "what happens between phases counts for the epoch"
+    assert row["peak_memory_gib"] == 14
+    assert row["seconds_sample"] >= 0.01 > row["seconds_update"]
+
+
+def test_an_epoch_forgets_the_one_before_but_the_run_does_not(scripted: Scripted) -> None:
+    book = Ledger(CPU)
+    with book.phase("sample"):
+        scripted.now = 3 << 30
+    book.start_epoch()
+    row = book.row()
+    assert row["memory_gib_sample"] is None
+    assert row["seconds_sample"] == 0
+    assert (row["peak_memory_gib"], book.in_use) == (6, 0)
+
+
+def test_a_phase_that_fails_is_still_written_down(scripted: Scripted) -> None:
+    book = Ledger(CPU)
+
+    def fail() -> None:
+        with book.phase("reward"):
+            scripted.now = 1 << 30
+            raise ValueError("no")
+
+    with pytest.raises(ValueError, match="no"):
+        fail()
+    assert book.row()["memory_gib_reward"] == 1
+
+
+def test_a_system_that_tells_nothing_gives_null(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(meter.ResidentMeter, "_RESET", Path("/nowhere/clear_refs"))
+    book = Ledger(CPU)
+    with book.phase("sample"):
+        pass
+    row = book.row()
+    assert {row[f"memory_gib_{name}"] for name in PHASES} | {row["peak_memory_gib"]} == {None}
+
+
+@needs_proc
+def test_resident_memory_rises_with_what_a_phase_holds_and_falls_again() -> None:
+    book, size = Ledger(CPU), 256 << 20
+    with book.phase("sample"):
+        held = torch.ones(size, dtype=torch.uint8)
+    del held
+    with book.phase("update"):
+        pass
+    assert book.peaks["sample"] - book.peaks["update"] == pytest.approx(size, rel=0.2)
+
+
+@needs_proc
+@pytest.mark.parametrize("rollout", ["stored", "one_pass"])
+def test_a_run_writes_its_phases(tmp_path: Path, rollout: str) -> None:
+    few = ("train.epochs=2", "train.trajectories=4", "sampler.steps=3", "train.micro_batch=2", "flow.passes=0")
+    chosen = [*few, f"train.rollout={rollout}", "evaluation.prompts=1", "evaluation.images_per_prompt=2"]
+    overrides = [word for override in chosen for word in ("--set", override)]
+    recipe, run = str(ROOT / "recipes/tiny_cpu.yaml"), tmp_path / "run"
+    assert train_dag.main(["--recipe", recipe, "--out", str(run), *overrides]) == 0
+    rows: list[dict[str, Any]] = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    assert rows[0]["memory_gib_evaluation"] > 0.1
+    assert rows[0]["memory_gib_update"] is None
+    phases = ("reward", "update") if rollout == "one_pass" else ("sample", "reward", "update")
+    for phase in phases:
+        assert rows[-1][f"seconds_{phase}"] > 0, phase
+    # In one pass rewards and updates alternate in every transition: their peak is one.
+    for phase in ("update",) if rollout == "one_pass" else phases:
+        assert 0.1 < rows[-1][f"memory_gib_{phase}"] <= rows[-1]["peak_memory_gib"], phase
+
+
+class Stream:
+    """A clock whose moments are over only when somebody has waited for them."""
+
+    def __init__(self) -> None:
+        self.marked, self.waits = 0, 0
+
+    def mark(self) -> int:
+        self.marked += 1
+        return self.marked
+
+    def seconds(self, start: int, end: int) -> float:
+        self.waits += 1
+        return float(end - start)
+
+
+def test_phases_are_timed_without_waiting_until_somebody_asks(scripted: Scripted) -> None:
+    book, stream = Ledger(CPU), Stream()
+    book.clock = stream
+    for _ in range(100):
+        with book.timed("update"), book.timed("reward"):
+            pass
+    assert stream.waits == 0
+    assert book.row()["seconds_update"] == 100 * 3
+    assert book.seconds["reward"] == 100
+    assert stream.waits == 200
+
+
+def test_moments_do_not_pile_up(scripted: Scripted, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(meter, "_MOST_MARKS", 10)
+    book, stream = Ledger(CPU), Stream()
+    book.clock = stream
+    for _ in range(25):
+        with book.timed("update"):
+            pass
+        assert len(book._marks) < 10
+    assert book.seconds["update"] == 25
+
+
+def test_a_peak_can_be_read_without_its_time(scripted: Scripted) -> None:
+    book = Ledger(CPU)
+    with book.peak("update"), book.timed("reward"):
+        scripted.now = 5 << 30
+    row = book.row()
+    assert (row["memory_gib_update"], row["memory_gib_reward"], row["seconds_update"]) == (5, None, 0)

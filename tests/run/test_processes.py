@@ -1,0 +1,203 @@
+"""Several processes are one: same gradients, same metrics; what happens to one of them, happens to all."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from helpers.building import parts_of, rows
+from helpers.together import first_gradients
+from safetensors.torch import load_file
+
+from dag.errors import RunError, UsageError
+from dag.recipe import Recipe
+from dag.run import checkpoint
+from dag.run.folder import RunFolder
+from dag.run.processes import Processes
+from dag.training.trainer import Trainer
+
+ROOT = Path(__file__).parents[2]
+MakeRecipe = Callable[..., Recipe]
+KINDS: dict[str, dict[str, Any]] = {
+    "dag_db": {
+        "objective": {"residual_scale": "running", "beta": {"value": 20.0, "unit": "reward_sd"}},
+        "flow": {"passes": 1, "warmup_epochs": 1},
+        "train": {"step_fraction": 0.75, "inner_epochs": 2},
+    },
+    "dag_kl": {"objective": {"name": "dag_kl", "normalise_advantage": True}},
+    "ddpo": {"objective": {"name": "ddpo", "per_prompt": 4}},
+    "one_pass": {"train": {"rollout": "one_pass"}, "flow": {"passes": 1, "warmup_epochs": 1}},
+}
+
+
+def torchrun(count: int, *arguments: str, cwd: Path = ROOT) -> "subprocess.CompletedProcess[str]":
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", str(count), "--master_port", "29753"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(sys.path)}
+    return subprocess.run([*command, *arguments], cwd=cwd, env=environment, capture_output=True, text=True)
+
+
+@pytest.fixture(scope="module")
+def recipes(tmp_path_factory: pytest.TempPathFactory, tiny_model: Path) -> Path:
+    return tmp_path_factory.mktemp("recipes")
+
+
+@pytest.fixture
+def small(make_recipe: MakeRecipe) -> dict[str, Recipe]:
+    """Tiles of one sample: several processes then call the network with the same rows as one does."""
+    return {
+        name: make_recipe(
+            **{**sections, "train": {"epochs": 2, "micro_batch": 1, **sections.get("train", {})}},
+            sampler={"tile": 1},
+            evaluation={"every": 2, "images_per_prompt": 3, "prompts": 1},
+        )
+        for name, sections in KINDS.items()
+    }
+
+
+def close(ours: Any, theirs: Any) -> bool:
+    """Equal but for float32 sums in another order, passed through a few updates (seen: 2e-4 of a mean residual)."""
+    if isinstance(ours, list):
+        return len(ours) == len(theirs) and all(map(close, ours, theirs))
+    if isinstance(ours, float):
+        return theirs == pytest.approx(ours, rel=5e-4, abs=1e-5)
+    return ours == theirs
+
+
+def test_two_processes_are_one(small: dict[str, Recipe], tmp_path: Path) -> None:
+    file, two, one = tmp_path / "recipes.json", tmp_path / "two", tmp_path / "one"
+    file.write_text(json.dumps({name: recipe.model_dump(mode="json") for name, recipe in small.items()}))
+    for name in (*small, "stopped", "failed", "small"):
+        RunFolder.create(two / name)
+    done = torchrun(2, str(ROOT / "tests/helpers/together.py"), str(file), str(two))
+    assert done.returncode == 0, done.stderr[:3000]
+    for name, recipe in small.items():
+        run, parts = RunFolder.create(one / name), parts_of(recipe)
+        gradients = first_gradients(parts)
+        Trainer(recipe, run, parts).fit()
+        same_gradients(gradients, load_file(two / name / "gradients.safetensors"), name)
+        ours, theirs = rows(run.path), rows(two / name)
+        assert len(ours) == len(theirs) == 3
+        for mine, other in zip(ours, theirs, strict=True):
+            assert mine.keys() == other.keys()
+            assert [key for key in mine if not close(mine[key], other[key])] == []
+        mine, other = (load_file(path / "lora/pytorch_lora_weights.safetensors") for path in (run.path, two / name))
+        # A tenth of one of Adam's steps, which are of the learning rate's size whatever the gradient's.
+        assert max(float((mine[key] - other[key]).abs().max()) for key in mine) < 1e-4
+    check_disturbances(two, next(iter(small)))
+
+
+def same_gradients(ours: dict[str, torch.Tensor], theirs: dict[str, torch.Tensor], name: str) -> None:
+    """Of the first update."""
+    assert ours.keys() == theirs.keys()
+    largest = max(float(gradient.abs().max()) for gradient in ours.values())
+    difference = max(float((ours[key] - theirs[key]).abs().max()) for key in ours)
+    print(f"{name}: gradients differ by {difference:.1e}, the largest entry is {largest:.1e}")
+    assert difference < 1e-4 * largest
+
+
+def check_disturbances(two: Path, name: str) -> None:
+    """A stop, a failure and an exhausted memory of the second process reached both, and the runs went on."""
+    first, second = json.loads((two / "told.json").read_text())
+    assert first["stopped"] == second["stopped"]
+    assert first["stopped"][0] == signal.SIGINT
+    assert first["stopped"][1].startswith("epoch_0001_")
+    assert second["failed"] == "no answer"
+    assert first["failed"] == "another process failed; its message tells why"
+    assert first["tile"] == second["tile"] == 1
+    for run in ("stopped", "failed"):
+        assert rows(two / run) == rows(two / name), "two processes that were stopped are the undisturbed two"
+
+
+def test_shares_must_be_equal() -> None:
+    world = Processes()
+    world.size = 3
+    world.check_shares(trajectories=12, updates=2)
+    with pytest.raises(UsageError, match=r"4 trajectories an update cannot be dealt out to 3 processes equally"):
+        world.check_shares(trajectories=8, updates=2)
+
+
+def test_another_number_of_processes_needs_a_checkpoint_between_epochs(make_recipe: MakeRecipe, tmp_path: Path) -> None:
+    recipe, run = make_recipe(train={"epochs": 1}), RunFolder.create(tmp_path / "run")
+    trainer = Trainer(recipe, run, parts_of(recipe))
+    trainer.fit()
+    state = checkpoint.load_state(checkpoint.chosen(run.checkpoints))
+    objection = trainer.saver._objection
+    assert objection({**state, "processes": 2}) is None
+    inside = {**state, "processes": 2, "flight": [{}, {}]}
+    assert objection(inside) == "was taken inside an epoch by 2 processes, this launch has 1"
+    assert objection({**inside, "processes": 1}) is None
+
+
+def test_all_processes_take_the_checkpoint_that_the_main_one_took(make_recipe: MakeRecipe, tmp_path: Path) -> None:
+    """Another process may see less of a shared disk."""
+    recipe, run = make_recipe(train={"epochs": 2}), RunFolder.create(tmp_path / "run")
+    trainer = Trainer(recipe, run, parts_of(recipe))
+    trainer.fit()
+    told = (run.checkpoints / "epoch_0001", ["epoch_0002: manifest.json is missing"])
+
+    class Second(Processes):
+        def from_main(self, value: Any) -> Any:
+            assert value is None, "it did not look itself"
+            return told
+
+    trainer.saver.world = Second()
+    trainer.saver.world.rank = 1
+    assert trainer.saver.find() == told
+
+
+def test_shares_come_back_in_order() -> None:
+    """Dealing out and gathering without a network: what `mine` gives to each, `everyones` puts together."""
+
+    class Told(Processes):
+        def __init__(self, rank: int, size: int) -> None:
+            super().__init__()
+            self.rank, self.size = rank, size
+
+        def _gather(self, values: torch.Tensor) -> torch.Tensor:
+            return torch.cat([Told(rank, self.size).mine(rows, groups) for rank in range(self.size)])
+
+    rows = torch.arange(24).reshape(12, 2)
+    for size, groups in ((2, 1), (2, 3), (3, 2), (4, 3)):
+        shares = [Told(rank, size).mine(rows, groups) for rank in range(size)]
+        assert torch.equal(Told(0, size).everyones(shares[0], groups), rows)
+        per_group = len(rows) // groups // size
+        assert torch.equal(shares[1][:per_group], rows[per_group : 2 * per_group]), "consecutive within a group"
+
+
+def test_a_launch_that_would_silently_be_one_process_says_so(tmp_path: Path) -> None:
+    """Without a GPU accelerate's launcher starts a single process for --num_processes 2."""
+    if torch.cuda.is_available():
+        pytest.skip("with a GPU the launcher starts what it is asked for")
+    command = [
+        sys.executable,
+        "-m",
+        "accelerate.commands.launch",
+        "--cpu",
+        "--num_processes",
+        "2",
+        "--num_machines",
+        "1",
+    ]
+    command += ["--mixed_precision", "no", "--dynamo_backend", "no", str(ROOT / "train_dag.py")]
+    command += ["--recipe", str(ROOT / "recipes/tiny_cpu.yaml"), "--out", str(tmp_path / "run")]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode != 0
+    assert (
+        "asked for several processes and started one, as it does without a GPU; start them with: torchrun"
+        in done.stderr
+    )
+
+
+def test_the_error_of_another_process_is_named(make_recipe: MakeRecipe, tmp_path: Path) -> None:
+    recipe, run = make_recipe(), RunFolder.create(tmp_path / "run")
+    trainer = Trainer(recipe, run, parts_of(recipe))
+    trainer.rest.world = Processes()
+    trainer.rest.world.any = lambda flags: [flags[0], True]  # type: ignore[method-assign]
+    with pytest.raises(RunError, match="another process failed"):
+        trainer.rest.attempt(lambda: None)

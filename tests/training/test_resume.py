@@ -1,0 +1,263 @@
+"""A run that is stopped anywhere and goes on is the undisturbed one, bit for bit."""
+
+from collections.abc import Callable
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from helpers.building import Soon, parts_of, poisoned, rows
+from safetensors.torch import load_file
+
+from dag.errors import RunError, StoppedError
+from dag.recipe import Recipe
+from dag.run import checkpoint
+from dag.run.folder import RunFolder
+from dag.training.epoch_state import Progress, packed, unpacked
+from dag.training.trainer import Trainer
+
+MakeRecipe = Callable[..., Recipe]
+
+
+def trained(recipe: Recipe, run: RunFolder) -> RunFolder:
+    Trainer(recipe, run, parts_of(recipe)).fit()
+    return run
+
+
+def trained_in_pieces(recipe: Recipe, run: RunFolder, points: int) -> list[str]:
+    """Stopped after every so many resting points, each time with everything built anew; the names of the checkpoints."""
+    names: list[str] = []
+    while (name := piece(recipe, run, points, is_resumed=bool(names))) is not None:
+        assert name not in names, "every piece must come further"
+        names.append(name)
+    return names
+
+
+def piece(recipe: Recipe, run: RunFolder, points: int, is_resumed: bool) -> str | None:
+    """The checkpoint that a stop left; None if the run came to its end."""
+    try:
+        Trainer(recipe, run, parts_of(recipe), interrupt=Soon(points)).fit(is_resumed)
+    except StoppedError as stopped:
+        return stopped.saved
+    return None
+
+
+def weights(run: RunFolder) -> dict[str, torch.Tensor]:
+    return load_file(next(run.weights.rglob("*model.safetensors"), run.weights / "pytorch_lora_weights.safetensors"))
+
+
+KINDS: dict[str, dict[str, Any]] = {
+    "dag_db": {
+        "objective": {"residual_scale": "running", "beta": {"value": 20.0, "unit": "reward_sd"}},
+        "flow": {"passes": 1, "warmup_epochs": 1},
+        "train": {"step_fraction": 0.75, "inner_epochs": 2},
+    },
+    "dag_kl_8bit": {
+        "objective": {"name": "dag_kl"},
+        "train": {"optimizer": "adamw8bit"},
+        "adapter": {"rank": 300},  # more than one layer of 4096 weights: their 8-bit states share a table
+        "memory": {"chains": "cpu"},
+    },
+    "ddpo": {"objective": {"name": "ddpo", "per_prompt": 4}},
+    "full": {"adapter": {"kind": "full"}, "train": {"learning_rate": 1e-5}},
+    "one_pass": {"train": {"rollout": "one_pass"}, "flow": {"passes": 1, "warmup_epochs": 1}},
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_run_in_pieces_is_the_whole_one(make_recipe: MakeRecipe, tmp_path: Path, kind: str) -> None:
+    sections = dict(KINDS[kind])
+    if sections.get("train", {}).get("optimizer"):
+        pytest.importorskip("bitsandbytes")
+    sections["train"] = {"epochs": 3, "micro_batch": 2, **sections.get("train", {})}
+    recipe = make_recipe(
+        **sections,
+        sampler={"tile": 2},
+        evaluation={"every": 2, "images_per_prompt": 2, "prompts": 1},
+        checkpoint={"every": 100, "keep": 3},
+    )
+    whole, parted = (RunFolder.create(tmp_path / name) for name in ("whole", "parted"))
+    trained(recipe, whole)
+    # No period of the loop, so that stops fall on tiles, micro-batches, ends of updates and evaluations.
+    names = trained_in_pieces(recipe, parted, 3 if kind == "one_pass" else 7)
+    assert len(names) > 4
+    assert rows(whole.path) == rows(parted.path)
+    ours, theirs = weights(whole), weights(parted)
+    assert ours.keys() == theirs.keys()
+    assert all(torch.equal(ours[name], theirs[name]) for name in ours)
+    assert len(checkpoint.candidates(parted.checkpoints)) == 3
+    assert not list(parted.path.rglob(".tmp-*"))
+    assert (parted.samples / "before_after.png").read_bytes() == (whole.samples / "before_after.png").read_bytes()
+
+
+@pytest.mark.parametrize("kind", ["dag_db", "one_pass"])
+def test_what_is_in_flight_comes_back_on_the_policys_device(
+    make_recipe: MakeRecipe, tmp_path: Path, kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """No GPU is needed to see what stays behind on the CPU: prompts and advantages, which are moved when they are used."""
+    recipe, run = make_recipe(**KINDS[kind]), RunFolder.create(tmp_path / "run")
+    recipe = recipe.model_copy(update={"train": recipe.train.model_copy(update={"epochs": 3})})
+    trainer = Trainer(recipe, run, parts_of(recipe))
+    seen: list[Progress] = []
+    original = trainer.rest.point
+
+    def point() -> None:
+        original()
+        progress = trainer.parts.learner.progress
+        if progress is not None and progress.outcome.updates == 1 and progress.micro_batches == 1:
+            tensors: dict[str, torch.Tensor] = {}
+            told = packed(progress.state(), tensors)
+            seen.append(Progress.of(unpacked(told, tensors), torch.device("meta")))
+
+    monkeypatch.setattr(trainer.rest, "point", point)
+    trainer.fit()
+    assert seen
+    for progress in seen:
+        found: dict[str, torch.Tensor] = {}
+        packed(progress.state(), found)
+        behind = {name for name, tensor in found.items() if tensor.device.type != "meta"}
+        assert {name.rsplit("/", 1)[-1] for name in behind} <= {"prompt_id", "chain", "per_trajectory"}
+
+
+def test_a_loss_scale_is_there_for_a_step_that_follows_a_resume(make_recipe: MakeRecipe, tmp_path: Path) -> None:
+    """fp16 alone scales losses, and needs a GPU: its scaler on the CPU."""
+
+    def scaled(trainer: Trainer) -> Trainer:
+        scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
+        trainer.parts.learner.updates.stepper.scaler = scaler
+        return trainer
+
+    recipe = make_recipe(train={"epochs": 1}, checkpoint={"every": 9})
+    whole, parted = (RunFolder.create(tmp_path / name) for name in ("whole", "parted"))
+    scaled(Trainer(recipe, whole, parts_of(recipe))).fit()
+    points = [1, *[0] * 10, 10**9]  # after the first evaluation at every point: two tiles, eight micro-batches, the end
+    for number, until in enumerate(points):
+        trainer = scaled(Trainer(recipe, parted, parts_of(recipe), interrupt=Soon(until)))
+        with suppress(StoppedError):
+            trainer.fit(is_resumed=number > 0)
+            assert number == len(points) - 1
+    assert rows(whole.path) == rows(parted.path)
+
+
+def test_a_skipped_update_can_be_saved(make_recipe: MakeRecipe, tmp_path: Path) -> None:
+    """Its loss is not finite, and is part of what is in flight."""
+    recipe = make_recipe(train={"epochs": 1, "updates": 2}, checkpoint={"every": 9})
+    whole, parted = (RunFolder.create(tmp_path / name) for name in ("whole", "parted"))
+
+    def trainer_of(run: RunFolder, points: int) -> Trainer:
+        trainer = Trainer(recipe, run, parts_of(recipe), interrupt=Soon(points))
+        poisoned(trainer, sample=1, k=1, times=1)
+        return trainer
+
+    trainer_of(whole, 10**9).fit()
+    names: list[str] = []
+    while True:
+        try:
+            trainer_of(parted, 2).fit(is_resumed=bool(names))
+            break
+        except StoppedError as stopped:
+            names.append(str(stopped.saved))
+    assert len(names) == 4
+    assert rows(whole.path) == rows(parted.path)
+    assert rows(whole.path)[-1]["loss"] is None
+
+
+def test_time_alone_takes_checkpoints_inside_an_epoch(
+    make_recipe: MakeRecipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A clock of which a minute passes at every look."""
+    now = 0.0
+
+    def monotonic() -> float:
+        nonlocal now
+        now += 60.0
+        return now
+
+    monkeypatch.setattr("dag.training.safe_points.time.monotonic", monotonic)
+    recipe = make_recipe(train={"epochs": 1}, checkpoint={"minutes": 2.5, "keep": 100})
+    run = trained(recipe, RunFolder.create(tmp_path / "run"))
+    inside = [path.name for path in checkpoint.candidates(run.checkpoints) if path.name.startswith("epoch_0000_")]
+    points = 2 + 2 * 4 + 1 + 1  # tiles, micro-batches, the end of the updates, the evaluation's tile
+    assert len(inside) == points // 3
+    none = make_recipe(train={"epochs": 1}, checkpoint={"minutes": None})
+    run = trained(none, RunFolder.create(tmp_path / "none"))
+    assert [path.name for path in checkpoint.candidates(run.checkpoints)] == ["epoch_0001"]
+
+
+@pytest.mark.parametrize("rollout", ["stored", "one_pass"])
+def test_a_reward_that_fails_leaves_what_was_done(make_recipe: MakeRecipe, tmp_path: Path, rollout: str) -> None:
+    """It fails once, in the second epoch; the run that goes on is the undisturbed one."""
+    recipe = make_recipe(
+        train={"rollout": rollout, "micro_batch": 2},
+        sampler={"tile": 2},
+        flow={"warmup_epochs": 0 if rollout == "stored" else 1},
+        checkpoint={"every": 100},
+    )
+    whole, broken = (RunFolder.create(tmp_path / name) for name in ("whole", "broken"))
+    trained(recipe, whole)
+    trainer = Trainer(recipe, broken, parts_of(recipe))
+    original, calls = trainer.parts.reward.total, 0
+
+    def total(*arguments: Any, **options: Any) -> Any:
+        nonlocal calls
+        calls += 1
+        if calls == 4 * 5 + 8:
+            raise RunError("no answer")
+        return original(*arguments, **options)
+
+    trainer.parts.reward.total = total  # type: ignore[method-assign]
+    with pytest.raises(RunError, match="no answer"):
+        trainer.fit()
+    (saved,) = checkpoint.candidates(broken.checkpoints)
+    assert saved.name.startswith("epoch_0001_")
+    Trainer(recipe, broken, parts_of(recipe)).fit(is_resumed=True)
+    assert rows(whole.path) == rows(broken.path)
+
+
+def test_a_run_without_checkpoint_starts_anew(
+    make_recipe: MakeRecipe, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    recipe = make_recipe(train={"epochs": 1})
+    whole, again = (RunFolder.create(tmp_path / name) for name in ("whole", "again"))
+    trained(recipe, whole)
+    again.metrics.write({"epoch": 0, "left": "over"})
+    Trainer(recipe, again, parts_of(recipe)).fit(is_resumed=True)
+    assert "has no checkpoint yet: training starts anew" in capsys.readouterr().out
+    assert rows(whole.path) == rows(again.path)
+
+
+def test_resume_says_what_it_takes_and_what_it_skips(
+    make_recipe: MakeRecipe, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    recipe, run = make_recipe(train={"epochs": 3}, checkpoint={"keep": 3}), RunFolder.create(tmp_path / "run")
+    trained(recipe, run)
+    before = rows(run.path)
+    (run.checkpoints / "epoch_0003" / "manifest.json").unlink()
+    with (run.checkpoints / "epoch_0002" / "policy.safetensors").open("r+b") as file:
+        file.truncate(100)
+    Trainer(recipe, run, parts_of(recipe)).fit(is_resumed=True)
+    said = capsys.readouterr().out
+    assert "resumed after epoch 1 from" in said
+    assert "skipped epoch_0003: manifest.json is missing; epoch_0002: policy.safetensors has 100 bytes of" in said
+    assert rows(run.path) == before
+    assert all(checkpoint.flaw(path) is None for path in checkpoint.candidates(run.checkpoints))
+
+
+def test_resume_on_another_model_or_other_prompts_is_refused(make_recipe: MakeRecipe, tmp_path: Path) -> None:
+    prompts = tmp_path / "prompts.txt"
+    prompts.write_text("a cat\na dog\n")
+    recipe = make_recipe(train={"epochs": 1}).model_copy(
+        update={"prompts": make_recipe().prompts.model_copy(update={"texts": None, "file": str(prompts)})}
+    )
+    run = trained(recipe, RunFolder.create(tmp_path / "run"))
+    before = run.metrics.text()
+    prompts.write_text("a cat\na cow\n")
+    with pytest.raises(RunError, match="epoch_0001: was trained on another prompts than this recipe names now"):
+        Trainer(recipe, run, parts_of(recipe)).fit(is_resumed=True)
+    prompts.write_text("a cat\na dog\n")
+    parts = parts_of(recipe)
+    parts.fingerprint["unet"] = "of another"
+    with pytest.raises(RunError, match="was trained on another unet"):
+        Trainer(recipe, run, parts).fit(is_resumed=True)
+    assert run.metrics.text() == before

@@ -1,0 +1,123 @@
+"""The first minute: what is installed, what the first command is, and that it prints our lines alone."""
+
+import importlib.util
+import json
+import os
+import re
+import shlex
+import subprocess
+import sys
+import tomllib
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+SMALL = {
+    "train.epochs": 1, "train.trajectories": 4, "train.updates": 1, "train.micro_batch": 4, "sampler.steps": 2,
+    "flow.warmup_epochs": 0, "evaluation.prompts": 1, "evaluation.images_per_prompt": 2,
+}  # fmt: skip
+OURS = ("run folder ", "kernels: ", "attention: ", "device: ", "epoch ", "weights in ")
+
+
+def start(*command: str, **changed: str) -> "subprocess.CompletedProcess[str]":
+    """A process as a newcomer starts it: in the project's folder, with nothing set that quietens libraries."""
+    environment = {name: value for name, value in os.environ.items() if name != "TRANSFORMERS_VERBOSITY"}
+    paths = [str(ROOT), str(ROOT / "kernels"), os.environ.get("PYTHONPATH", "")]
+    environment |= {"PYTHONPATH": os.pathsep.join(filter(None, paths)), **changed}
+    return subprocess.run([sys.executable, *command], cwd=ROOT, env=environment, capture_output=True, text=True)
+
+
+def first_command() -> list[str]:
+    """The words of the README's first command after the installation."""
+    block = re.search(r"```bash\n(.*?)\n```", (ROOT / "README.md").read_text(encoding="utf-8"), re.DOTALL)
+    assert block is not None
+    return shlex.split(block[1].rpartition("&&")[2])
+
+
+def small(run: Path, optimizer: str) -> list[str]:
+    """What makes the first command a matter of seconds."""
+    overrides = {**SMALL, "train.optimizer": optimizer}
+    return ["--out", str(run), *(word for key, value in overrides.items() for word in ("--set", f"{key}={value}"))]
+
+
+# -- what is printed ----------------------------------------------------------------------------------------------
+
+
+def test_the_first_command_prints_our_lines_alone(tmp_path: Path) -> None:
+    """With 8-bit states too, where they are installed: bitsandbytes is then imported by us as well as by diffusers."""
+    optimizer = "adamw" if importlib.util.find_spec("bitsandbytes") is None else "adamw8bit"
+    python, *words = first_command()
+    assert (python, words) == (".venv/bin/python", ["train_dag.py", "--recipe", "recipes/tiny_cpu.yaml"])
+    done = start(*words, *small(tmp_path / "run", optimizer))
+    assert (done.returncode, done.stderr) == (0, "")
+    assert [line for line in done.stdout.splitlines() if not line.startswith(OURS)] == []
+
+
+# Importing a library's home, to which tests/test_layering.py confines it: so every command begins with one of these.
+HOMES = {
+    "dag.models": "import dag.models.sd",
+    "dag.rewards": "import dag.score; from transformers import CLIPModel",
+    "dag.training.optimizer": """
+from dag.training import optimizer
+from dag import recipe
+train = recipe.Train(epochs=1, trajectories=2, updates=1)
+optimizer.build_optimizer([torch.nn.Parameter(torch.ones(1))], 1.0, train, "adamw8bit")
+""",
+}
+# What bitsandbytes says when it is imported, on the CPUs where it looks for PyPI's kernels; and so here on any.
+COMPLAINT = "logging.getLogger('bitsandbytes.backends.cpu.ops').warning('Failed to load')"
+
+
+@pytest.mark.parametrize("home", HOMES)
+def test_what_libraries_say_when_they_are_imported_is_not_heard(home: str) -> None:
+    if home == "dag.training.optimizer":
+        pytest.importorskip("bitsandbytes")
+    done = start("-c", f"import logging\nimport torch\n{HOMES[home]}\n{COMPLAINT}")
+    assert (done.returncode, done.stderr, done.stdout) == (0, "", "")
+
+
+MAC = """
+import os, sys, torch
+torch.backends.mps.is_available = torch.backends.mps.is_built = lambda: True
+del os.sched_getaffinity
+os.cpu_count = lambda: 1
+import train_dag
+sys.exit(train_dag.main(sys.argv[1:]))
+"""
+
+
+def test_a_mac_takes_its_cpu_and_says_so(tmp_path: Path) -> None:
+    """A Mac by what PyTorch and the system tell of it, under accelerate's launcher, which leaves one thread."""
+    changed = {"ACCELERATE_MIXED_PRECISION": "no", "OMP_NUM_THREADS": "1"}
+    done = start("-c", MAC, *first_command()[2:], *small(tmp_path / "run", "adamw"), **changed)
+    assert (done.returncode, done.stderr) == (0, "")
+    lines = done.stdout.splitlines()
+    assert lines[1] == "device: cpu (not the GPU of this Mac, which has no float64: a run's noise is drawn in it)"
+    assert lines[2].startswith("1 threads")
+    assert json.loads((tmp_path / "run/run.json").read_text())["kernels"]["reason"].endswith("the run is on cpu")
+
+
+def test_the_launcher_is_quiet_when_it_is_told_everything() -> None:
+    """As the README says; without these it lists the defaults it took, and goes on all the same."""
+    told = "--num_processes 1 --num_machines 1 --mixed_precision no --dynamo_backend no"
+    assert told in (ROOT / "README.md").read_text(encoding="utf-8")
+    launch, script = ("-m", "accelerate.commands.launch"), ("train_dag.py", "--help")
+    plain, quiet = (start(*launch, *words, *script) for words in ((), told.split()))
+    assert (quiet.returncode, quiet.stderr) == (0, "")
+    assert (plain.returncode, plain.stdout) == (0, quiet.stdout)
+    assert "defaults used instead" in plain.stderr
+
+
+# -- what is installed --------------------------------------------------------------------------------------------
+
+
+def test_extras_install_what_they_are_for() -> None:
+    extras = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]["optional-dependencies"]
+    names = {extra: {re.split(r"[<>=;\[ ]", wish)[0] for wish in wishes} for extra, wishes in extras.items()}
+    assert {"bitsandbytes", "triton", "pytest"} <= names["gpu"], "the checklist runs the kernels' tests"
+    # Many of its releases ask for one exact torch, and would replace the one that fits the GPU.
+    assert [extra for extra in names if "xformers" in names[extra]] == ["xformers"]
+    triton = [wish for wishes in extras.values() for wish in wishes if wish.startswith("triton")]
+    assert triton
+    assert all(wish.endswith("; platform_system == 'Linux'") for wish in triton), "there are no wheels elsewhere"
