@@ -20,7 +20,8 @@ from dag import bench
 from dag.checklist import missing, runner, stages, trial_run
 from dag.checklist.runner import Checklist
 from dag.checklist.stages import Stage
-from dag.costs import profiling
+from dag.costs import ablation, commands, profiling
+from dag.costs.train_step import LITERAL
 from dag.errors import RunError, UsageError
 from dag.recipe import Recipe
 from dag.recipe.load import load, parse_reward
@@ -247,10 +248,10 @@ def test_a_stages_command_is_one(has_gpu: bool, stage: Stage, monkeypatch: pytes
         ]
     else:
         recipes = [
-            recipe for _, recipe in bench.cases(given.recipe, given.set, None, getattr(given, "ablation", False))
+            recipe for _, recipe in ablation.cases(given.recipe, given.set, None, getattr(given, "ablation", False))
         ]
     if given.command == "train-step":
-        recipes += [recipe for _, recipe in bench._variants(given)]
+        recipes += [recipe for _, recipe in ablation.variants(given)]
     for recipe in recipes:
         assert recipe.model.path == ("random-sd15" if has_gpu else "embedded")
         if given.command == "trial":
@@ -294,13 +295,13 @@ def test_a_row_that_breaks_does_not_end_the_others(
             raise breaking[label]
         return {"label": label, **dict.fromkeys(FIGURES, 1.0)}
 
-    monkeypatch.setattr(bench, "measure", measure)
+    monkeypatch.setattr(commands, "measure", measure)
     options = ["--literal", "--ablation", "--variant", "memory.compile=true", "--csv", str(result), "--stage", "s"]
     assert bench.main(["train-step", *QUICK, *options]) == 0
     with result.open() as file:
         rows = list(csv.DictReader(file))
     assert [row["label"] for row in rows] == [
-        bench.LITERAL, *(label for label, _ in bench.ABLATION), "memory.compile=true",
+        LITERAL, *(label for label, _ in ablation.ABLATION), "memory.compile=true",
     ]  # fmt: skip
     assert {row["label"]: row["error"] for row in rows if row["error"]} == {"one pass": "ValueError: no such engine"}
     assert {row["stage"] for row in rows} == {"s"}
@@ -314,14 +315,14 @@ def test_only_rows_that_broke_are_a_failure(tmp_path: Path, monkeypatch: pytest.
     def measure(*given: object, **options: object) -> None:
         raise torch.OutOfMemoryError("out of memory")
 
-    monkeypatch.setattr(bench, "measure", measure)
+    monkeypatch.setattr(commands, "measure", measure)
     assert bench.main(["train-step", *QUICK]) == 1
 
 
 def test_a_mistyped_variant_is_told_before_anything_is_measured(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(bench, "measure", lambda *given: pytest.fail("measured"))
+    monkeypatch.setattr(commands, "measure", lambda *given: pytest.fail("measured"))
     assert bench.main(["train-step", *QUICK, "--variant", "memory.chanels_last=false"]) == 2
     assert "did you mean 'channels_last'?" in capsys.readouterr().err
 

@@ -10,8 +10,9 @@ import torch
 from helpers.building import parts_of
 
 from dag import bench
-from dag.costs import flops
+from dag.costs import ablation, commands, flops
 from dag.costs.published_work import Published
+from dag.costs.train_step import LITERAL
 from dag.recipe import Recipe
 from dag.recipe.load import load
 from dag.run.folder import RunFolder
@@ -112,7 +113,7 @@ def test_the_bench_compares_with_the_published_work(tmp_path: Path, capsys: Any)
     shown = capsys.readouterr().out.splitlines()
     written = json.loads(result.read_text())
     rows = written["rows"]
-    assert [row["label"] for row in rows] == [bench.LITERAL, *(label for label, _ in bench.ABLATION)]
+    assert [row["label"] for row in rows] == [LITERAL, *(label for label, _ in ablation.ABLATION)]
     assert len(shown) == len(rows)
     assert rows[0]["times_published"] == 1
     work = [row["gflop_per_transition"] for row in rows]
@@ -125,7 +126,7 @@ def test_the_arithmetic_behind_the_24_gb_recipe(capsys: Any) -> None:
     """Stable Diffusion 1.5 from its configs: three times less work for the same transitions, four with a frozen branch."""
     assert bench.main(["count", "--recipe", str(ROOT / "recipes/aesthetic_24gb.yaml")]) == 0
     ratios = {line[:30].strip(): float(line.split("= ")[1].split()[0]) for line in capsys.readouterr().out.splitlines()}
-    assert ratios[bench.LITERAL] == 1
+    assert ratios[LITERAL] == 1
     assert len(set(ratios.values())) == len(ratios), "the recipe has some of the levers: the ablation starts without"
     assert ratios["+ tiny decoder for x0_hat"] > 3
     assert ratios["+ frozen unconditional branch"] > 4
@@ -162,7 +163,7 @@ def test_chains_are_exact_where_log_pf_is_taken_at_the_stored_state(tmp_path: Pa
 def test_every_row_leaves_out_the_passes_of_the_pretrained_model() -> None:
     """FLOP counts do not know them."""
     given = ["objective.prior=pretrained"]
-    recipes = [r for _, r in bench.cases(str(ROOT / "recipes/tiny_cpu.yaml"), given, None, is_ablation=True)]
+    recipes = [r for _, r in ablation.cases(str(ROOT / "recipes/tiny_cpu.yaml"), given, None, is_ablation=True)]
     assert {recipe.objective.prior for recipe in recipes} == {"none"}  # type: ignore[union-attr]
     assert {recipe.regulariser.pretrained_kl for recipe in recipes} == {0}
 
@@ -171,6 +172,6 @@ def test_a_row_that_does_not_fit_is_a_line_and_no_end(monkeypatch: pytest.Monkey
     def full(*anything: Any, **options: Any) -> Any:
         raise RuntimeError("cuDNN error: CUDNN_STATUS_ALLOC_FAILED")
 
-    monkeypatch.setattr(bench, "measure", full)
+    monkeypatch.setattr(commands, "measure", full)
     assert bench.main(["train-step", "--recipe", str(ROOT / "recipes/tiny_cpu.yaml")]) == 1
     assert "not measured: out of GPU memory: cuDNN error: CUDNN_STATUS_ALLOC_FAILED" in capsys.readouterr().out

@@ -1,0 +1,88 @@
+"""The recipes that `dag.bench` compares: one lever on memory and time after the other, from the published work up."""
+
+import argparse
+from collections.abc import Iterator, Sequence
+
+from dag.errors import UsageError
+from dag.models.source import local_folder
+from dag.recipe import PolicyGradient, Recipe
+from dag.recipe.load import load
+
+# Every row trains every transition once, one update per rollout.
+COMMON = (
+    "train.updates=1",
+    "train.inner_epochs=1",
+    "train.step_fraction=1",
+    "flow.warmup_epochs=0",
+    "flow.passes=0",
+    "regulariser.sampling=0",
+    "regulariser.pretrained_kl=0",
+    "objective.prior=none",
+)
+STORED = (
+    "train.rollout=stored",
+    "objective.forward_looking.source=rollout",
+    "objective.forward_looking.decoder=full",
+    "objective.forward_looking.decoder_path=null",
+    "objective.forward_looking.stride=1",
+    "sampler.uncond=trained",
+)
+ONE_PASS = (
+    "train.rollout=one_pass",
+    "sampler.log_pf_at=stored",
+    "memory.chains=device",
+    "memory.offload_vae=false",
+)
+# Each with the ones before it.
+ABLATION: tuple[tuple[str, tuple[str, ...]], ...] = (
+    ("stored, scored once", STORED),
+    ("one pass", ONE_PASS),
+    ("+ tiny decoder for x0_hat", ("objective.forward_looking.decoder=tiny",)),
+    ("+ every second x0_hat scored", ("objective.forward_looking.stride=2",)),
+    ("+ frozen unconditional branch", ("sampler.uncond=frozen",)),
+)
+
+
+def cases(path: str, given: Sequence[str], trajectories: int | None, is_ablation: bool) -> Iterator[tuple[str, Recipe]]:
+    """(label, recipe) of each row after the published one."""
+    overrides = comparable(path, given, trajectories)
+    recipe = load(path, overrides)
+    assert not isinstance(recipe.objective, PolicyGradient)
+    looking = recipe.objective.forward_looking
+    if not is_ablation:
+        scored = {"rollout": "scored once", "current": "scored in training", "none": "not scored"}[looking.source]
+        yield ("one pass" if recipe.train.rollout == "one_pass" else f"stored, {scored}"), recipe
+        return
+    for label, lever in ABLATION:
+        overrides += lever
+        if looking.decoder_path is not None and "objective.forward_looking.decoder=tiny" in lever:
+            overrides.append(f"objective.forward_looking.decoder_path={looking.decoder_path}")
+        yield label, load(path, overrides)
+
+
+def comparable(path: str, given: Sequence[str], trajectories: int | None) -> list[str]:
+    """The overrides of every row."""
+    overrides, recipe = list(given), load(path, given)
+    if isinstance(recipe.objective, PolicyGradient):
+        raise UsageError(f"{path}: the bench times objectives with a flow, not ddpo")
+    overrides += COMMON
+    if recipe.objective.beta.unit == "reward_sd":
+        overrides.append("objective.beta.unit=reward")
+    if recipe.objective.name == "dag_kl":
+        overrides += ["objective.baseline=running", "objective.normalise_advantage=false"]
+    if local_folder(recipe.model.path) is None:
+        overrides += ["model.path=random-sd15", "model.variant=null"]
+    return [*overrides, f"train.trajectories={trajectories or max(2, recipe.train.micro_batch)}"]
+
+
+def variants(given: argparse.Namespace) -> Iterator[tuple[str, Recipe]]:
+    """(label, recipe) of each `--variant`."""
+    common = comparable(given.recipe, given.set, given.trajectories)
+    for variant in given.variant:
+        yield variant, load(given.recipe, [*common, *variant.split()])
+
+
+def published(given: argparse.Namespace) -> Recipe:
+    """The recipe's model, reward and sizes, with no lever on."""
+    common = comparable(given.recipe, given.set, given.trajectories)
+    return load(given.recipe, [*common, *STORED, "memory.checkpointing=none"])

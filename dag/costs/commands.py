@@ -1,0 +1,173 @@
+"""The rows of each `dag.bench` command. A row is printed as it comes."""
+
+import argparse
+import functools
+import json
+import tempfile
+import traceback
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import torch
+
+from dag.chain.rollout import Batch
+from dag.costs import flops, lever_error, profiling, rehearsal
+from dag.costs.ablation import STORED, cases, comparable, published, variants
+from dag.costs.live_bytes import GIB
+from dag.costs.train_step import LITERAL, Row, measure, without_download
+from dag.errors import RunError, UsageError
+from dag.models.source import local_folder
+from dag.recipe import Recipe
+from dag.recipe.load import load
+from dag.rewards import RewardSum
+from dag.run.determinism import deterministic
+from dag.run.folder import RunFolder
+from dag.run.gpu import free_memory, limit_memory, out_of_memory_ends, this_device
+from dag.run.machine import describe_machine
+from dag.training.build import build, git_commit
+from dag.training.trainer import Trainer
+
+
+def train_step(given: argparse.Namespace, device: torch.device) -> Iterator[Row]:
+    """Rows, printed as they come; the published amount of work first."""
+    work = [*cases(given.recipe, given.set, given.trajectories, given.ablation), *variants(given)]
+    literal = None
+    if given.literal:
+        # Before the cap: the published loop may use the whole card.
+        literal = _measured(LITERAL, published(given), device, given)
+        yield _with_ratio(literal, literal)
+    if given.cap_gib is not None:
+        limit_memory(device, given.cap_gib)
+    for label, recipe in work:
+        yield _with_ratio(_measured(label, recipe, device, given), literal)
+
+
+def _measured(label: str, recipe: Recipe, device: torch.device, given: argparse.Namespace) -> Row:
+    """A row; with `error` in place of its figures where the card is too small for it, or something broke."""
+    row: Row = {"label": label}
+    try:
+        with out_of_memory_ends("out of GPU memory"), deterministic(recipe.deterministic):
+            row = measure(label, recipe, device, given.repeats, is_predicted=not given.no_prediction)
+    except (RunError, UsageError) as error:
+        row["error"] = str(error).partition("\n")[0]
+    except Exception as error:
+        traceback.print_exc()
+        row["error"] = f"{type(error).__name__}: {error}".partition("\n")[0]
+    if device.type == "cuda":
+        free_memory()
+    return row
+
+
+def _with_ratio(row: Row, literal: Row | None) -> Row:
+    if "error" in row:
+        print(f"{row['label']:30} not measured: {row['error']}", flush=True)
+        return row
+    if literal is not None and "error" not in literal:
+        row["times_published"] = round(row["trajectories_per_hour"] / literal["trajectories_per_hour"], 3)
+    print(_shown(row, literal), flush=True)
+    return row
+
+
+def count(given: argparse.Namespace, device: torch.device) -> Iterator[Row]:
+    """FLOP of every case, from configs alone."""
+    literal = flops.of_published(load(given.recipe, [*comparable(given.recipe, given.set, None), *STORED]))
+    published = sum(literal.values())
+    work: dict[str, Callable[[], flops.Work]] = {LITERAL: lambda: literal}
+    for label, recipe in cases(given.recipe, given.set, None, is_ablation=True):
+        work[label] = functools.partial(flops.of_recipe, recipe)
+    for label, counted in work.items():
+        parts = counted()
+        ratio = published / sum(parts.values())
+        yield {"label": label, "gflop": {kind: round(value, 2) for kind, value in parts.items()}, "ratio": ratio}
+        shown = " + ".join(f"{kind} {value:.2f}" for kind, value in parts.items() if value >= 0.005)
+        print(f"{label:30} {sum(parts.values()):9.2f} GFLOP a transition, published / this = {ratio:.2f}  ({shown})")
+
+
+def launches(given: argparse.Namespace, device: torch.device) -> Iterator[Row]:
+    """Kernels, host copies and peak memory of one transition, counted without a GPU."""
+    found = rehearsal.rehearse(load(given.recipe, given.set))
+    row = rehearsal.row_of(given.recipe, found)
+    yield row
+    for part, number in row["launches_of"].items():
+        print(f"{part:20} {number:6} launches  {100 * row['shares'][part]:5.1f} %")
+    copies = ", ".join(f"{number} at {at}" for at, number in row["host_copies_at"].items())
+    print(
+        f"one transition: {row['launches']} launches, {row['host_copies']} copies between host and device"
+        f"{f' ({copies})' if copies else ''}, {row['host_copies_per_tile']} more a micro-batch; peak {row['peak_gib']:.2f} GiB"
+    )
+
+
+def previews(given: argparse.Namespace, device: torch.device) -> Iterator[Row]:
+    """Rewards of x0_hat by decoder and stride, against the full VAE at every state."""
+    trainer, batch = _rolled_by(given, ["objective.forward_looking.decoder=tiny"], device)
+    with trainer.parts.scoring():
+        for row in lever_error.previews(trainer.parts, trainer.recipe, batch, trainer.tile_scorer(batch)):
+            yield row
+            print(
+                f"decoder {row['decoder']:5} stride {row['stride']}  bias {row['bias']:+.3f} sd  rms {row['rms']:.3f} sd  "
+                f"correlation within a step {row['correlation']:.3f}",
+                flush=True,
+            )
+
+
+def storage(given: argparse.Namespace, device: torch.device) -> Iterator[Row]:
+    """Chains by dtype: bytes, and how far log P_F moves between sampling and training."""
+    trainer, batch = _rolled_by(given, [], device)
+    for row in lever_error.storage(trainer.parts, trainer.recipe, batch):
+        yield row
+        print(
+            f"chain {row['chain']}, log P_F at the {row['log_pf_at']:9} state  {row['bytes']:8} bytes a trajectory  "
+            f"log P_F off by {row['log_pf_error']:.3g} nats  ratio by {row['ratio_error']:.3g}, of means by "
+            f"{row['ratio_error_of_means']:.3g}",
+            flush=True,
+        )
+
+
+def profile(given: argparse.Namespace, device: torch.device) -> Iterator[Row]:
+    """What an epoch of the recipe's loop spends its time on."""
+    _, recipe = next(cases(given.recipe, given.set, given.trajectories, is_ablation=False))
+    yield from profiling.rows(recipe, device)
+
+
+def _rolled_by(given: argparse.Namespace, overrides: list[str], device: torch.device) -> tuple[Trainer, Batch]:
+    """A trainer of the recipe, stored, and the batch of its first epoch."""
+    path, chosen = given.recipe, [*given.set, *overrides, "train.rollout=stored"]
+    if local_folder(load(path, chosen).model.path) is None:
+        chosen += ["model.path=random-sd15", "model.variant=null"]
+    recipe = load(path, [*chosen, f"train.trajectories={given.trajectories}", "train.updates=1"])
+    parts = build(recipe, device, warn=lambda text: None, reward=RewardSum(recipe.reward, device, without_download))
+    with tempfile.TemporaryDirectory() as folder:
+        trainer = Trainer(recipe, RunFolder.create(Path(folder) / "run"), parts)
+    return trainer, trainer.batch(0)
+
+
+def _shown(row: Row, literal: Row | None) -> str:
+    memory = row.get("peak_allocated_gib", row.get("peak_tensors_gib", 0.0))
+    phases = " + ".join(f"{name[3:]} {row[name]:.2f}" for name in ("ms_sample", "ms_reward", "ms_update") if row[name])
+    line = (
+        f"{row['label']:30} {row['ms_total']:9.2f} ms a transition ({phases})  {row['trajectories_per_hour']:8.1f} trajectories/h  "
+        f"{row['gflop_per_transition']:9.2f} GFLOP  {row['tflop_per_second']:7.3f} TFLOP/s "
+        f"({100 * row['utilisation']:.0f} % of a matrix product)  peak {memory:.3f} GiB"
+    )
+    if "predicted_gib" in row:
+        line += f" (predicted {row['predicted_gib']:.3f})"
+    if "times_published" in row and literal is not None:
+        work = literal["gflop_per_transition"] / row["gflop_per_transition"]
+        line += f"  {row['times_published']:.2f} x published (by FLOP {work:.2f})"
+    return line
+
+
+def environment(device: torch.device) -> Row:
+    """What a figure depends on."""
+    machine = describe_machine(device)
+    return {**machine.pop("versions"), **machine, "commit": git_commit()}
+
+
+def tell_machine() -> None:
+    """One line of JSON, for `dag.checklist.runner`."""
+    device = this_device()
+    gpu = None
+    if device.type == "cuda":
+        properties = torch.cuda.get_device_properties(device)
+        gpu = f"{properties.name}, {properties.total_memory / GIB:.1f} GiB"
+    print(json.dumps({"gpu": gpu, "cuda": torch.version.cuda, **environment(device)}))
