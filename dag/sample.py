@@ -10,17 +10,17 @@ from pathlib import Path
 
 import torch
 
+from dag.chain import sample_ids
 from dag.chain.rollout import generate
 from dag.errors import RunError, UsageError, exit_code
 from dag.evaluation import sheets
-from dag.models.sd import StableDiffusion
+from dag.models import families
+from dag.recipe import Memory
 from dag.recipe.prompts import load_prompts
 from dag.run import checkpoint
 from dag.run.folder import RunFolder
 from dag.run.gpu import out_of_memory_ends, this_device
 
-# Apart from training (from 0 up) and from evaluations (from 2^40 up).
-_FIRST_SAMPLE_ID = 1 << 41
 _DEFAULT_PROMPTS = 8
 
 
@@ -47,12 +47,12 @@ def draw(arguments: argparse.Namespace) -> Path:
     prompts = list(arguments.prompt or load_prompts(recipe.prompts).training[:_DEFAULT_PROMPTS])
     weights = checkpoint.load_tensors(checkpoint.chosen(run.checkpoints, arguments.checkpoint), "policy")
     device = this_device()
-    policy = StableDiffusion(recipe.model, recipe.adapter, recipe.sampler, device, recipe.seed)
+    policy = families.load(recipe.model_copy(update={"memory": Memory()}), device)
     for warning in policy.prompt_warnings(prompts):
         print(f"warning: {warning}", file=sys.stderr)
     captions = [prompt for prompt in prompts for _ in range(arguments.images)]
     text = policy.encode(prompts).repeat_interleave(arguments.images, dim=0)
-    sample_id = _FIRST_SAMPLE_ID + torch.arange(len(captions))
+    sample_id = sample_ids.SAMPLES + torch.arange(len(captions))
     seed = recipe.seed if arguments.seed is None else arguments.seed
     before = generate(policy, text, sample_id, seed, recipe.sampler)
     policy.load_state_dict(weights)

@@ -1,11 +1,16 @@
-"""What the trainer asks of a model family and of a reward."""
+"""What a model family offers: a diffusion model as a forward policy P_F. One class a family, in `dag.models`.
 
-from collections.abc import Sequence
+Legend: B samples, P prompts, S text tokens, D text width, C H W latent.
+"""
+
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Protocol
 
+import torch
 from dag_kernels import combined
 from torch import Tensor, nn
 
@@ -16,7 +21,7 @@ from dag.chain.schedule import Schedule
 class Prediction:
     """Network outputs at B states, of the schedule's prediction type."""
 
-    rows: Tensor
+    branches: Tensor
     """(2B, C, H, W) unconditional, then conditional outputs, or (B, C, H, W) where there is nothing to combine; in the
     network's dtype."""
     num_samples: int
@@ -28,20 +33,82 @@ class Prediction:
     @cached_property
     def guided(self) -> Tensor:
         """(B, C, H, W) float32 after classifier-free guidance: the policy's own output."""
-        return combined(self.rows, self.num_samples, self.guidance_scale)
+        return combined(self.branches, self.num_samples, self.guidance_scale)
+
+
+class Decoder(Protocol):
+    """From latents to pictures."""
+
+    @property
+    def vae(self) -> nn.Module: ...
+
+    @property
+    def tiny(self) -> nn.Module | None:
+        """A cheaper decoder for previews, if the recipe asks for one."""
+        ...
+
+    def at_work(self) -> AbstractContextManager[None]:
+        """Inside, a decoder that is offloaded is on the device."""
+        ...
+
+
+class Weights(Protocol):
+    """The trained weights: float32 masters, and the copies that the network computes with."""
+
+    @property
+    def masters(self) -> list[nn.Parameter]: ...
+
+    def gather(self) -> None:
+        """Add the copies' gradients to the masters'."""
+        ...
+
+    def forget(self) -> None:
+        """Drop the copies' gradients."""
+        ...
+
+    def refresh(self) -> None:
+        """Bring the copies up to date with the masters."""
+        ...
 
 
 class Policy(Protocol):
-    """A diffusion model as a forward policy P_F. One class per model family."""
+    """A diffusion model as a forward policy P_F, with an adapter that is trained."""
 
     schedule: Schedule
     latent_shape: tuple[int, int, int]
+    dtype: torch.dtype
+    """What the denoiser computes in."""
 
     @property
-    def text_width(self) -> int: ...
+    def denoiser(self) -> nn.Module:
+        """The network with its adapter."""
+        ...
+
+    @property
+    def decoder(self) -> Decoder: ...
+
+    @property
+    def weights(self) -> Weights: ...
+
+    @property
+    def text_shape(self) -> tuple[int, int]:
+        """(S, D) of a prompt's embedding."""
+        ...
 
     def encode(self, prompts: Sequence[str]) -> Tensor:
         """(P, S, D) embeddings of prompts, on the CPU; the empty prompt's is kept for guidance."""
+        ...
+
+    def blank_prompt(self) -> None:
+        """Stand in for `encode` where nothing is computed: an empty prompt's embedding without values."""
+        ...
+
+    def prompt_warnings(self, prompts: Sequence[str]) -> list[str]:
+        """What the text encoder will not see of the prompts, in words."""
+        ...
+
+    def free_text_encoder(self) -> None:
+        """Drop the text encoder from memory; all prompts are encoded."""
         ...
 
     def predict(
@@ -64,13 +131,23 @@ class Policy(Protocol):
         """
         ...
 
+    def modules(self) -> Iterator[nn.Module]:
+        """The networks that stay in memory through training: denoiser and decoders."""
+        ...
+
+    def base_weights(self) -> dict[str, list[Tensor]]:
+        """What was loaded, before any training, by the network's name in an error message."""
+        ...
+
     def trainable(self) -> list[nn.Parameter]: ...
 
     def state_dict(self) -> dict[str, Tensor]:
         """Trainable weights by name, on the CPU."""
         ...
 
-    def load_state_dict(self, state: dict[str, Tensor]) -> None: ...
+    def load_state_dict(self, state: dict[str, Tensor]) -> None:
+        """Raises RunError if the weights do not fit this adapter exactly."""
+        ...
 
     def export(self, folder: Path) -> None:
         """Write the trained weights in the formats that other programs load."""

@@ -7,7 +7,7 @@ log-probs are taken and before the next UNet call.
 Legend: N trajectories, B rows of a tile, T transitions.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Container, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -51,15 +51,62 @@ class Batch:
 
 
 @dataclass(frozen=True)
+class Step:
+    """One transition of B samples, x_t to x_next."""
+
+    k: int
+    x_t: Tensor
+    """(B, C, H, W) in the chain's dtype."""
+    prediction: Prediction
+    """With gradients if the step is trained."""
+    sampled: SampledStep
+    """x_next, x0_hat and the log-probs; log_pb is the pretrained model's log P_F where that is the target's prior."""
+
+    @property
+    def x_next(self) -> Tensor:
+        return self.sampled.x_next
+
+
+def walk(
+    policy: Policy,
+    text: Tensor,
+    sample_id: Tensor,
+    seed: int,
+    sampler: Sampler,
+    *,
+    has_prior: bool = False,
+    trained: Container[int] = (),
+) -> Iterator[Step]:
+    """Denoise B samples from noise, one transition at a time.
+
+    Args:
+        text:      (B, S, D) prompt embeddings on the policy's device.
+        sample_id: (B,) int64 on the policy's device.
+        has_prior: log P_F is to be balanced `against_prior`.
+        trained:   the steps k whose prediction is to have gradients.
+    """
+    schedule = policy.schedule
+    x_t = first_state(policy, sample_id, seed, sampler)
+    for k in range(schedule.num_transitions):
+        with torch.set_grad_enabled(k in trained):
+            prediction = policy.predict(x_t, schedule.timesteps[k].expand(len(x_t)), text)
+        sampled = take_step(schedule, x_t, prediction, k, seed, sample_id, sampler)
+        if has_prior:
+            sampled = against_prior(policy, sampled, x_t, text, k)
+        yield Step(k, x_t, prediction, sampled)
+        x_t = sampled.x_next
+
+
+@dataclass(frozen=True)
 class SampledTile:
     """A tile before its rewards are known."""
 
     chain: Tensor
     """(T + 1, B, C, H, W)"""
     log_pf: Tensor
-    """(B, T) sums"""
+    """(B, T) sums over latent dims."""
     log_pb: Tensor
-    """(B, T) sums; of the pretrained model's P_F where that is the target's prior."""
+    """(B, T) sums; the pretrained model's log P_F where that is the target's prior."""
     x0_hat: dict[int, Tensor]
     """(B, C, H, W) float32 at each scored step; empty without forward-looking."""
     x_0: Tensor
@@ -73,38 +120,35 @@ def sample_tile(
     sample_id: Tensor,
     seed: int,
     sampler: Sampler,
-    looking: ForwardLooking | None = None,
+    forward_looking: ForwardLooking | None = None,
     has_prior: bool = False,
     on_step: Callable[[], object] = lambda: None,
 ) -> SampledTile:
-    """Denoise B samples.
+    """Denoise B samples and keep what training needs.
 
     Args:
         text:      (B, S, D) prompt embeddings.
         sample_id: (B,) int64.
-        looking:   keep each state's x0_hat as this section says; None keeps none.
+        forward_looking: keep the x0_hat of each scored state as this section says; None keeps none.
         has_prior: log P_F is to be balanced `against_prior`.
         on_step:   called after each transition, for progress.
     """
-    schedule = policy.schedule
+    schedule, device = policy.schedule, policy.schedule.timesteps.device
     # Once a tile: what a transition needs is on the device.
-    sample_id, text = sample_id.to(schedule.timesteps.device), text.to(schedule.timesteps.device)
-    x_t = first_state(policy, sample_id, seed, sampler)
-    chain, log_pf, log_pb, x0_hat = [x_t], [], [], {}
-    for k in range(schedule.num_transitions):
-        prediction = policy.predict(x_t, schedule.timesteps[k].expand(len(x_t)), text)
-        step = take_step(schedule, x_t, prediction, k, seed, sample_id, sampler)
-        if has_prior:
-            step = against_prior(policy, step, x_t, text, k)
-        log_pf.append(step.log_pf)
-        log_pb.append(step.log_pb)
-        if looking is not None and is_scored(k, schedule.num_transitions, looking.stride):
-            x0_hat[k] = clean_latents(schedule, step, x_t, prediction, k, looking)
-        chain.append(step.x_next)
-        x_t = step.x_next
+    text, sample_id = text.to(device), sample_id.to(device)
+    states: list[Tensor] = []
+    log_pf, log_pb, x0_hat = [], [], {}
+    for step in walk(policy, text, sample_id, seed, sampler, has_prior=has_prior):
+        if not states:
+            states.append(step.x_t)
+        states.append(step.x_next)
+        log_pf.append(step.sampled.log_pf)
+        log_pb.append(step.sampled.log_pb)
+        if forward_looking is not None and is_scored(step.k, schedule.num_transitions, forward_looking.stride):
+            x0_hat[step.k] = clean_latents(schedule, step, forward_looking)
         on_step()
-    x_0 = last_latents(policy, x_t, text)
-    return SampledTile(torch.stack(chain), torch.stack(log_pf, 1), torch.stack(log_pb, 1), x0_hat, x_0)
+    x_0 = last_latents(policy, states[-1], text)
+    return SampledTile(torch.stack(states), torch.stack(log_pf, 1), torch.stack(log_pb, 1), x0_hat, x_0)
 
 
 def first_state(policy: Policy, sample_id: Tensor, seed: int, sampler: Sampler) -> Tensor:
@@ -126,11 +170,11 @@ def last_latents(policy: Policy, x_t: Tensor, text: Tensor) -> Tensor:
 def take_step(
     schedule: Schedule, x_t: Tensor, prediction: Prediction, k: int, seed: int, sample_id: Tensor, sampler: Sampler
 ) -> SampledStep:
-    """One transition; in one pass, unless the recipe asks for a published deviation that the pass does not know."""
+    """One transition, by the fused step; published deviations that it lacks take the slower path below."""
     chain_dtype, drawn_in = CHAIN_DTYPES[sampler.chain_dtype], noise_dtype(sampler)
     if drawn_in == torch.float32 and sampler.log_pf_at == "stored":
-        rows, scale = prediction.rows, prediction.guidance_scale
-        return schedule.sampling_step(x_t, rows, k, seed, sample_id, scale, chain_dtype)
+        branches, scale = prediction.branches, prediction.guidance_scale
+        return schedule.sampling_step(x_t, branches, k, seed, sample_id, scale, chain_dtype)
     noise = draw_noise(seed, sample_id, k, tuple(x_t.shape[1:]), drawn_in)
     exact = schedule.sample_next(x_t, prediction.guided, noise, k)
     x_next = exact.to(chain_dtype)
@@ -154,26 +198,17 @@ def against_prior(policy: Policy, step: SampledStep, x_t: Tensor, text: Tensor, 
 
 
 @torch.no_grad()
-def clean_latents(
-    schedule: Schedule, step: SampledStep, x_t: Tensor, prediction: Prediction, k: int, looking: ForwardLooking
-) -> Tensor:
-    """The x0_hat that the recipe scores: the step's own, or a published form of it."""
-    if looking.prediction == "guided" and looking.coefficients == "fp32":
-        return step.x0_hat
-    return look_ahead(schedule, x_t, prediction.guided, prediction.conditional, k, looking)
+def clean_latents(schedule: Schedule, step: Step, section: ForwardLooking) -> Tensor:
+    """The x0_hat (B, C, H, W) that the recipe scores: the step's own, or a published form of it."""
+    if section.prediction == "guided" and section.coefficients == "fp32":
+        return step.sampled.x0_hat
+    return predicted_x0(schedule, step.x_t, step.prediction, step.k, section)
 
 
-def look_ahead(
-    schedule: Schedule,
-    x_t: Tensor,
-    output_guided: Tensor,
-    output_conditional: Tensor,
-    k: int,
-    looking: ForwardLooking,
-) -> Tensor:
+def predicted_x0(schedule: Schedule, x_t: Tensor, prediction: Prediction, k: int, section: ForwardLooking) -> Tensor:
     """x0_hat (B, C, H, W) float32 of step k as a recipe's `forward_looking` section defines it."""
-    output = output_guided if looking.prediction == "guided" else output_conditional
-    if looking.coefficients == "fp32":
+    output = prediction.guided if section.prediction == "guided" else prediction.conditional
+    if section.coefficients == "fp32":
         return schedule.x0_hat(x_t.float(), output, k)
     x0_x, x0_output = schedule.x0_in_bfloat16[k]
     return x0_x * x_t.float() + x0_output * output
@@ -188,21 +223,21 @@ def score_tile(
     A step that was not scored itself carries the newest reward before it.
     """
     rows = torch.arange(len(tile.x_0))
-    looking: list[Tensor] = []
+    seen: list[Tensor] = []
     for k in range(tile.log_pf.shape[1] if tile.x0_hat else 0):
         if k in tile.x0_hat:
-            looking.append(score(policy.preview(tile.x0_hat[k]), rows, is_preview=True))
+            seen.append(score(policy.preview(tile.x0_hat[k]), rows, is_preview=True))
             on_image()
         else:
-            looking.append(looking[-1])
+            seen.append(seen[-1])
     images = policy.decode(tile.x_0)
     reward = score(images, rows)
     on_image()
-    return torch.stack(looking, 1) if looking else None, reward, images
+    return torch.stack(seen, 1) if seen else None, reward, images
 
 
 def assemble(
-    tile: SampledTile, looking: Tensor | None, reward: Tensor, batch: Batch, seed: int, sampler: Sampler
+    tile: SampledTile, x0_hat_reward: Tensor | None, reward: Tensor, batch: Batch, seed: int, sampler: Sampler
 ) -> Trajectories:
     """A scored tile's scalars, on its device; its chain goes to the `ChainStore`."""
     device = tile.chain.device
@@ -210,7 +245,7 @@ def assemble(
         chain=tile.chain.new_empty(0),
         log_pf=tile.log_pf,
         log_pb=tile.log_pb,
-        looking=None if looking is None else looking.to(device),
+        x0_hat_reward=None if x0_hat_reward is None else x0_hat_reward.to(device),
         reward=reward.to(device),
         prompt_id=batch.prompt_id,
         sample_id=batch.sample_id.to(device),
@@ -226,17 +261,15 @@ def generate(
     seed: int,
     sampler: Sampler,
     tile: int | None = None,
-    on_tile: Callable[[], object] = lambda: None,
 ) -> Tensor:
     """(N, 3, H, W) images in [0, 1] for (N, S, D) embeddings, by the sampler that training uses; `tile` at a time."""
     ids, tile = torch.as_tensor(sample_id, dtype=torch.int64), tile or sampler.tile
     images = []
     for part, part_ids in zip(text.split(tile), ids.split(tile), strict=True):
         images.append(policy.decode(sample_tile(policy, part, part_ids, seed, sampler).x_0).cpu())
-        on_tile()
     return torch.cat(images)
 
 
 def noise_dtype(sampler: Sampler) -> torch.dtype:
-    """Of the injected noise."""
+    """The precision of the injected noise."""
     return torch.bfloat16 if sampler.noise_dtype == "bf16" else torch.float32

@@ -49,7 +49,7 @@ class Trajectories:
     """(N, T) at sampling time."""
     log_pb: Tensor
     """(N, T); of the pretrained model's P_F where that is the target's prior (`dag.chain.rollout.against_prior`)."""
-    looking: Tensor | None
+    x0_hat_reward: Tensor | None
     """(N, T) raw reward of x0_hat at each state, or None if nothing was scored."""
     reward: Tensor
     """(N,) raw reward of the final image."""
@@ -79,7 +79,7 @@ class Trajectories:
             self,
             log_pf=self.log_pf.to(device),
             log_pb=self.log_pb.to(device),
-            looking=None if self.looking is None else self.looking.to(device),
+            x0_hat_reward=None if self.x0_hat_reward is None else self.x0_hat_reward.to(device),
             reward=self.reward.to(device),
             sample_id=self.sample_id.to(device),
         )
@@ -168,4 +168,6 @@ def concatenate(parts: Sequence[Trajectories], chain: Tensor | None = None) -> T
         for field in fields(Trajectories)
         if field.name != "chain" and isinstance(getattr(first, field.name), Tensor)
     }
-    return Trajectories(**{"looking": None, **joined}, chain=chain, seed=first.seed, noise_dtype=first.noise_dtype)
+    return Trajectories(
+        **{"x0_hat_reward": None, **joined}, chain=chain, seed=first.seed, noise_dtype=first.noise_dtype
+    )

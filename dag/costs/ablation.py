@@ -5,7 +5,7 @@ from collections.abc import Iterator, Sequence
 
 from dag.errors import UsageError
 from dag.models.source import local_folder
-from dag.recipe import PolicyGradient, Recipe
+from dag.recipe import Recipe
 from dag.recipe.load import load
 
 # Every row trains every transition once, one update per rollout.
@@ -47,26 +47,26 @@ def cases(path: str, given: Sequence[str], trajectories: int | None, is_ablation
     """(label, recipe) of each row after the published one."""
     overrides = comparable(path, given, trajectories)
     recipe = load(path, overrides)
-    assert not isinstance(recipe.objective, PolicyGradient)
-    looking = recipe.objective.forward_looking
+    assert recipe.balance is not None
+    section = recipe.balance.forward_looking
     if not is_ablation:
-        scored = {"rollout": "scored once", "current": "scored in training", "none": "not scored"}[looking.source]
+        scored = {"rollout": "scored once", "current": "scored in training", "none": "not scored"}[section.source]
         yield ("one pass" if recipe.train.rollout == "one_pass" else f"stored, {scored}"), recipe
         return
     for label, lever in ABLATION:
         overrides += lever
-        if looking.decoder_path is not None and "objective.forward_looking.decoder=tiny" in lever:
-            overrides.append(f"objective.forward_looking.decoder_path={looking.decoder_path}")
+        if section.decoder_path is not None and "objective.forward_looking.decoder=tiny" in lever:
+            overrides.append(f"objective.forward_looking.decoder_path={section.decoder_path}")
         yield label, load(path, overrides)
 
 
 def comparable(path: str, given: Sequence[str], trajectories: int | None) -> list[str]:
     """The overrides of every row."""
     overrides, recipe = list(given), load(path, given)
-    if isinstance(recipe.objective, PolicyGradient):
-        raise UsageError(f"{path}: the bench times objectives with a flow, not ddpo")
+    if recipe.balance is None:
+        raise UsageError(f"{path}: the bench times objectives with a flow, not {recipe.objective.name}")
     overrides += COMMON
-    if recipe.objective.beta.unit == "reward_sd":
+    if recipe.balance.beta.unit == "reward_sd":
         overrides.append("objective.beta.unit=reward")
     if recipe.objective.name == "dag_kl":
         overrides += ["objective.baseline=running", "objective.normalise_advantage=false"]
@@ -85,4 +85,4 @@ def variants(given: argparse.Namespace) -> Iterator[tuple[str, Recipe]]:
 def published(given: argparse.Namespace) -> Recipe:
     """The recipe's model, reward and sizes, with no lever on."""
     common = comparable(given.recipe, given.set, given.trajectories)
-    return load(given.recipe, [*common, *STORED, "memory.checkpointing=none"])
+    return load(given.recipe, [*common, *STORED, "memory.checkpointing=none", "kernels=torch"])

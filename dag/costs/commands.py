@@ -100,8 +100,9 @@ def launches(given: argparse.Namespace, device: torch.device) -> Iterator[Row]:
 def previews(given: argparse.Namespace, device: torch.device) -> Iterator[Row]:
     """Rewards of x0_hat by decoder and stride, against the full VAE at every state."""
     trainer, batch = _rolled_by(given, ["objective.forward_looking.decoder=tiny"], device)
-    with trainer.parts.scoring():
-        for row in lever_error.previews(trainer.parts, trainer.recipe, batch, trainer.tile_scorer(batch)):
+    with trainer.components.scoring():
+        score = trainer.sampling.scorer(batch)
+        for row in lever_error.previews(trainer.components, trainer.recipe, batch, score):
             yield row
             print(
                 f"decoder {row['decoder']:5} stride {row['stride']}  bias {row['bias']:+.3f} sd  rms {row['rms']:.3f} sd  "
@@ -113,7 +114,7 @@ def previews(given: argparse.Namespace, device: torch.device) -> Iterator[Row]:
 def storage(given: argparse.Namespace, device: torch.device) -> Iterator[Row]:
     """Chains by dtype: bytes, and how far log P_F moves between sampling and training."""
     trainer, batch = _rolled_by(given, [], device)
-    for row in lever_error.storage(trainer.parts, trainer.recipe, batch):
+    for row in lever_error.storage(trainer.components, trainer.recipe, batch):
         yield row
         print(
             f"chain {row['chain']}, log P_F at the {row['log_pf_at']:9} state  {row['bytes']:8} bytes a trajectory  "
@@ -135,10 +136,12 @@ def _rolled_by(given: argparse.Namespace, overrides: list[str], device: torch.de
     if local_folder(load(path, chosen).model.path) is None:
         chosen += ["model.path=random-sd15", "model.variant=null"]
     recipe = load(path, [*chosen, f"train.trajectories={given.trajectories}", "train.updates=1"])
-    parts = build(recipe, device, warn=lambda text: None, reward=RewardSum(recipe.reward, device, without_download))
+    components = build(
+        recipe, device, warn=lambda text: None, reward=RewardSum(recipe.reward, device, without_download)
+    )
     with tempfile.TemporaryDirectory() as folder:
-        trainer = Trainer(recipe, RunFolder.create(Path(folder) / "run"), parts)
-    return trainer, trainer.batch(0)
+        trainer = Trainer(recipe, RunFolder.create(Path(folder) / "run"), components)
+    return trainer, trainer.sampling.batch(0)
 
 
 def _shown(row: Row, literal: Row | None) -> str:

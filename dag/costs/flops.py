@@ -10,10 +10,10 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
 
 from dag.costs.live_bytes import as_on_cuda
-from dag.costs.memory import META, Simulation
-from dag.costs.reward_networks import architecture
+from dag.costs.weightless import META, Weightless
 from dag.recipe import Recipe, is_scored
 from dag.recipe.reward_sections import Tower
+from dag.rewards.stand_in import architecture
 
 Work = dict[str, float]
 
@@ -59,14 +59,14 @@ def counter() -> FlopCounterMode:
 
 def of_recipe(recipe: Recipe) -> Work:
     """GFLOP by kind: sampling and training the UNet, pictures, rewards, flow."""
-    made = Simulation(recipe)
+    made = Weightless(recipe)
     shown = _Counts(made)
-    looking, T = made.looking, made.T
+    section, T = recipe.forward_looking, made.T
     scored = 0.0
-    if looking is not None and looking.source == "rollout":
-        scored = sum(is_scored(k, T, looking.stride) for k in range(T)) / T
+    if section is not None and section.source == "rollout":
+        scored = sum(is_scored(k, T, section.stride) for k in range(T)) / T
     return {
-        "sampling": 0.0 if made.is_one_pass else shown.guided,
+        "sampling": 0.0 if recipe.train.rollout == "one_pass" else shown.guided,
         "training": shown.trained,
         "extra UNet passes": 0.0,
         "decodes": scored * shown.preview + shown.decode / T,
@@ -78,7 +78,7 @@ def of_recipe(recipe: Recipe) -> Work:
 def of_published(recipe: Recipe) -> Work:
     """GFLOP of what `dag.costs.published_work` does, without the checkpointing that the published code does not have."""
     recipe = recipe.model_copy(update={"memory": recipe.memory.model_copy(update={"checkpointing": "none"})})
-    made = Simulation(recipe)
+    made = Weightless(recipe)
     shown, T = _Counts(made), made.T
     return {
         "sampling": shown.guided,
@@ -93,20 +93,16 @@ def of_published(recipe: Recipe) -> Work:
 class _Counts:
     """GFLOP of each building block, of one sample."""
 
-    def __init__(self, made: Simulation) -> None:
-        x_t, rows, policy = made.state(1), (made.timestep(1), made.text(1)), made.policy
-        self.conditional = _gflop(lambda: policy.predict(x_t, *rows, unguided=True), grad=False)
-        self.guided = _gflop(lambda: policy.predict(x_t, *rows), grad=False)
-        self.trained = _gflop(lambda: policy.predict(x_t, *rows).rows.sum().backward())
+    def __init__(self, made: Weightless) -> None:
+        policy, flow = made.policy, made.flow
+        x_t, t, text = made.chain(1)[0], policy.schedule.timesteps[:1], made.text.to(META)
+        self.conditional = _gflop(lambda: policy.predict(x_t, t, text, unguided=True), grad=False)
+        self.guided = _gflop(lambda: policy.predict(x_t, t, text), grad=False)
+        self.trained = _gflop(lambda: policy.predict(x_t, t, text).branches.sum().backward())
         self.decode = _gflop(lambda: policy.decode(x_t.float()), grad=False)
         self.preview = _gflop(lambda: policy.preview(x_t.float()), grad=False)
-        self.flow = 0.0 if made.flow is None else _gflop(lambda: _summed(made.log_F(x_t)).backward())
+        self.flow = 0.0 if flow is None else _gflop(lambda: flow(x_t, t, torch.zeros_like(t), text).sum().backward())
         self.reward = sum(_tower(term.name) for term in made.recipe.reward if isinstance(term, Tower))
-
-
-def _summed(value: torch.Tensor | None) -> torch.Tensor:
-    assert value is not None
-    return value.sum()
 
 
 def _tower(name: str) -> float:

@@ -13,7 +13,7 @@ from torch import Tensor
 from dag.chain.rollout import CHAIN_DTYPES, Batch, SampledTile, Score, assemble, sample_tile
 from dag.chain.trajectory import ChainStore, Trajectories
 from dag.recipe import ForwardLooking, Recipe, is_scored
-from dag.training.build import Parts
+from dag.training.build import Components
 
 Row = dict[str, Any]
 
@@ -21,25 +21,29 @@ _DECODERS = ("full", "half", "tiny")
 _STRIDES = (1, 2, 4)
 
 
-def previews(parts: Parts, recipe: Recipe, batch: Batch, score: Score) -> Iterator[Row]:
+def previews(components: Components, recipe: Recipe, batch: Batch, score: Score) -> Iterator[Row]:
     """Every decoder and stride, read as in training, against the full VAE at every state, read exactly.
 
     In standard deviations of the final reward. At ("full", 1) what is left is how rewards with networks read previews.
 
     Rows have `bias` and `rms` of the difference over states and trajectories, both weighted by alpha_bar like the
-    flow's reward, and `correlation` over the trajectories of a step, its mean over the steps. The parts' policy has a
+    flow's reward, and `correlation` over the trajectories of a step, its mean over the steps. The components' policy has a
     tiny decoder.
     """
-    looking = ForwardLooking(decoder="tiny")
     drawn = sample_tile(
-        parts.policy, parts.text[batch.prompt_id], batch.sample_id, recipe.seed, recipe.sampler, looking
+        components.policy,
+        components.text[batch.prompt_id],
+        batch.sample_id,
+        recipe.seed,
+        recipe.sampler,
+        ForwardLooking(decoder="tiny"),
     )
-    exact = _rewards_seen(parts, drawn, score, "full", is_preview=False)
-    seen = {decoder: _rewards_seen(parts, drawn, score, decoder, is_preview=True) for decoder in _DECODERS}
+    exact = _rewards_seen(components, drawn, score, "full", is_preview=False)
+    seen = {decoder: _rewards_seen(components, drawn, score, decoder, is_preview=True) for decoder in _DECODERS}
     rows = torch.arange(len(batch.sample_id))
-    scale = float(score(parts.policy.decode(drawn.x_0), rows).std())
-    T = parts.policy.schedule.num_transitions
-    weight = parts.policy.schedule.alpha_bar_t[:T].cpu().float()
+    scale = float(score(components.policy.decode(drawn.x_0), rows).std())
+    T = components.policy.schedule.num_transitions
+    weight = components.policy.schedule.alpha_bar_t[:T].cpu().float()
     for decoder, rewards in seen.items():
         for stride in _STRIDES:
             newest = [max(j for j in range(k + 1) if is_scored(j, T, stride)) for k in range(T)]
@@ -54,10 +58,12 @@ def previews(parts: Parts, recipe: Recipe, batch: Batch, score: Score) -> Iterat
             }
 
 
-def _rewards_seen(parts: Parts, drawn: SampledTile, score: Score, decoder: str, *, is_preview: bool) -> Tensor:
+def _rewards_seen(
+    components: Components, drawn: SampledTile, score: Score, decoder: str, *, is_preview: bool
+) -> Tensor:
     """(N, T) rewards of x0_hat shown by a decoder, on the CPU."""
     rows = torch.arange(len(drawn.x_0))
-    pictures = (parts.policy.preview(x0_hat, decoder) for x0_hat in drawn.x0_hat.values())
+    pictures = (components.policy.preview(x0_hat, decoder) for x0_hat in drawn.x0_hat.values())
     return torch.stack([score(images, rows, is_preview=is_preview) for images in pictures], 1).float().cpu()
 
 
@@ -67,7 +73,7 @@ def _correlation(a: Tensor, b: Tensor) -> Tensor:
     return (a * b).sum(0) / (a.norm(dim=0) * b.norm(dim=0)).clamp_min(1e-12)
 
 
-def storage(parts: Parts, recipe: Recipe, batch: Batch) -> Iterator[Row]:
+def storage(components: Components, recipe: Recipe, batch: Batch) -> Iterator[Row]:
     """Every dtype of a chain, log P_F taken at the stored state (ours) and at the unrounded one (published).
 
     Rows have the bytes of a stored trajectory and, for the policy that sampled it, the largest difference of log P_F
@@ -76,14 +82,14 @@ def storage(parts: Parts, recipe: Recipe, batch: Batch) -> Iterator[Row]:
     for dtype in CHAIN_DTYPES:
         for at in ("stored", "unrounded"):
             sampler = recipe.sampler.model_copy(update={"chain_dtype": dtype, "log_pf_at": at})
-            text = parts.text[batch.prompt_id]
-            drawn = sample_tile(parts.policy, text, batch.sample_id, recipe.seed, sampler, ForwardLooking())
-            difference = (_log_pf_of(parts, drawn.chain, text) - drawn.log_pf).double()
+            text = components.text[batch.prompt_id]
+            drawn = sample_tile(components.policy, text, batch.sample_id, recipe.seed, sampler, ForwardLooking())
+            difference = (_log_pf_of(components, drawn.chain, text) - drawn.log_pf).double()
             dims = drawn.x_0[0].numel()
             yield {
                 "chain": dtype,
                 "log_pf_at": at,
-                "bytes": round(_stored(parts, recipe, batch, drawn).bytes_per_trajectory),
+                "bytes": round(_stored(components, recipe, batch, drawn).bytes_per_trajectory),
                 "log_pf_error": float(difference.abs().max()),
                 "ratio_error": float(difference.expm1().abs().max()),
                 "ratio_error_of_means": float((difference / dims).expm1().abs().max()),
@@ -91,20 +97,20 @@ def storage(parts: Parts, recipe: Recipe, batch: Batch) -> Iterator[Row]:
 
 
 @torch.no_grad()
-def _log_pf_of(parts: Parts, chain: Tensor, text: Tensor) -> Tensor:
+def _log_pf_of(components: Components, chain: Tensor, text: Tensor) -> Tensor:
     """(N, T) of a stored chain, by the function that training calls."""
-    policy, columns = parts.policy, []
+    policy, columns = components.policy, []
     schedule = policy.schedule
     for k in range(schedule.num_transitions):
         x_t, x_next, ks = chain[k], chain[k + 1], torch.full((chain.shape[1],), k, device=chain.device)
         prediction = policy.predict(x_t, schedule.timesteps[k].expand(len(x_t)), text)
         columns.append(
-            schedule.transition_log_probs(x_t, x_next, prediction.rows, ks, prediction.guidance_scale).log_pf
+            schedule.transition_log_probs(x_t, x_next, prediction.branches, ks, prediction.guidance_scale).log_pf
         )
     return torch.stack(columns, 1)
 
 
-def _stored(parts: Parts, recipe: Recipe, batch: Batch, drawn: SampledTile) -> Trajectories:
+def _stored(components: Components, recipe: Recipe, batch: Batch, drawn: SampledTile) -> Trajectories:
     """What the trainer would keep of a tile."""
     nothing = torch.zeros_like(drawn.log_pf)
     kept = assemble(drawn, nothing, nothing[:, 0], batch, recipe.seed, recipe.sampler)

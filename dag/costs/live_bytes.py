@@ -21,7 +21,10 @@ _META = torch._C.DispatchKeySet(torch._C.DispatchKey.Meta)
 
 
 class LiveBytes(TorchDispatchMode):
-    """Counts the bytes of the tensors alive, now and at their peak, by device-independent bookkeeping.
+    """Counts the bytes of the tensors alive, now and at their peak.
+
+    Args:
+        device_type: count the tensors of one kind of device alone; None counts all.
 
     A storage counts once, whatever its views, from the operator that returned it until its last reference is gone:
     autograd's count, and so does one that outlives the `with` block. Storages that were there before count if they were
@@ -33,8 +36,9 @@ class LiveBytes(TorchDispatchMode):
     change of a storage's size.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, device_type: str | None = None) -> None:
         super().__init__()
+        self.device_type = device_type
         self.current = 0
         self.peak = 0
         # By id, which is given to no other storage before the reference's callback has run.
@@ -62,7 +66,7 @@ class LiveBytes(TorchDispatchMode):
 
     def _count(self, storage: torch.UntypedStorage) -> None:
         key, size = id(storage), storage.nbytes()
-        if key in self._alive:
+        if key in self._alive or self.device_type not in (None, storage.device.type):
             return
 
         def freed(_: object) -> None:
@@ -76,11 +80,11 @@ class LiveBytes(TorchDispatchMode):
 
 @contextmanager
 def as_on_cuda() -> Iterator[None]:
-    """Meta tensors take the way they would take on CUDA; other tensors go theirs. Cannot be nested.
+    """Inside, meta tensors use the kernels of CUDA; other devices are unaffected. Cannot be nested.
 
     PyTorch gives meta tensors its reference implementation of attention, which holds the attention matrices in fp32.
-    Here they get the memory-efficient kernel, which holds what flash attention holds. Attention with a mask is left
-    alone. There is no autocast here: the policy uses none.
+    Inside, they get the memory-efficient kernel, which holds what flash attention holds; other devices are unaffected, and
+    so is attention with a mask. There is no autocast here: the policy uses none.
     """
     library = torch.library.Library("aten", "IMPL")
     library.impl("scaled_dot_product_attention", _attention, "AutogradMeta")

@@ -16,10 +16,9 @@ import torch
 from dag_kernels import residual, with_rewarded_end
 from torch import Tensor
 
-from dag.chain.rollout import Batch, Score, first_state, last_latents, noise_dtype
-from dag.chain.trajectory import draw_noise
+from dag.chain.rollout import Batch, Score, last_latents, walk
 from dag.recipe import Recipe
-from dag.training.build import Parts
+from dag.training.build import Components
 
 Timer = Callable[[str], AbstractContextManager[None]]
 
@@ -38,36 +37,30 @@ class _Stored:
 class Published:
     """Epochs of the published loop: sample and store, then one update over every transition."""
 
-    def __init__(self, recipe: Recipe, parts: Parts, scorer: Callable[[Batch], Score]) -> None:
-        self.recipe, self.parts, self.scorer = recipe, parts, scorer
-        self.policy, self.learner = parts.policy, parts.learner
-        self.schedule, self.device = self.policy.schedule, parts.learner.device
+    def __init__(self, recipe: Recipe, components: Components, scorer: Callable[[Batch], Score]) -> None:
+        self.recipe, self.components, self.scorer = recipe, components, scorer
+        self.policy, self.learner = components.policy, components.learner
+        self.schedule, self.device = self.policy.schedule, components.device
 
     def epoch(self, batch: Batch, timed: Timer) -> None:
         tiles = [self._sample(tile, timed) for tile in batch.tiles(self.recipe.sampler.tile)]
         with timed("update"):
-            for stepper in self.learner.updates.steppers():
-                stepper.zero_grad()
+            for optimizer in self.learner.updates.optimizers():
+                optimizer.zero_grad()
             for tile in tiles:
                 self._backward_all(tile, len(batch.sample_id))
-            for stepper in self.learner.updates.steppers():
-                stepper.step()
+            for optimizer in self.learner.updates.optimizers():
+                optimizer.step()
 
     @torch.no_grad()
     def _sample(self, batch: Batch, timed: Timer) -> _Stored:
         with timed("sample"):
-            text, ids = self.parts.text[batch.prompt_id], batch.sample_id.to(self.device)
-            x_t, triples = first_state(self.policy, ids, self.recipe.seed, self.recipe.sampler), []
-            for k in range(self.schedule.num_transitions):
-                output = self.policy.predict(x_t, self._t(k, len(x_t)), text).guided
-                drawn = noise_dtype(self.recipe.sampler)
-                noise = draw_noise(self.recipe.seed, ids, k, tuple(x_t.shape[1:]), drawn)
-                x_next = self.schedule.sample_next(x_t, output, noise, k)
-                self.schedule.log_pf(x_t, x_next, output, k)
-                triples.append(tuple(x.bfloat16() for x in (x_t, x_next, output)))
-                x_t = x_next
+            text, ids = self.components.text[batch.prompt_id].to(self.device), batch.sample_id.to(self.device)
+            triples = []
+            for step in walk(self.policy, text, ids, self.recipe.seed, self.recipe.sampler):
+                triples.append(tuple(x.bfloat16() for x in (step.x_t, step.x_next, step.prediction.guided)))
         with timed("reward"):
-            images = self.policy.decode(last_latents(self.policy, x_t, text))
+            images = self.policy.decode(last_latents(self.policy, step.x_next, text))
             reward = self.scorer(batch)(images, torch.arange(len(ids)))
         stored = [torch.stack(column) for column in zip(*triples, strict=True)]
         return _Stored(batch, stored[0], stored[1], stored[2], reward.to(self.device))
@@ -80,7 +73,7 @@ class Published:
     def _backward(self, tile: _Stored, rows: Tensor, k: int, num_trajectories: int) -> None:
         """One micro-batch of one step."""
         x_t, x_next = tile.x_t[k, rows].float(), tile.x_next[k, rows].float()
-        text = self.parts.text[tile.batch.prompt_id[rows]]
+        text = self.components.text[tile.batch.prompt_id[rows]]
         is_last = torch.full((len(rows),), k == self.schedule.num_transitions - 1, device=self.device)
         output = self.policy.predict(x_t, self._t(k, len(rows)), text).guided
         log_pf = self.schedule.log_pf(x_t, x_next, output, k)
@@ -90,7 +83,7 @@ class Published:
         delta = residual(log_F, log_pf, self.schedule.log_pb(x_t, x_next, k), log_F_next) / x_t[0].numel()
         pull = (output - tile.output[k, rows].float()).square().flatten(1).mean(1)
         loss = (delta.square() + pull).sum() / (num_trajectories * self.schedule.num_transitions)
-        self.learner.updates.stepper.backward(loss)
+        self.learner.updates.policy.backward(loss)
 
     def _log_F(self, tile: _Stored, rows: Tensor, x_t: Tensor, k: int, text: Tensor) -> Tensor:
         """Flow and reward of x0_hat at one end of a transition."""

@@ -19,7 +19,7 @@ from dag.recipe import Recipe
 from dag.recipe.reward_sections import RewardTerm, Tower
 from dag.rewards import RewardSum, build_term
 from dag.run.folder import RunFolder
-from dag.run.meter import Ledger
+from dag.run.meter import PhaseMeter
 from dag.training.build import build
 from dag.training.trainer import Trainer
 
@@ -35,17 +35,17 @@ def measure(label: str, recipe: Recipe, device: torch.device, repeats: int, is_p
         is_predicted: also the peak that `--plan` would print, which takes seconds of a CPU.
     """
     with trainer_of(recipe, device) as trainer:
-        parts, epoch = trainer.parts, epoch_of(label, recipe, trainer)
+        components, epoch = trainer.components, epoch_of(label, recipe, trainer)
         flop, counted = _counted_epoch(epoch, trainer, device)
         if recipe.memory.compile:
             timed_epoch(epoch, trainer)  # nothing is compiled while it is counted
         runs = [timed_epoch(epoch, trainer) for _ in range(repeats)]
-        memory = _peak(trainer.ledger, device)
-    count = recipe.train.trajectories * parts.policy.schedule.num_transitions
+        memory = _peak(trainer.meter, device)
+    count = recipe.train.trajectories * components.policy.schedule.num_transitions
     middle = sorted(runs, key=lambda seconds: seconds["total"])[len(runs) // 2]
     row: Row = {
         "label": label,
-        "micro_batch": parts.learner.updates.micro_batch,
+        "micro_batch": components.learner.updates.micro_batch,
         **{
             f"ms_{phase}": round(1e3 * seconds / count, 3) for phase, seconds in middle.items() if phase != "evaluation"
         },
@@ -53,12 +53,12 @@ def measure(label: str, recipe: Recipe, device: torch.device, repeats: int, is_p
         "trajectories_per_hour": round(3600 * recipe.train.trajectories / middle["total"], 1),
         "gflop_per_transition": round(flop / count / 1e9, 3),
         "tflop_per_second": round(flop / middle["total"] / 1e12, 4),
-        "utilisation": round(flop / middle["total"] / _matmul_flop_per_second(device, parts.policy.dtype), 4),
+        "utilisation": round(flop / middle["total"] / _matmul_flop_per_second(device, components.policy.dtype), 4),
         **{name: round(size / GIB, 4) for name, size in (memory | counted).items()},
     }
     if is_predicted and label != LITERAL:
         # At the micro-batch that it came down to, where the card was too small for the recipe's.
-        train = recipe.train.model_copy(update={"micro_batch": parts.learner.updates.micro_batch})
+        train = recipe.train.model_copy(update={"micro_batch": components.learner.updates.micro_batch})
         row["predicted_gib"] = round(_predicted(recipe.model_copy(update={"train": train})), 4)
     return row
 
@@ -68,8 +68,8 @@ def trainer_of(recipe: Recipe, device: torch.device) -> Iterator[Trainer]:
     """A trainer of the recipe that needs no download, in a run folder that is gone afterwards."""
     with tempfile.TemporaryDirectory() as folder:
         reward = RewardSum(recipe.reward, device, build=without_download)
-        parts = build(recipe, device, warn=_warn, reward=reward)
-        yield Trainer(recipe, RunFolder.create(Path(folder) / "run"), parts)
+        components = build(recipe, device, warn=_warn, reward=reward)
+        yield Trainer(recipe, RunFolder.create(Path(folder) / "run"), components)
 
 
 def _warn(text: str) -> None:
@@ -86,21 +86,24 @@ def _predicted(recipe: Recipe) -> float:
 def epoch_of(label: str, recipe: Recipe, trainer: Trainer) -> Callable[[], object]:
     """One epoch of the recipe's loop, or of the published one."""
     if label == LITERAL:
-        published = Published(recipe, trainer.parts, trainer.tile_scorer)
-        return lambda: published.epoch(trainer.batch(0), trainer.ledger.timed)
-    if trainer.is_one_pass(0):
-        return lambda: trainer.one_pass(0)
-    return lambda: trainer.update(trainer.sample(0), 0)
+        published = Published(recipe, trainer.components, trainer.sampling.scorer)
+        return lambda: published.epoch(trainer.sampling.batch(0), trainer.meter.timed)
+
+    def epoch() -> None:
+        trainer.begin_epoch(0)
+        trainer.learn()
+
+    return epoch
 
 
 def timed_epoch(epoch: Callable[[], object], trainer: Trainer) -> dict[str, float]:
     """Seconds by phase, and in total."""
-    trainer.ledger.start_epoch()
+    trainer.meter.start_epoch()
     _synchronise()
     start = time.perf_counter()
     epoch()
     _synchronise()
-    return {**trainer.ledger.seconds, "total": time.perf_counter() - start}
+    return {**trainer.meter.seconds, "total": time.perf_counter() - start}
 
 
 def _counted_epoch(epoch: Callable[[], object], trainer: Trainer, device: torch.device) -> tuple[int, dict[str, int]]:
@@ -110,7 +113,7 @@ def _counted_epoch(epoch: Callable[[], object], trainer: Trainer, device: torch.
     counted = {}
     if device.type != "cuda":
         with LiveBytes() as live:
-            live.include(trainer.parts.standing())
+            live.include(trainer.components.standing())
             epoch()
         counted["peak_tensors_gib"] = live.peak
     return counter.get_total_flops(), counted
@@ -143,7 +146,7 @@ def _synchronise() -> None:
         torch.cuda.synchronize()
 
 
-def _peak(ledger: Ledger, device: torch.device) -> dict[str, int]:
+def _peak(meter: PhaseMeter, device: torch.device) -> dict[str, int]:
     """Of the last epoch; a process's resident memory on a CPU says little about a card, and is left out."""
-    ledger.read()
-    return {"peak_allocated_gib": ledger.in_use, "peak_reserved_gib": ledger.held} if device.type == "cuda" else {}
+    meter.read()
+    return {"peak_allocated_gib": meter.in_use, "peak_reserved_gib": meter.held} if device.type == "cuda" else {}

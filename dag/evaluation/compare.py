@@ -16,10 +16,11 @@ import torch
 from torch import Tensor
 
 from dag.chain.rollout import generate
+from dag.chain.sample_ids import COMPARISON, COMPARISON_AGAIN
 from dag.errors import UsageError
 from dag.evaluation.measure import BASE, BASE_AGAIN, Measure, Task
 from dag.evaluation.perceptual import Distance, load_distance
-from dag.models.sd import StableDiffusion
+from dag.models import families
 from dag.models.source import EMBEDDED, local_folder
 from dag.recipe import Recipe
 from dag.recipe.load import parse_reward
@@ -30,8 +31,6 @@ from dag.run import checkpoint, durable
 from dag.run.folder import RunFolder
 from dag.run.machine import versions
 
-# Apart from training (from 0 up), from the evaluations of a run (from 2^40 up) and from dag.sample (from 2^41 up).
-_FIRST_SAMPLE_ID, _OTHER_SAMPLE_ID = 1 << 42, 1 << 43
 # Rewards that cost nothing to add, whatever was trained on.
 _ALWAYS = ("colourfulness", "compressibility")
 
@@ -182,10 +181,10 @@ def _drawn(
     """(name, pictures) of the base model, of it again with other seeds, and of each run."""
     for one in judged:
         recipe = one.recipe
-        policy = StableDiffusion(recipe.model, recipe.adapter, recipe.sampler, device, recipe.seed, recipe.memory)
+        policy = families.load(recipe, device)
         text = policy.encode(list(chosen)).repeat_interleave(task.images_per_prompt, dim=0)
         policy.free_text_encoder()
-        same, other = (first + torch.arange(len(text)) for first in (_FIRST_SAMPLE_ID, _OTHER_SAMPLE_ID))
+        same, other = (first + torch.arange(len(text)) for first in (COMPARISON, COMPARISON_AGAIN))
         # What training came down to fits here too.
         tile = int(checkpoint.load_state(one.checkpoint)["tile"])
         draw = partial(generate, policy, text, seed=task.seed, sampler=recipe.sampler, tile=tile)

@@ -1,6 +1,6 @@
 """The fixed evaluation of a run: the same prompts and seeds before, during and after training."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -8,6 +8,7 @@ from torch import Tensor
 
 from dag.chain.policy import Policy
 from dag.chain.rollout import generate
+from dag.chain.sample_ids import FIXED_EVALUATION
 from dag.errors import UsageError
 from dag.evaluation.distances import within_prompt_diversity
 from dag.evaluation.judge import expected, load_judge, noun_accuracy
@@ -15,9 +16,6 @@ from dag.recipe import Recipe
 from dag.rewards import RewardSum
 from dag.rewards.clip import feature_tower
 from dag.run.processes import ALONE, Processes
-
-# Sample ids of evaluations; training counts up from 0 and never gets here.
-FIRST_SAMPLE_ID = 1 << 40
 
 
 @dataclass(frozen=True)
@@ -45,14 +43,14 @@ class Evaluator:
         prompts: Sequence[str],
         text: Tensor,
         device: torch.device,
-        world: Processes = ALONE,
+        processes: Processes = ALONE,
     ) -> None:
-        self.world = world
+        self.processes = processes
         config = recipe.evaluation
         self.recipe, self.per_prompt = recipe, config.images_per_prompt
         index = torch.arange(min(config.prompts, len(prompts))).repeat_interleave(self.per_prompt)
         self.prompts, self.text = [prompts[i] for i in index.tolist()], text[index]
-        self.sample_id = FIRST_SAMPLE_ID + torch.arange(len(index))
+        self.sample_id = FIXED_EVALUATION + torch.arange(len(index))
         self.tower = feature_tower("evaluation.diversity", config.diversity, device) if config.diversity else None
         self.judge = load_judge() if config.fidelity else None
         unknown = [prompt for prompt in self.prompts if self.judge is not None and expected(prompt) is None]
@@ -61,23 +59,22 @@ class Evaluator:
                 f"evaluation.fidelity: the judge knows no single thing in the prompt {unknown[0]!r}; use false"
             )
 
-    def __call__(self, policy: Policy, reward: RewardSum, tile: int | None = None) -> EvaluationResult:
-        """Draw, `tile` pictures at a time (default: the sampler's), and measure."""
-        return self.measure(self.together(self.draw(policy, tile)), reward)
+    def tiles(self, size: int) -> list[Tensor]:
+        """Rows of this process's share of the pictures, so many at a time; all processes have equally many."""
+        return list(self.processes.mine(self._padded()).split(size))
 
-    def draw(self, policy: Policy, tile: int | None = None, on_tile: Callable[[], object] = lambda: None) -> Tensor:
-        """(n, 3, H, W) this process's share of the pictures, all processes' being equal."""
-        index = self.world.mine(self._padded())
-        ids = self.sample_id[index]
-        return generate(policy, self.text[index], ids, self.recipe.seed, self.recipe.sampler, tile, on_tile)
+    def draw(self, policy: Policy, rows: Tensor) -> Tensor:
+        """(B, 3, H, W) the pictures of some rows, on the CPU."""
+        ids, sampler = self.sample_id[rows], self.recipe.sampler
+        return generate(policy, self.text[rows], ids, self.recipe.seed, sampler, tile=len(rows))
 
     def together(self, images: Tensor) -> Tensor:
-        """(N, 3, H, W) all pictures, in every process."""
-        return self.world.everyones(images)[: len(self.prompts)]
+        """(N, 3, H, W) all pictures, in every process, of each one's share (n, 3, H, W)."""
+        return self.processes.everyones(images)[: len(self.prompts)]
 
     def _padded(self) -> Tensor:
         """Rows of the evaluation, the last one repeated until every process has as many."""
-        count, size = len(self.prompts), self.world.size
+        count, size = len(self.prompts), self.processes.size
         return torch.arange(-(-count // size) * size).clamp(max=count - 1)
 
     def measure(self, images: Tensor, reward: RewardSum) -> EvaluationResult:

@@ -16,7 +16,7 @@ from dag.evaluation.curves import ends, evaluated
 from dag.evaluation.figures import Line
 from dag.evaluation.measure import BASE
 from dag.evaluation.study import Case, Study, best_settings, cases_of, run_missing, tuning_cases
-from dag.recipe import PolicyGradient, Recipe
+from dag.recipe import Recipe
 from dag.run.gpu import free_memory, out_of_memory_ends, this_device
 
 
@@ -121,11 +121,10 @@ def write(
 
 def _strengths(recipe: Recipe) -> dict[str, float | None]:
     """What decides how far a run goes."""
-    objective = recipe.objective
     return {
         "learning_rate": recipe.train.learning_rate,
         "pretrained_kl": recipe.regulariser.pretrained_kl,
-        "beta": None if isinstance(objective, PolicyGradient) else objective.beta.value,
+        "beta": None if recipe.balance is None else recipe.balance.beta.value,
     }
 
 

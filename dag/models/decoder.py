@@ -27,7 +27,7 @@ class Decoder:
 
     Args:
         folder:  of the model.
-        looking: how previews are decoded; None needs none.
+        forward_looking: how previews are decoded; None needs none.
         tile:    pictures per call, unless `memory.decode_batch` says otherwise.
     """
 
@@ -39,16 +39,16 @@ class Decoder:
         device: torch.device,
         tile: int,
         memory: recipe.Memory,
-        looking: recipe.ForwardLooking | None = None,
+        forward_looking: recipe.ForwardLooking | None = None,
     ) -> None:
         self.device, self.batch, self.offloads = device, memory.decode_batch or tile, memory.offload_vae
         self.layout = torch.channels_last if memory.channels_last else torch.contiguous_format
         self.vae = load_module(AutoencoderKL, folder, "vae", dtype, device, variant).to(memory_format=self.layout)
         self.side = 2 ** (len(self.vae.config.block_out_channels) - 1)
-        self.kind = "full" if looking is None else looking.decoder
+        self.kind = "full" if forward_looking is None else forward_looking.decoder
         self.tiny = None
-        if looking is not None and looking.decoder == "tiny":
-            self.tiny = _load_tiny(looking.decoder_path, folder, dtype, device)
+        if forward_looking is not None and forward_looking.decoder == "tiny":
+            self.tiny = _load_tiny(forward_looking.decoder_path, folder, dtype, device)
             self.tiny.to(memory_format=self.layout)
         self._move(torch.device("cpu"))
 

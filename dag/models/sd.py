@@ -7,7 +7,7 @@ Legend: B samples, S text tokens, D text width, C H W latent.
 """
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,6 @@ from diffusers.utils import convert_state_dict_to_kohya
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from dag import recipe
 from dag.chain.policy import Prediction
 from dag.chain.schedule import PREDICTION_TYPES, Schedule
 from dag.errors import RunError, UsageError
@@ -26,8 +25,9 @@ from dag.models.adapter import TrainedWeights, add_lora
 from dag.models.decoder import Decoder
 from dag.models.frozen import freeze_convolutions
 from dag.models.levers import checkpoint_activations, choose_attention, compile_unet, quantise
-from dag.models.source import read_config, resolve
+from dag.models.source import read_config
 from dag.models.weights import load_module, load_text_encoder, load_tokenizer
+from dag.recipe import ForwardLooking, Memory, Recipe, Sampler
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 # Where a text encoder's config does not say, as transformers assumes.
@@ -40,58 +40,44 @@ class StableDiffusion:
     """One model, one schedule, one adapter.
 
     Args:
-        model, adapter, sampler: sections of the recipe.
-        device: where the UNet and the VAE live.
-        seed:    of the adapter's initialisation.
-        memory:  the recipe's levers; None pulls none.
-        looking: how previews are decoded; None needs none.
+        recipe: its sections model, adapter, sampler and memory, and the seed of the adapter's initialisation.
+        folder: the model's, on disk.
+        device: where the denoiser and the VAE live.
+        forward_looking: how previews are decoded; None needs none.
 
     Raises:
         UsageError: the recipe asks for what this model cannot do.
-        RunError:   the model cannot be found, downloaded or read.
+        RunError:   the model cannot be read.
     """
 
     def __init__(
-        self,
-        model: recipe.Model,
-        adapter: recipe.Adapter,
-        sampler: recipe.Sampler,
-        device: torch.device,
-        seed: int = 0,
-        memory: recipe.Memory | None = None,
-        looking: recipe.ForwardLooking | None = None,
+        self, recipe: Recipe, folder: Path, device: torch.device, forward_looking: ForwardLooking | None = None
     ) -> None:
+        model, sampler, memory = recipe.model, recipe.sampler, recipe.memory
         if model.dtype == "fp16" and device.type == "cpu":
             raise UsageError("model.dtype=fp16 needs a GPU; on a CPU use bf16 or fp32")
-        self.device, self.dtype, self.sampler, self.adapter = device, DTYPES[model.dtype], sampler, adapter
-        memory = memory or recipe.Memory()
-        self.folder, self._variant = resolve(model), model.variant
-        self.source = model.path
-        _check_family(self.folder)
+        self.device, self.dtype, self.sampler, self.adapter = device, DTYPES[model.dtype], sampler, recipe.adapter
+        self.folder, self._variant, self.source = folder, model.variant, model.path
+        _check_family(folder)
         self.schedule: Schedule = _schedule(self._load_scheduler(), sampler).to(device)
         self.layout = torch.channels_last if memory.channels_last else torch.contiguous_format
-        self.attention, self.unet = self._load_unet(memory)
-        self.decoder = Decoder(self.folder, self._variant, self.dtype, device, sampler.tile, memory, looking)
-        resolution = model.resolution or self.unet.config.sample_size * self.decoder.side
+        self.attention, self.denoiser = self._load_unet(memory)
+        self.decoder = Decoder(folder, self._variant, self.dtype, device, sampler.tile, memory, forward_looking)
+        resolution = model.resolution or self.denoiser.config.sample_size * self.decoder.side
         if resolution % self.decoder.side:
             raise UsageError(f"model.resolution={resolution} must be a multiple of {self.decoder.side} for this VAE")
         side = resolution // self.decoder.side
-        self.latent_shape = (int(self.unet.config.in_channels), side, side)
+        self.latent_shape = (int(self.denoiser.config.in_channels), side, side)
         self._text: tuple[Any, Any] | None = None
         self._uncond: Tensor | None = None
-        self.weights = self._train_weights(seed)
-        compile_unet(self.unet, memory.compile)
-
-    @property
-    def text_width(self) -> int:
-        return int(self.unet.config.cross_attention_dim)
+        self.weights = self._train_weights(recipe.seed)
+        compile_unet(self.denoiser, memory.compile)
 
     @property
     def text_shape(self) -> tuple[int, int]:
         """(S, D) of a prompt's embedding."""
-        return int(
-            read_config(self.folder, "text_encoder").get("max_position_embeddings", _CLIP_TOKENS)
-        ), self.text_width
+        tokens = read_config(self.folder, "text_encoder").get("max_position_embeddings", _CLIP_TOKENS)
+        return int(tokens), int(self.denoiser.config.cross_attention_dim)
 
     def blank_prompt(self) -> None:
         """An empty prompt's embedding without its values, where nothing is computed."""
@@ -157,7 +143,7 @@ class StableDiffusion:
         if pretrained and self.adapter.kind == "full":
             raise RuntimeError("a full fine-tune keeps no pretrained weights to predict with")
         with self.weights.switched(off=pretrained):
-            return self.unet(x_t, t, encoder_hidden_states=text, return_dict=False)[0]
+            return self.denoiser(x_t, t, encoder_hidden_states=text, return_dict=False)[0]
 
     def decode(self, x_0: Tensor) -> Tensor:
         """(B, 3, H, W) float32 in [0, 1]."""
@@ -167,9 +153,14 @@ class StableDiffusion:
         """The same of predicted latents, as the recipe's `forward_looking.decoder` shows them."""
         return self.decoder.preview(x0_hat, decoder)
 
+    def modules(self) -> Iterator[nn.Module]:
+        """The UNet and the decoders."""
+        yield self.denoiser
+        yield from (module for module in (self.decoder.vae, self.decoder.tiny) if module is not None)
+
     def base_weights(self) -> dict[str, list[Tensor]]:
         """What was loaded, before any training; the text encoder if it is still there."""
-        modules = {"unet": self.unet, "vae": self.decoder.vae}
+        modules = {"unet": self.denoiser, "vae": self.decoder.vae}
         if self._text is not None:
             modules["text encoder"] = self._text[1]
         return {
@@ -198,7 +189,7 @@ class StableDiffusion:
         if self.adapter.kind == "full":
             # The network may hold half-precision copies; the file gets the float32 weights.
             with torch.device("meta"):
-                unet = UNet2DConditionModel.from_config(self.unet.config)
+                unet = UNet2DConditionModel.from_config(self.denoiser.config)
             unet.load_state_dict(state, assign=True)
             unet.save_pretrained(folder / "unet")
             return
@@ -206,7 +197,7 @@ class StableDiffusion:
             folder,
             # As peft names them: diffusers' older names exist for attention alone, and it loads no mixture.
             unet_lora_layers=state,
-            unet_lora_adapter_metadata=self.unet.peft_config["default"].to_dict(),
+            unet_lora_adapter_metadata=self.denoiser.peft_config["default"].to_dict(),
         )
         save_file(self._kohya_state(state), folder / "lora_kohya.safetensors")
 
@@ -226,11 +217,11 @@ class StableDiffusion:
             "latent_shape": list(self.latent_shape),
             "prediction_type": self.schedule.prediction_type,
             "attention": self.attention,
-            "parameters": sum(p.numel() for p in self.unet.parameters()),
+            "parameters": sum(p.numel() for p in self.denoiser.parameters()),
             "trainable_parameters": sum(p.numel() for p in self.trainable()),
         }
 
-    def _load_unet(self, memory: recipe.Memory) -> tuple[str, Any]:
+    def _load_unet(self, memory: Memory) -> tuple[str, Any]:
         """(attention and its reason, the frozen UNet with the recipe's levers)."""
         # What is trained is read in float32; what is frozen in the dtype it computes in.
         frozen = torch.float32 if self.adapter.kind == "full" else self.dtype
@@ -258,12 +249,12 @@ class StableDiffusion:
 
     def _train_weights(self, seed: int) -> TrainedWeights:
         if self.adapter.kind == "full":
-            self.unet.requires_grad_(True)
+            self.denoiser.requires_grad_(True)
         else:
-            _check_targets(self.unet, self.adapter.targets)
-            add_lora(self.unet, self.adapter, seed)
-        freeze_convolutions(self.unet)
-        return TrainedWeights(self.unet, self.dtype)
+            _check_targets(self.denoiser, self.adapter.targets)
+            add_lora(self.denoiser, self.adapter, seed)
+        freeze_convolutions(self.denoiser)
+        return TrainedWeights(self.denoiser, self.dtype)
 
 
 def _check_family(folder: Path) -> None:
@@ -289,7 +280,7 @@ def _check_targets(unet: nn.Module, targets: Sequence[str]) -> None:
             )
 
 
-def _schedule(scheduler: DDIMScheduler, sampler: recipe.Sampler) -> Schedule:
+def _schedule(scheduler: DDIMScheduler, sampler: Sampler) -> Schedule:
     try:
         return Schedule.from_diffusers(scheduler, sampler.steps, sampler.eta)
     except ValueError as error:

@@ -1,6 +1,6 @@
-"""A rollout's numbers in the units an objective works in: nats, in the recipe's reduction of log-probs.
+"""The numbers of a rollout on the scale that an objective works on: nats, in the recipe's reduction of log-probs.
 
-    log R(x_0) = beta (r(x_0) - mean) / sd,        looking_k = beta w_k (r(x0_hat(x_k)) - mean) / sd
+    log R(x_0) = beta (r(x_0) - mean) / sd,        log_looking_k = beta w_k (r(x0_hat(x_k)) - mean) / sd
 
 Mean and sd are those of the first rollout with `beta.unit: reward_sd`, else 0 and 1.
 
@@ -15,7 +15,7 @@ from torch import Tensor
 
 from dag.chain.schedule import Schedule
 from dag.chain.trajectory import Trajectories
-from dag.recipe import DetailedBalance, KLDivergence, PolicyGradient, Recipe
+from dag.recipe import Balance, Recipe
 
 
 @dataclass(frozen=True)
@@ -28,7 +28,7 @@ class RewardScale:
 
     @classmethod
     def of(cls, reward: Tensor) -> "RewardScale":
-        """Standard units of rewards (N,); a constant reward keeps its unit."""
+        """The standard units of rewards (N,); a constant reward keeps its unit."""
         sd = float(reward.std(correction=0))
         return cls(float(reward.mean()), sd if sd > 0 else 1.0, True)
 
@@ -37,71 +37,71 @@ class RewardScale:
 
 
 @dataclass(frozen=True)
-class Scalars:
-    """A rollout's log-probs, forward-looking terms and log rewards, at one epoch's beta."""
+class LogTerms:
+    """What an objective balances, but for the learnt flow; all in nats, at one epoch's beta."""
 
     log_pf: Tensor
     """(N, T) at sampling time."""
     log_pb: Tensor
     """(N, T)"""
-    looking: Tensor
-    """(N, T) zeros without forward-looking."""
+    log_looking: Tensor
+    """(N, T) forward-looking terms; zeros without forward-looking."""
     log_reward: Tensor
     """(N,)"""
 
 
-def beta_at(recipe: Recipe, epoch: int) -> float:
-    """The inverse temperature of an epoch, in nats per unit of reward."""
-    beta = _with_flow(recipe).beta
+def beta_at(balance: Balance, epoch: int, epochs: int) -> float:
+    """The inverse temperature of one of so many epochs, in nats per unit of reward."""
+    beta = balance.beta
     if beta.anneal == "none":
         return beta.value
     done = epoch if beta.anneal == "linear_from_zero" else epoch + 1
-    return beta.value * min(1.0, done / max(1.0, 0.5 * recipe.train.epochs))
+    return beta.value * min(1.0, done / max(1.0, 0.5 * epochs))
 
 
-class Units:
+class LogScale:
     """Turns what a rollout stored into what an objective sees; remembers the first rollout's reward scale.
+
+    Log-probs are scaled for every objective. Rewards are scaled only for one that balances a flow.
 
     Args:
         latent_shape: (C, H, W), whose number of elements divides log-probs if the recipe asks for their mean.
     """
 
     def __init__(self, recipe: Recipe, schedule: Schedule, latent_shape: tuple[int, int, int]) -> None:
-        self.recipe, self.alpha_bar_t = recipe, schedule.alpha_bar_t
+        self.balance, self.epochs, self.alpha_bar_t = recipe.balance, recipe.train.epochs, schedule.alpha_bar_t
         is_sum = recipe.objective.log_prob_reduction == "sum"
         self.reduction_factor = 1.0 if is_sum else 1.0 / math.prod(latent_shape)
         self.reward_scale = RewardScale()
 
     def see(self, reward: Tensor) -> None:
-        """The first rewards (N,), of a whole rollout, fix the reward's standard units."""
-        if _with_flow(self.recipe).beta.unit == "reward_sd" and not self.reward_scale.is_set:
+        """The first rewards (N,), of a complete rollout, fix the reward's standard units."""
+        assert self.balance is not None
+        if self.balance.beta.unit == "reward_sd" and not self.reward_scale.is_set:
             self.reward_scale = RewardScale.of(reward)
 
-    def scalars(self, trajectories: Trajectories, epoch: int) -> Scalars:
+    def terms(self, trajectories: Trajectories, epoch: int) -> LogTerms:
         """The rollout at this epoch's beta."""
-        looking = torch.zeros_like(trajectories.log_pf)
-        if trajectories.looking is not None:
-            looking = self.looking(trajectories.looking, epoch)
-        return Scalars(
+        reward = trajectories.x0_hat_reward
+        return LogTerms(
             log_pf=self.reduction_factor * trajectories.log_pf,
             log_pb=self.reduction_factor * trajectories.log_pb,
-            looking=looking,
+            log_looking=torch.zeros_like(trajectories.log_pf) if reward is None else self.log_looking(reward, epoch),
             log_reward=self.log_reward(trajectories.reward, epoch),
         )
 
     def log_reward(self, reward: Tensor, epoch: int) -> Tensor:
-        """log R(x_0) = beta r, (N,), of final rewards."""
-        return beta_at(self.recipe, epoch) * self.reward_scale(reward)
+        """log R(x_0) = beta r of final rewards (N,)."""
+        return self._beta(epoch) * self.reward_scale(reward)
 
-    def looking(self, reward: Tensor, epoch: int, k: int | None = None) -> Tensor:
-        """beta w_k r of x0_hat rewards, (N, T), or of step k alone, (N,)."""
+    def log_looking(self, reward: Tensor, epoch: int, k: int | None = None) -> Tensor:
+        """beta w_k r of x0_hat rewards (N, T), or of step k alone (N,)."""
+        assert self.balance is not None
         weight = self.alpha_bar_t
-        if _with_flow(self.recipe).forward_looking.weight == "one":
+        if self.balance.forward_looking.weight == "one":
             weight = torch.ones_like(weight)
-        return beta_at(self.recipe, epoch) * (weight if k is None else weight[k]) * self.reward_scale(reward)
+        return self._beta(epoch) * (weight if k is None else weight[k]) * self.reward_scale(reward)
 
-
-def _with_flow(recipe: Recipe) -> DetailedBalance | KLDivergence:
-    """The objective's section; only objectives with a flow have beta and forward-looking keys."""
-    assert not isinstance(recipe.objective, PolicyGradient)
-    return recipe.objective
+    def _beta(self, epoch: int) -> float:
+        assert self.balance is not None
+        return beta_at(self.balance, epoch, self.epochs)

@@ -35,9 +35,9 @@ class Transition:
     """(B,) with the flow's gradient; None for objectives without a flow."""
     log_F_tilde_next: Tensor | None = None
     """(B,) with the flow's gradient; ignored where terminal."""
-    looking: Tensor | None = None
+    log_looking: Tensor | None = None
     """(B,) beta * w_k * r(x0_hat(x_t)), 0 without forward-looking."""
-    looking_next: Tensor | None = None
+    log_looking_next: Tensor | None = None
     """(B,) the same at x_next."""
     residual_scale: Tensor | None = None
     """(B,) what residuals are divided by; None is 1."""
@@ -47,9 +47,11 @@ class Transition:
     """(B,) weight of the policy's gradient; None is 1."""
 
 
-def residual_table(log_F_tilde: Tensor, looking: Tensor, log_pf: Tensor, log_pb: Tensor, log_reward: Tensor) -> Tensor:
-    """(N, T) residuals of whole trajectories from their (N, T) scalars and (N,) log rewards."""
-    log_F = log_F_tilde + looking
+def residual_table(
+    log_F_tilde: Tensor, log_looking: Tensor, log_pf: Tensor, log_pb: Tensor, log_reward: Tensor
+) -> Tensor:
+    """(N, T) residuals of complete trajectories from their (N, T) scalars and (N,) log rewards."""
+    log_F = log_F_tilde + log_looking
     log_F_next = torch.cat([log_F[:, 1:], log_reward[:, None]], dim=1)
     return residual(log_F, log_pf, log_pb, log_F_next)
 

@@ -3,6 +3,7 @@
 from dag.recipe.reward_sections import RewardTerm, Tower
 from dag.recipe.schema import (
     Adapter,
+    Balance,
     Beta,
     Checkpoint,
     DetailedBalance,
@@ -26,6 +27,7 @@ from dag.recipe.schema import (
 
 __all__ = [
     "Adapter",
+    "Balance",
     "Beta",
     "Checkpoint",
     "DetailedBalance",

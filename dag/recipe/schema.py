@@ -118,7 +118,17 @@ def is_scored(k: int, num_transitions: int, stride: int) -> bool:
     return k % stride == 0 or k >= num_transitions - 3
 
 
-class _Balance(Section):
+class _Objective(Section):
+    """What every objective's section can be asked."""
+
+    def problems(self, recipe: "Recipe") -> list[str]:
+        """Mistakes that involve this section and others of its recipe."""
+        return []
+
+
+class Balance(_Objective):
+    """An objective that balances a learnt state flow."""
+
     beta: Beta
     prior: Literal["none", "pretrained"] = "none"
     """What the target holds besides exp(beta r): nothing (published), or the pretrained model, p_pretrained exp(beta r).
@@ -135,12 +145,24 @@ class _Balance(Section):
     step_weight: Literal["one", "balanced"] = "one"
     """Weight of a step's policy gradient; `balanced` tames the last, nearly deterministic steps."""
 
+    def problems(self, recipe: "Recipe") -> list[str]:
+        problems, section = [], self.forward_looking
+        if section.stride > 1 and section.source != "rollout":
+            problems.append(f"objective.forward_looking.stride={section.stride} needs source=rollout")
+        if section.decoder_path is not None and section.decoder != "tiny":
+            problems.append("objective.forward_looking.decoder_path belongs to decoder=tiny")
+        if recipe.adapter.kind == "full" and self.prior == "pretrained":
+            problems.append(
+                "objective.prior=pretrained needs adapter.kind=lora: a full fine-tune keeps no pretrained copy"
+            )
+        return problems
 
-class DetailedBalance(_Balance):
+
+class DetailedBalance(Balance):
     name: Literal["dag_db"]
 
 
-class KLDivergence(_Balance):
+class KLDivergence(Balance):
     name: Literal["dag_kl"]
     weight: float = Field(1.0, gt=0)
     """Weight of the policy term against the flow's regression (published: `klpf`)."""
@@ -154,8 +176,24 @@ class KLDivergence(_Balance):
     clip_range: float = Field(0.2, gt=0)
     """PPO clip of the ratio, for the second and later updates of a rollout (published 1e-4 with the mean)."""
 
+    def problems(self, recipe: "Recipe") -> list[str]:
+        problems, train = super().problems(recipe), recipe.train
+        if self.baseline == "running":
+            if self.normalise_advantage:
+                problems.append(
+                    "objective.normalise_advantage divides by a leave-one-out sd: not with baseline=running"
+                )
+            return problems
+        if train.rollout == "one_pass":
+            problems.append(
+                f"train.rollout=one_pass: objective.baseline={self.baseline} needs the whole update; use running"
+            )
+        if train.trajectories // train.updates < 2:
+            problems.append("train.updates: DAG-KL's leave-one-out baseline needs at least 2 trajectories per update")
+        return problems
 
-class PolicyGradient(Section):
+
+class PolicyGradient(_Objective):
     name: Literal["ddpo"]
     log_prob_reduction: Literal["sum", "mean"] = "mean"
     """`mean` is ddpo-pytorch's scale, to which its clip range belongs."""
@@ -306,6 +344,22 @@ class Recipe(Section):
     trackers: tuple[Literal["tensorboard", "wandb"], ...] = ()
     """Besides metrics.jsonl, which is always written."""
 
+    @property
+    def balance(self) -> Balance | None:
+        """The objective's section if it balances a state flow; None for an objective without one."""
+        return self.objective if isinstance(self.objective, Balance) else None
+
+    @property
+    def forward_looking(self) -> ForwardLooking | None:
+        """How the x0_hat of intermediate states are scored; None if none of them is."""
+        section = None if self.balance is None else self.balance.forward_looking
+        return None if section is None or section.source == "none" else section
+
+    @property
+    def has_prior(self) -> bool:
+        """Whether log P_F is balanced against the pretrained model's."""
+        return self.balance is not None and self.balance.prior == "pretrained"
+
     @field_validator("reward", mode="before")
     @classmethod
     def _one_or_many(cls, value: Any) -> Any:
@@ -320,20 +374,9 @@ def validate(recipe: Recipe) -> list[str]:
         problems.append("reward: give at least one")
     if train.trajectories % train.updates:
         problems.append(f"train.updates={train.updates} must divide train.trajectories={train.trajectories}")
-    if not isinstance(recipe.objective, PolicyGradient):
-        looking = recipe.objective.forward_looking
-        if looking.stride > 1 and looking.source != "rollout":
-            problems.append(f"objective.forward_looking.stride={looking.stride} needs source=rollout")
-        if looking.decoder_path is not None and looking.decoder != "tiny":
-            problems.append("objective.forward_looking.decoder_path belongs to decoder=tiny")
-        if adapter.kind == "full" and recipe.objective.prior == "pretrained":
-            problems.append(
-                "objective.prior=pretrained needs adapter.kind=lora: a full fine-tune keeps no pretrained copy"
-            )
+    problems += recipe.objective.problems(recipe)
     if train.rollout == "one_pass":
         problems += _one_pass_problems(recipe)
-    if isinstance(recipe.objective, KLDivergence):
-        problems += _baseline_problems(recipe.objective, train.trajectories // train.updates)
     if recipe.sampler.uncond == "frozen" and adapter.kind == "full":
         problems.append("sampler.uncond=frozen needs adapter.kind=lora: a full fine-tune keeps no pretrained copy")
     if recipe.memory.base != "compute" and adapter.kind == "full":
@@ -363,30 +406,14 @@ def _deterministic_problems(recipe: Recipe) -> list[str]:
     return problems
 
 
-def _baseline_problems(objective: KLDivergence, group: int) -> list[str]:
-    if objective.baseline == "running":
-        name = "objective.normalise_advantage"
-        return (
-            [f"{name} divides by a leave-one-out sd: not with baseline=running"]
-            if objective.normalise_advantage
-            else []
-        )
-    if group < 2:
-        return ["train.updates: DAG-KL's leave-one-out baseline needs at least 2 trajectories per update"]
-    return []
-
-
 def _one_pass_problems(recipe: Recipe) -> list[str]:
     """Keys that one-pass training could only ignore."""
-    train, objective = recipe.train, recipe.objective
-    if isinstance(objective, PolicyGradient):
-        return ["train.rollout=one_pass: ddpo needs the final reward before its first gradient; use stored"]
+    train, balance = recipe.train, recipe.balance
+    if balance is None:
+        name = recipe.objective.name
+        return [f"train.rollout=one_pass: {name} needs the final reward before its first gradient; use stored"]
     problems = []
-    if isinstance(objective, KLDivergence) and objective.baseline != "running":
-        problems.append(
-            f"train.rollout=one_pass: objective.baseline={objective.baseline} needs the whole update; use running"
-        )
-    if objective.forward_looking.source == "current":
+    if balance.forward_looking.source == "current":
         problems.append(
             "train.rollout=one_pass: the rollout's policy is the current one; use forward_looking.source=rollout"
         )
@@ -402,7 +429,7 @@ def _one_pass_problems(recipe: Recipe) -> list[str]:
         problems.append("train.rollout=one_pass: reward.offload gains nothing, every step scores; use false")
     if recipe.memory.chains == "cpu":
         problems.append("train.rollout=one_pass: memory.chains=cpu has no chains to move; use device")
-    if objective.beta.unit == "reward_sd" and recipe.flow.warmup_epochs == 0:
+    if balance.beta.unit == "reward_sd" and recipe.flow.warmup_epochs == 0:
         problems.append(
             "train.rollout=one_pass: objective.beta.unit=reward_sd is measured in a warm-up; set flow.warmup_epochs to 1 or more"
         )

@@ -35,12 +35,12 @@ class Position:
 
     epoch: int
     """Completed epochs."""
-    rests: int = 0
-    """Points passed within the next epoch at which it could have been taken; 0 between two epochs."""
+    points: int = 0
+    """Safe points passed within the next epoch at which it could have been taken; 0 between two epochs."""
 
     @property
     def name(self) -> str:
-        return f"epoch_{self.epoch:04d}" + (f"_{self.rests:06d}" if self.rests else "")
+        return f"epoch_{self.epoch:04d}" + (f"_{self.points:06d}" if self.points else "")
 
     @classmethod
     def of(cls, folder: Path) -> "Position | None":

@@ -104,7 +104,7 @@ class CudaClock:
         return start.elapsed_time(end) / 1000
 
 
-class Ledger:
+class PhaseMeter:
     """What the phases of an epoch took; a phase may be entered many times.
 
     Args:

@@ -15,26 +15,26 @@ from torch import Tensor
 from dag.chain.policy import Policy
 from dag.errors import UsageError
 from dag.evaluation.fixed import Evaluator
-from dag.models.sd import StableDiffusion
+from dag.models import families
 from dag.objectives import OBJECTIVES
 from dag.objectives.state_flow import StateFlow
-from dag.recipe import PolicyGradient, Recipe, prompts
+from dag.recipe import Recipe, prompts
 from dag.rewards import RewardSum
 from dag.run.fingerprint import of_texts, of_weights
 from dag.run.machine import describe_machine
 from dag.run.processes import ALONE, Processes
 from dag.training.embeddings import Embeddings
 from dag.training.flow_fit import FlowFit
-from dag.training.optimizer import Stepper, build_optimizer
+from dag.training.learner import Learner
+from dag.training.optimizer import ClippedOptimizer, build_optimizer
 from dag.training.plan import make_plan
-from dag.training.stored import Learner
 
 
 @dataclass
-class Parts:
+class Components:
     """What a recipe builds."""
 
-    policy: StableDiffusion
+    policy: Policy
     reward: RewardSum
     learner: Learner
     evaluator: Evaluator
@@ -52,15 +52,17 @@ class Parts:
 
     def standing(self) -> Iterator[Tensor]:
         """What is in memory between two phases: weights, gradients, optimizer states."""
-        decoder, flow = self.policy.decoder, self.flow
-        for module in (self.policy.unet, decoder.vae, decoder.tiny, flow):
-            if module is not None:
-                yield from (*module.parameters(), *module.buffers())
+        for module in (*self.policy.modules(), *([] if self.flow is None else [self.flow])):
+            yield from (*module.parameters(), *module.buffers())
         yield from self.policy.trainable()
-        for stepper in self.learner.updates.steppers():
-            yield from (p.grad for p in stepper.parameters if p.grad is not None)
-            for state in stepper.optimizer.state.values():
+        for clipped in self.learner.updates.optimizers():
+            yield from (p.grad for p in clipped.parameters if p.grad is not None)
+            for state in clipped.optimizer.state.values():
                 yield from (value for value in state.values() if isinstance(value, Tensor))
+
+    @property
+    def device(self) -> torch.device:
+        return self.learner.device
 
     @property
     def kernels(self) -> Kernels:
@@ -76,13 +78,13 @@ def build(
     device: torch.device,
     warn: Callable[[str], object] = print,
     reward: RewardSum | None = None,
-    world: Processes = ALONE,
-) -> Parts:
+    processes: Processes = ALONE,
+) -> Components:
     """Load the model and assemble everything. Cheap mistakes (prompts, kernels, rewards) surface before the model is read.
 
     Args:
         reward: instead of the recipe's own.
-        world:  the processes that share the work.
+        processes: share the work.
     """
     found = prompts.load_prompts(recipe.prompts)
     texts = (*found.training, *found.held_out)
@@ -91,8 +93,7 @@ def build(
     except ValueError as error:
         raise UsageError(str(error)) from None
     reward = reward or RewardSum(recipe.reward, device)
-    looking = None if isinstance(recipe.objective, PolicyGradient) else recipe.objective.forward_looking
-    policy = StableDiffusion(recipe.model, recipe.adapter, recipe.sampler, device, recipe.seed, recipe.memory, looking)
+    policy = families.load(recipe, device, recipe.forward_looking)
     policy.schedule = replace(policy.schedule, kernels=kernels)
     for warning in policy.prompt_warnings(texts):
         warn(f"warning: {warning}")
@@ -100,19 +101,19 @@ def build(
     fingerprint["prompts"] = of_texts(texts)
     text, held_out = policy.encode(texts).split([len(found.training), len(found.held_out)])
     policy.free_text_encoder()
-    learner = learner_of(recipe, policy, text, kernels, warn, world)
+    learner = learner_of(recipe, policy, text, kernels, warn, processes)
     evaluated = (found.held_out, held_out) if recipe.evaluation.held_out else (found.training, text)
-    evaluator = Evaluator(recipe, *evaluated, device, world)
-    return Parts(policy, reward, learner, evaluator, found.training, text, fingerprint)
+    evaluator = Evaluator(recipe, *evaluated, device, processes)
+    return Components(policy, reward, learner, evaluator, found.training, text, fingerprint)
 
 
 def learner_of(
     recipe: Recipe,
-    policy: StableDiffusion,
+    policy: Policy,
     text: Tensor,
     kernels: Kernels,
     warn: Callable[[str], object] = print,
-    world: Processes = ALONE,
+    processes: Processes = ALONE,
 ) -> Learner:
     """The recipe's objective, optimizers and flow for a policy.
 
@@ -122,38 +123,39 @@ def learner_of(
     train, device = recipe.train, policy.schedule.timesteps.device
     objective = OBJECTIVES[recipe.objective.name](recipe.objective, kernels)
     optimizer = build_optimizer(policy.trainable(), train.learning_rate, train, train.optimizer)
-    stepper = Stepper("policy", optimizer, train.clip_norm, policy.weights, use_scaler=recipe.model.dtype == "fp16")
+    use_scaler = recipe.model.dtype == "fp16"
+    clipped = ClippedOptimizer("policy", optimizer, train.clip_norm, policy.weights, use_scaler)
     embeddings = Embeddings(text, device)
     flow_fit = _flow_fit(recipe, policy, embeddings) if objective.uses_flow else None
-    return Learner(recipe, policy, objective, stepper, flow_fit, embeddings, warn, world)
+    return Learner(recipe, policy, objective, clipped, flow_fit, embeddings, warn, processes)
 
 
 def _flow_fit(recipe: Recipe, policy: Policy, text: Embeddings) -> FlowFit:
     """A fresh state flow with its optimizer; its weights depend on the seed alone."""
-    assert not isinstance(recipe.objective, PolicyGradient)
-    schedule = policy.schedule
+    balance, schedule = recipe.balance, policy.schedule
+    assert balance is not None
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(recipe.seed)
-        flow = StateFlow(policy.latent_shape[0], policy.text_width, schedule.num_transitions, recipe.flow.channels).to(
-            schedule.timesteps.device
-        )
+        flow = StateFlow(
+            policy.latent_shape[0], policy.text_shape[1], schedule.num_transitions, recipe.flow.channels
+        ).to(schedule.timesteps.device)
     optimizer = build_optimizer(list(flow.parameters()), recipe.flow.learning_rate, recipe.train, recipe.flow.optimizer)
-    stepper = Stepper("flow", optimizer, recipe.train.clip_norm)
-    is_scaled = recipe.objective.residual_scale == "running"
-    return FlowFit(flow, stepper, schedule, text, recipe.flow.calibration, is_scaled)
+    clipped = ClippedOptimizer("flow", optimizer, recipe.train.clip_norm)
+    is_scaled = balance.residual_scale == "running"
+    return FlowFit(flow, clipped, schedule, text, recipe.flow.calibration, is_scaled)
 
 
-def describe_run(recipe: Recipe, parts: Parts, device: torch.device) -> dict[str, Any]:
+def describe_run(recipe: Recipe, components: Components, device: torch.device) -> dict[str, Any]:
     """What run.json holds: enough to know what ran, on what, and to resume it."""
     return {
         "recipe": recipe.model_dump(mode="json"),
         "seed": recipe.seed,
-        "model": parts.policy.describe(),
-        "flow_parameters": 0 if parts.flow is None else sum(p.numel() for p in parts.flow.parameters()),
+        "model": components.policy.describe(),
+        "flow_parameters": 0 if components.flow is None else sum(p.numel() for p in components.flow.parameters()),
         "plan": asdict(make_plan(recipe)),
         "beta_eff": make_plan(recipe).beta_eff,
-        "kernels": {"name": parts.kernels.name, "reason": parts.kernels.reason},
-        "reduction_factor": parts.learner.units.reduction_factor,
+        "kernels": {"name": components.kernels.name, "reason": components.kernels.reason},
+        "reduction_factor": components.learner.log_scale.reduction_factor,
         **describe_machine(device),
         "jpeg": features.version("libjpeg_turbo") or features.version("jpg"),
         "commit": git_commit(),

@@ -101,8 +101,8 @@ def dump(folder: Path, name: str, rows: list[dict[str, Any]], states: dict[str, 
 def not_finite(trajectories: Trajectories) -> str | None:
     """The first number of a rollout that is not finite, in words; None if all are."""
     tables = {"log P_F": trajectories.log_pf, "log P_B": trajectories.log_pb, "reward": trajectories.reward[:, None]}
-    if trajectories.looking is not None:
-        tables["the forward-looking reward"] = trajectories.looking
+    if trajectories.x0_hat_reward is not None:
+        tables["the forward-looking reward"] = trajectories.x0_hat_reward
     for name, table in tables.items():
         if not bool(table.isfinite().all()):
             odd = (~table.isfinite()).nonzero()

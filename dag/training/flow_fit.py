@@ -14,11 +14,11 @@ from torch import Tensor
 from dag.chain.schedule import Schedule
 from dag.chain.trajectory import Rows, Trajectories, count, cut, on_cpu
 from dag.objectives import transition
-from dag.objectives.log_scale import Scalars
+from dag.objectives.log_scale import LogTerms
 from dag.objectives.state_flow import StateFlow
 from dag.run.processes import ALONE, Processes
 from dag.training.embeddings import Embeddings
-from dag.training.optimizer import Stepper
+from dag.training.optimizer import ClippedOptimizer
 
 # Share of a new rollout in the running means per step.
 _RUNNING_RATE = 0.3
@@ -37,13 +37,13 @@ class FlowFit:
     def __init__(
         self,
         flow: StateFlow,
-        stepper: Stepper,
+        optimizer: ClippedOptimizer,
         schedule: Schedule,
         text: Embeddings,
         calibration: float,
         is_scaled: bool,
     ) -> None:
-        self.flow, self.stepper, self.schedule, self.text = flow, stepper, schedule, text
+        self.flow, self.optimizer, self.schedule, self.text = flow, optimizer, schedule, text
         self.calibration, self.is_scaled = calibration, is_scaled
         self.residual_scale = torch.ones(schedule.num_transitions, device=schedule.timesteps.device)
         self.baseline = torch.zeros_like(self.residual_scale)
@@ -68,7 +68,7 @@ class FlowFit:
         return self.flow(x_t, self.schedule.timesteps[ks], ks, self.text.rows(prompt_id))
 
     @torch.no_grad()
-    def residuals(self, trajectories: Trajectories, scalars: Scalars, rows: Rows) -> Tensor:
+    def residuals(self, trajectories: Trajectories, terms: LogTerms, rows: Rows) -> Tensor:
         """(B, T) residuals of some trajectories at the sampling-time policy and the current flow."""
         steps = range(self.schedule.num_transitions)
         parts = cut(rows, _ROWS_AT_ONCE)
@@ -76,10 +76,10 @@ class FlowFit:
             [torch.stack([self.log_F_tilde(trajectories, part, k) for k in steps], dim=1) for part in parts]
         )
         return transition.residual_table(
-            table, scalars.looking[rows], scalars.log_pf[rows], scalars.log_pb[rows], scalars.log_reward[rows]
+            table, terms.log_looking[rows], terms.log_pf[rows], terms.log_pb[rows], terms.log_reward[rows]
         )
 
-    def calibrate(self, residuals: Tensor) -> None:
+    def recentre(self, residuals: Tensor) -> None:
         """Centre the flow's constants on a rollout's residuals (N, T), and track their mean and scale per step."""
         mean = residuals.mean(0)
         # The constants move a step's residuals alike: their spread stays.
@@ -96,46 +96,49 @@ class FlowFit:
             self.residual_scale = (1 - rate) * self.residual_scale + rate * spread
         self.is_calibrated = True
 
-    def train(
+    def fit(
         self,
         trajectories: Trajectories,
-        scalars: Scalars,
+        terms: LogTerms,
         penalty: Callable[[Tensor], Tensor],
         batch: int,
         generator: torch.Generator,
-        world: Processes = ALONE,
+        processes: Processes = ALONE,
         groups: int = 1,
     ) -> None:
         """One shuffled pass over every transition: an update per `batch` of them on the mean penalty of delta / s.
 
-        All processes shuffle alike, and each answers for the transitions that are its own.
+        All processes shuffle alike, and each computes the gradients of its own transitions.
+
+        Args:
+            groups: the number of updates; gathered rows are put back into the order that a single process has.
         """
-        N, T = world.size * len(scalars.log_pf), scalars.log_pf.shape[1]
-        device = scalars.log_pf.device
+        N, T = processes.size * len(terms.log_pf), terms.log_pf.shape[1]
+        device = terms.log_pf.device
         # Which transitions are ours is decided on the CPU, where choosing costs no wait.
         place = torch.full((N,), -1)
-        place[world.mine(torch.arange(N), groups)] = torch.arange(N // world.size)
+        place[processes.mine(torch.arange(N), groups)] = torch.arange(N // processes.size)
         for index in torch.randperm(N * T, generator=generator).split(batch):
             mine = place[index // T] >= 0
             rows, k = place[index // T][mine].to(device), (index % T)[mine].to(device)
-            self.stepper.zero_grad()
+            self.optimizer.zero_grad()
             if len(rows):
-                delta = self._residual_of(trajectories, scalars, rows, k)
+                delta = self._residual_of(trajectories, terms, rows, k)
                 losses = self.step_weights()[k] * penalty(delta / self.residual_scale[k])
                 (losses.sum() / len(index)).backward()
-            world.sum_gradients(self.stepper.parameters)
-            self.stepper.step()
-            self.stepper.check()
+            processes.sum_gradients(self.optimizer.parameters)
+            self.optimizer.step()
+            self.optimizer.check()
 
-    def _residual_of(self, trajectories: Trajectories, scalars: Scalars, rows: Tensor, k: Tensor) -> Tensor:
+    def _residual_of(self, trajectories: Trajectories, terms: LogTerms, rows: Tensor, k: Tensor) -> Tensor:
         """(B,) residuals of single transitions with the gradient of log F; log F' is a constant target."""
         T = self.schedule.num_transitions
         following = (k + 1).clamp(max=T - 1)
         with torch.no_grad():
-            log_F_next = self.log_F_tilde(trajectories, rows, following) + scalars.looking[rows, following]
-            log_F_next = with_rewarded_end(log_F_next, scalars.log_reward[rows], k == T - 1)
-        log_F = self.log_F_tilde(trajectories, rows, k) + scalars.looking[rows, k]
-        return residual(log_F, scalars.log_pf[rows, k], scalars.log_pb[rows, k], log_F_next)
+            log_F_next = self.log_F_tilde(trajectories, rows, following) + terms.log_looking[rows, following]
+            log_F_next = with_rewarded_end(log_F_next, terms.log_reward[rows], k == T - 1)
+        log_F = self.log_F_tilde(trajectories, rows, k) + terms.log_looking[rows, k]
+        return residual(log_F, terms.log_pf[rows, k], terms.log_pb[rows, k], log_F_next)
 
 
 def describe_residuals(residuals: Tensor) -> dict[str, float | list[float]]:

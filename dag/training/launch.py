@@ -109,19 +109,19 @@ def _check_launch(num_processes: int) -> None:
 def _train(config: Recipe, run: RunFolder, is_resumed: bool) -> None:
     trackers = list(config.trackers) or None
     accelerator = Accelerator(cpu=_takes_cpu(), mixed_precision="no", log_with=trackers, project_dir=str(run.path))
-    world, device = Processes(accelerator), indexed(accelerator.device)
-    world.check_shares(config.train.trajectories, config.train.updates)
-    if world.size == 1:
+    processes, device = Processes(accelerator), indexed(accelerator.device)
+    processes.check_shares(config.train.trajectories, config.train.updates)
+    if processes.size == 1:
         _use_all_threads(device.type)
     if config.memory.budget_gib is not None:
         limit_memory(device, config.memory.budget_gib)
-    say = print if world.is_main else _nothing
+    say = print if processes.is_main else _nothing
     # What the main process downloads or converts, the others find.
     with out_of_memory_ends(_LOADING), accelerator.main_process_first():
-        parts = build(config, device, say, world=world)
-    say(f"kernels: {parts.kernels.name} ({parts.kernels.reason})")
-    say(f"attention: {parts.policy.describe()['attention']}", flush=True)
-    here = {**describe_run(config, parts, device), "processes": world.size}
+        components = build(config, device, say, processes=processes)
+    say(f"kernels: {components.kernels.name} ({components.kernels.reason})")
+    say(f"attention: {components.policy.describe()['attention']}", flush=True)
+    here = {**describe_run(config, components, device), "processes": processes.size}
     if is_resumed:
         before = run.read_description()
         if changed := _changes(before, here):
@@ -138,12 +138,12 @@ def _train(config: Recipe, run: RunFolder, is_resumed: bool) -> None:
         tracker = accelerator.log
     try:
         with out_of_memory_ends(_OUTSIDE), Interrupt().listening() as interrupt:
-            trainer = Trainer(config, run, parts, tracker, world, interrupt)
-            trainer.fit(is_resumed, on_start=lambda: run.write_description(here) if world.is_main else None)
+            trainer = Trainer(config, run, components, tracker, processes, interrupt)
+            trainer.fit(is_resumed, on_start=lambda: run.write_description(here) if processes.is_main else None)
     except OSError as error:
         raise RunError(f"{error.filename or run.path}: {error.strerror or error}") from None
     finally:
-        if world.is_main and config.memory.compile:
+        if processes.is_main and config.memory.compile:
             _describe_compilations(run, compilations())
         accelerator.end_training()
 

@@ -6,8 +6,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from dag.chain.policy import Weights
 from dag.errors import UsageError
-from dag.models.adapter import TrainedWeights
 from dag.quiet import quieten
 from dag.recipe import Train
 from dag.training.faults import NotFiniteError, Suspects
@@ -41,7 +41,7 @@ def build_optimizer(
     return kinds[kind](parameters, **options)
 
 
-class Stepper:
+class ClippedOptimizer:
     """One optimizer with its parameters: scale, clip, check, step.
 
     Args:
@@ -55,7 +55,7 @@ class Stepper:
         name: str,
         optimizer: torch.optim.Optimizer,
         clip_norm: float,
-        weights: TrainedWeights | None = None,
+        weights: Weights | None = None,
         use_scaler: bool = False,
     ) -> None:
         self.name, self.optimizer, self.clip_norm, self.weights = name, optimizer, clip_norm, weights

@@ -15,10 +15,10 @@ from dag.evaluation.fixed import EvaluationResult
 from dag.recipe import Recipe
 from dag.run import durable
 from dag.run.folder import RunFolder
-from dag.training.build import Parts
+from dag.training.build import Components
 
 
-class Records:
+class Outputs:
     """Writes into a run folder.
 
     Args:
@@ -29,26 +29,26 @@ class Records:
         self,
         recipe: Recipe,
         run: RunFolder,
-        parts: Parts,
+        components: Components,
         tracker: Callable[[dict[str, Any], int], object] | None,
     ) -> None:
-        self.recipe, self.run, self.parts, self.tracker = recipe, run, parts, tracker
+        self.recipe, self.run, self.components, self.tracker = recipe, run, components, tracker
 
-    def epoch(self, epoch: int, metrics: dict[str, Any], measured: EvaluationResult | None) -> None:
+    def epoch(self, epoch: int, metrics: dict[str, Any], result: EvaluationResult | None) -> None:
         """A row of metrics with a line and the curves, and after an evaluation its pictures."""
         trajectories = epoch * self.recipe.train.trajectories
         row = {
             "epoch": epoch,
-            "optimizer_step": self.parts.learner.updates.optimizer_step,
+            "optimizer_step": self.components.learner.updates.optimizer_step,
             "trajectories": trajectories,
-            "micro_batch": self.parts.learner.updates.micro_batch,
+            "micro_batch": self.components.learner.updates.micro_batch,
             **metrics,
         }
         self.run.metrics.write(row)
         if self.tracker is not None:
             self.tracker({key: value for key, value in row.items() if isinstance(value, int | float)}, trajectories)
-        if measured is not None:
-            sheet = sheets.grid(measured.images, self._captions(measured), self.recipe.evaluation.images_per_prompt)
+        if result is not None:
+            sheet = sheets.grid(result.images, self._captions(result), self.recipe.evaluation.images_per_prompt)
             with durable.replacing(self.run.sheet(epoch)) as temporary:
                 sheet.save(temporary)
         draw_curves(self.run.metrics.read(), self.run.path / "curves.png")
@@ -60,7 +60,7 @@ class Records:
         for old in (temporary_weights, self.run.weights):
             shutil.rmtree(old, ignore_errors=True)
         try:
-            self.parts.policy.export(temporary_weights)
+            self.components.policy.export(temporary_weights)
         except SafetensorError as error:
             raise RunError(f"{self.run.weights}: cannot be written: {error}") from None
         temporary_weights.rename(self.run.weights)

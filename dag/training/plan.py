@@ -5,7 +5,7 @@ import math
 from dataclasses import dataclass
 
 from dag.models.source import local_folder
-from dag.recipe import PolicyGradient, Recipe, is_scored
+from dag.recipe import Recipe, is_scored
 
 # When the model's files are not at hand: SD 1.x / 2.x have 4 latent channels and a VAE of factor 8.
 _ASSUMED_CHANNELS, _ASSUMED_FACTOR, _ASSUMED_RESOLUTION = 4, 8, 512
@@ -48,10 +48,9 @@ def latent_elements(recipe: Recipe) -> tuple[int, bool]:
 
 
 def make_plan(recipe: Recipe) -> Plan:
-    train, objective, T = recipe.train, recipe.objective, recipe.sampler.steps
+    train, balance, T = recipe.train, recipe.balance, recipe.sampler.steps
     D, is_assumed = latent_elements(recipe)
-    is_flow_free = isinstance(objective, PolicyGradient)
-    warmup = 0 if is_flow_free else min(recipe.flow.warmup_epochs, train.epochs)
+    warmup = 0 if balance is None else min(recipe.flow.warmup_epochs, train.epochs)
     steps = max(1, math.ceil(train.step_fraction * T))
     branches = 2 if recipe.sampler.guidance_scale > 1 else 1
     trained_rows = train.trajectories * steps * train.inner_epochs
@@ -60,18 +59,16 @@ def make_plan(recipe: Recipe) -> Plan:
     extra = 0
     if recipe.regulariser.pretrained_kl > 0:
         extra += trained_rows
-    looks = 0
-    beta_eff = None
-    if not isinstance(objective, PolicyGradient):
-        extra += train.trajectories * T if objective.prior == "pretrained" else 0
-        source = objective.forward_looking.source
-        looks = 0
-        if source != "none":
-            looks = train.trajectories * sum(is_scored(k, T, objective.forward_looking.stride) for k in range(T))
-        if source == "current":
+    extra += train.trajectories * T if recipe.has_prior else 0
+    looks, section = 0, recipe.forward_looking
+    if section is not None:
+        looks = train.trajectories * sum(is_scored(k, T, section.stride) for k in range(T))
+        if section.source == "current":
             extra += trained_rows
             looks += 2 * trained_rows - train.trajectories * train.inner_epochs
-        beta_eff = objective.beta.value * (D if objective.log_prob_reduction == "mean" else 1)
+    beta_eff = None
+    if balance is not None:
+        beta_eff = balance.beta.value * (D if balance.log_prob_reduction == "mean" else 1)
     return Plan(
         latent_elements=D,
         is_assumed=is_assumed,
@@ -86,9 +83,9 @@ def make_plan(recipe: Recipe) -> Plan:
 
 def _target(recipe: Recipe) -> str:
     """What the objective samples from, in words; nothing for one that only maximises."""
-    if isinstance(recipe.objective, PolicyGradient):
+    if recipe.balance is None:
         return ""
-    return " towards " + ("p_pretrained " if recipe.objective.prior == "pretrained" else "") + "exp(beta r)"
+    return f" towards {'p_pretrained ' if recipe.has_prior else ''}exp(beta r)"
 
 
 def describe(recipe: Recipe, num_prompts: int) -> str:
@@ -113,8 +110,8 @@ def describe(recipe: Recipe, num_prompts: int) -> str:
         f"micro-batch {train.micro_batch}",
         f"run           {train.epochs} epochs, {plan.trajectories} trajectories, {plan.updates} policy updates",
     ]
-    if not isinstance(recipe.objective, PolicyGradient):
-        beta = recipe.objective.beta
+    if recipe.balance is not None:
+        beta = recipe.balance.beta
         unit = "sd of the first rollout's reward" if beta.unit == "reward_sd" else "unit of reward"
         lines.append(f"beta          {beta.value:g}, effective inverse temperature {plan.beta_eff:g} nats per {unit}")
     if train.micro_batch != sampler.tile and train.rollout == "stored":

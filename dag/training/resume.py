@@ -1,7 +1,7 @@
 """What a checkpoint of a run holds, and how a run goes on from it.
 
 Weights, optimizers, flow, scales and counters, which are the same in every process; the metrics so far; inside an epoch also
-what each process has in flight: sampled trajectories, finished micro-batches and the gradients they left.
+the state of that epoch in each process: sampled trajectories, finished micro-batches and the gradients they left.
 """
 
 from collections.abc import Iterator
@@ -13,32 +13,32 @@ import torch
 from torch import Tensor
 
 from dag.errors import RunError
-from dag.run import checkpoint, optimizer_state
+from dag.run import checkpoint, optimizer_state, tree
 from dag.run.checkpoint import Position
 from dag.run.folder import RunFolder
 from dag.run.processes import Processes
-from dag.training.build import Parts
-from dag.training.epoch_state import Flight, Progress, packed, unpacked
+from dag.training.build import Components
+from dag.training.epoch_state import EpochState
 
 _METRICS = "metrics.jsonl"
 
 
 @dataclass
-class Saver:
+class Checkpoints:
     """Writes and reads the checkpoints of one run."""
 
     run: RunFolder
-    parts: Parts
-    world: Processes
+    components: Components
+    processes: Processes
     keep: int
 
     # -- saving --------------------------------------------------------------------------------------------------
 
-    def save(self, position: Position, flight: Flight | None, seconds: dict[str, float], tile: int) -> str:
+    def save(self, position: Position, epoch: EpochState | None, seconds: dict[str, float], tile: int) -> str:
         """Write a checkpoint; returns its name. Every process calls this, the main one writes.
 
         Args:
-            flight:  the epoch under way; None between two epochs.
+            epoch:   the epoch under way; None between two epochs.
             seconds: what the phases of that epoch have taken.
             tile:    samples per network call.
 
@@ -46,53 +46,50 @@ class Saver:
             RunError: it cannot be written; an earlier one is still there.
         """
         tensors: dict[str, Tensor] = {}
-        mine = None if flight is None else packed(self._in_flight(flight), tensors)
-        everyones = [] if flight is None else self.world.objects((mine, {k: v.cpu() for k, v in tensors.items()}))
+        mine = None if epoch is None else tree.packed(self._under_way(epoch), tensors)
+        everyones = [] if epoch is None else self.processes.objects((mine, {k: v.cpu() for k, v in tensors.items()}))
         problem = None
-        if self.world.is_main:
+        if self.processes.is_main:
             groups = {**self._groups(), **{f"flight_{rank}": group for rank, (_, group) in enumerate(everyones)}}
             state = {
                 "epoch": position.epoch,
-                "rests": position.rests,
-                "processes": self.world.size,
-                "fingerprint": self.parts.fingerprint,
+                "rests": position.points,
+                "processes": self.processes.size,
+                "fingerprint": self.components.fingerprint,
                 "tile": tile,
                 "seconds": seconds,
-                "learner": self.parts.learner.state_dict(),
+                "learner": self.components.learner.state_dict(),
                 "optimizers": {name: optimizer_state.numbers_of(one) for name, one in self._optimizers()},
-                "flight": [told for told, _ in everyones],
+                "flight": [stored for stored, _ in everyones],
             }
             try:
                 texts = {_METRICS: self.run.metrics.text()}
                 checkpoint.save(self.run.checkpoints, position, groups, state, self.keep, texts)
             except (RunError, OSError) as error:
                 problem = str(error)
-        problem = self.world.from_main(problem)
+        problem = self.processes.from_main(problem)
         if problem is not None:
             raise RunError(problem)
         return position.name
 
     def _groups(self) -> dict[str, dict[str, Tensor]]:
         """Tensors that are the same in every process."""
-        groups = {"policy": self.parts.policy.state_dict(), "learner": self.parts.learner.tensors()}
-        if self.parts.flow is not None:
-            groups["flow"] = self.parts.flow.state_dict()
+        groups = {"policy": self.components.policy.state_dict(), "learner": self.components.learner.tensors()}
+        if self.components.flow is not None:
+            groups["flow"] = self.components.flow.state_dict()
         return groups | {f"optimizer_{name}": optimizer_state.tensors_of(one) for name, one in self._optimizers()}
 
-    def _in_flight(self, flight: Flight) -> dict[str, Any]:
-        learner = self.parts.learner
-        progress, gradients = learner.progress, None
-        if progress is not None and progress.micro_batches:
-            gradients = {stepper.name: [p.grad for p in stepper.parameters] for stepper in learner.updates.steppers()}
-        return {
-            **flight.state(),
-            "progress": None if progress is None else progress.state(),
-            "gradients": gradients,
-        }
+    def _under_way(self, epoch: EpochState) -> dict[str, Any]:
+        """This process's state of an epoch, and the gradients of the update under way."""
+        gradients = None
+        if epoch.has_begun and epoch.micro_batches:
+            optimizers = self.components.learner.updates.optimizers()
+            gradients = {optimizer.name: [p.grad for p in optimizer.parameters] for optimizer in optimizers}
+        return {**epoch.state(), "gradients": gradients}
 
     def _optimizers(self) -> Iterator[tuple[str, torch.optim.Optimizer]]:
-        for stepper in self.parts.learner.updates.steppers():
-            yield stepper.name, stepper.optimizer
+        for optimizer in self.components.learner.updates.optimizers():
+            yield optimizer.name, optimizer.optimizer
 
     # -- resuming ------------------------------------------------------------------------------------------------
 
@@ -103,53 +100,50 @@ class Saver:
             RunError: there are checkpoints, and none can be used.
         """
         found: Any = None
-        if self.world.is_main:
+        if self.processes.is_main:
             try:
                 found = checkpoint.newest(self.run.checkpoints, self._objection)
             except RunError as error:
                 found = error
         # All take the one that the main process took, also where a shared disk shows them another.
-        found = self.world.from_main(found)
+        found = self.processes.from_main(found)
         if isinstance(found, RunError):
             raise found
         return found
 
     def _objection(self, state: dict[str, Any]) -> str | None:
-        mine, theirs = self.parts.fingerprint, state["fingerprint"]
+        mine, theirs = self.components.fingerprint, state["fingerprint"]
         if changed := [name for name in mine if mine[name] != theirs.get(name)]:
             return f"was trained on another {' and another '.join(changed)} than this recipe names now"
-        if state["flight"] and state["processes"] != self.world.size:
-            return f"was taken inside an epoch by {state['processes']} processes, this launch has {self.world.size}"
+        if state["flight"] and state["processes"] != self.processes.size:
+            return f"was taken inside an epoch by {state['processes']} processes, this launch has {self.processes.size}"
         return None
 
-    def load(self, folder: Path, flight: Flight) -> tuple[dict[str, Any], Flight | None]:
+    def load(self, folder: Path, fresh: EpochState) -> tuple[dict[str, Any], EpochState | None]:
         """Restore everything but the metrics file; returns state.json and the epoch under way, if there was one.
 
         Args:
-            flight: a fresh one to restore into.
+            fresh: a new state, into which that epoch is restored.
         """
-        state = checkpoint.load_state(folder)
-        learner = self.parts.learner
-        self.parts.policy.load_state_dict(checkpoint.load_tensors(folder, "policy"))
+        state, learner = checkpoint.load_state(folder), self.components.learner
+        self.components.policy.load_state_dict(checkpoint.load_tensors(folder, "policy"))
         learner.load_state_dict(state["learner"], checkpoint.load_tensors(folder, "learner"))
-        if self.parts.flow is not None:
-            self.parts.flow.load_state_dict(checkpoint.load_tensors(folder, "flow"))
+        if self.components.flow is not None:
+            self.components.flow.load_state_dict(checkpoint.load_tensors(folder, "flow"))
         for name, optimizer in self._optimizers():
             tensors = checkpoint.load_tensors(folder, f"optimizer_{name}")
             optimizer_state.restore(optimizer, tensors, state["optimizers"][name])
         if not state["flight"]:
             return state, None
-        rank = self.world.rank
-        told = unpacked(state["flight"][rank], checkpoint.load_tensors(folder, f"flight_{rank}"))
-        flight.epoch = int(state["epoch"])
-        flight.load_state(told, learner.device)
-        if told["progress"] is not None:
-            learner.progress = Progress.of(told["progress"], learner.device)
-        for stepper in learner.updates.steppers() if told["gradients"] is not None else ():
-            for parameter, gradient in zip(stepper.parameters, told["gradients"][stepper.name], strict=True):
+        rank = self.processes.rank
+        stored = tree.unpacked(state["flight"][rank], checkpoint.load_tensors(folder, f"flight_{rank}"))
+        fresh.epoch, fresh.points = int(state["epoch"]), state["rests"]
+        fresh.load_state(stored, learner.device)
+        for clipped in learner.updates.optimizers() if stored["gradients"] is not None else ():
+            for parameter, gradient in zip(clipped.parameters, stored["gradients"][clipped.name], strict=True):
                 # In the parameter's own memory layout, in whose order norms are summed.
                 parameter.grad = None if gradient is None else torch.empty_like(parameter).copy_(gradient)
-        return state, flight
+        return state, fresh
 
     def metrics_of(self, folder: Path) -> str:
         """metrics.jsonl as it was when the checkpoint was taken."""

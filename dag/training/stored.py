@@ -1,165 +1,101 @@
-"""The updates that one rollout pays for.
+"""Training on a stored rollout: the updates that it pays for.
 
-Every gradient is a mean over all transitions of an update. The numbers that need the whole update (DAG-KL's
-baseline, residual scales) are formed first, from the scalars of the rollout and a pass of the flow net, so that the
-gradient does not depend on how the rows are cut into micro-batches.
+Every gradient is a mean over all transitions of an update. The numbers that need the complete update (DAG-KL's baseline,
+residual scales) are formed first, from the numbers of the rollout and a pass of the flow net, so that the gradient does not
+depend on how the rows are cut into micro-batches.
 
 Legend: N trajectories, T transitions.
 """
 
 from collections.abc import Callable
-from dataclasses import asdict
 from functools import partial
-from typing import Any
 
 import torch
-from dag_kernels import penalty
 from torch import Tensor
 
-from dag.chain.policy import Policy
 from dag.chain.rollout import Score
 from dag.chain.trajectory import Rows, Trajectories, count, cut
-from dag.objectives import Objective
-from dag.objectives.log_scale import RewardScale, Units
-from dag.recipe import PolicyGradient, Recipe
-from dag.run.processes import ALONE, Processes
-from dag.training.embeddings import Embeddings
-from dag.training.epoch_state import Outcome, Progress
-from dag.training.faults import NotFiniteError, not_finite
-from dag.training.flow_fit import FlowFit, describe_residuals
-from dag.training.loss import Loss, Rollout
-from dag.training.optimizer import Stepper
-from dag.training.safe_points import Rest
-from dag.training.updates import Updates
-
-# Flow-only minibatches are this many micro-batches large: the flow net is far cheaper than the UNet.
-_FLOW_BATCHES = 8
+from dag.run.meter import PhaseMeter
+from dag.training.epoch_state import EpochState
+from dag.training.flow_fit import describe_residuals
+from dag.training.learner import Learner
+from dag.training.loss import Rollout
+from dag.training.safe_points import Steps, agreed
 
 
-class Learner:
-    """Owns what the updates carry from rollout to rollout.
+class StoredTraining:
+    """Updates on trajectories that were sampled and scored beforehand."""
 
-    Args:
-        flow_fit: None for objectives without a flow.
-        text:     embeddings of the recipe's prompts.
-        warn:     hears of a micro-batch that had to be halved.
-        world:    the processes that share each update's trajectories.
+    def __init__(self, learner: Learner, meter: PhaseMeter) -> None:
+        self.learner, self.meter = learner, meter
+        self.recipe, self.processes, self.updates = learner.recipe, learner.processes, learner.updates
 
-    Attributes:
-        rest:     where the updates can be interrupted; the trainer's, once there is one.
-        progress: of the epoch's updates while they are under way; what a checkpoint inside an epoch keeps.
-    """
-
-    def __init__(
+    def steps(
         self,
-        recipe: Recipe,
-        policy: Policy,
-        objective: Objective,
-        stepper: Stepper,
-        flow_fit: FlowFit | None,
-        text: Embeddings,
-        warn: Callable[[str], object] = print,
-        world: Processes = ALONE,
-    ) -> None:
-        self.recipe, self.objective, self.flow_fit, self.text = recipe, objective, flow_fit, text
-        self.policy, self.schedule, self.world = policy, policy.schedule, world
-        self.device = self.schedule.timesteps.device
-        self.units = Units(recipe, self.schedule, policy.latent_shape)
-        self.loss = Loss(recipe, policy, objective, flow_fit, text, self.units)
-        flow, T = None if flow_fit is None else flow_fit.stepper, self.schedule.num_transitions
-        self.updates = Updates(recipe, stepper, flow, T, self.device, warn, world)
-        self.rest = Rest(world)
-        self.progress: Progress | None = None
-
-    # -- one rollout ---------------------------------------------------------------------------------------------
-
-    def learn(
-        self,
+        state: EpochState,
         trajectories: Trajectories,
-        epoch: int,
         score: Score | None = None,
         on_rows: Callable[[int], object] = lambda n: None,
-    ) -> dict[str, float | list[float]]:
-        """All updates of one rollout, or those that `progress` has left; returns its metrics.
+    ) -> Steps:
+        """The updates of an epoch, or those that `state` has left; yields after each micro-batch.
 
-        `on_rows` hears of finished policy transitions.
-        """
-        rollout, train = self.rollout(trajectories, epoch, score, self.recipe.train.updates), self.recipe.train
-        if self.progress is None:
-            self.progress = self._begin(rollout)
-        progress = self.progress
-        N = trajectories.num_trajectories
-        groups = cut(slice(0, N), N // train.updates)
-        if self.flow_fit is None or epoch >= self.recipe.flow.warmup_epochs:
-            for number in range(progress.outcome.updates, train.inner_epochs * len(groups)):
-                self._update(rollout, groups[number % len(groups)], progress, on_rows)
-        metrics, self.progress = progress.metrics | self.updates.metrics(progress.outcome), None
-        return metrics
+        At the end `state.measured` holds their metrics.
 
-    def _begin(self, rollout: Rollout) -> Progress:
-        """What comes before a rollout's first update: the flow alone, and what is formed from the whole rollout."""
-        metrics: dict[str, float | list[float]] = {}
-        trajectories, groups = rollout.trajectories, rollout.groups
-        if self.flow_fit is not None and rollout.scalars is not None:
-            mine = self.flow_fit.residuals(trajectories, rollout.scalars, slice(0, trajectories.num_trajectories))
-            residuals = self.world.everyones(mine, groups)
-            metrics |= describe_residuals(residuals)
-            self.flow_fit.calibrate(residuals)
-            self.train_flow(rollout)
-        reward = self.world.everyones(trajectories.reward.cpu(), groups)
-        observed = self.objective.observe(reward, self.world.everyones(trajectories.prompt_id, groups))
-        advantages = None if observed is None else self.world.mine(observed, groups)
-        return Progress(metrics=metrics, per_trajectory=advantages)
-
-    def rollout(self, trajectories: Trajectories, epoch: int, score: Score | None = None, groups: int = 1) -> Rollout:
-        """Trajectories of so many updates with their numbers in the objective's units.
+        Args:
+            trajectories: the epoch's, on this process.
+            score:        rewards of images of trajectory rows; only `forward_looking.source: current` calls it.
+            on_rows:      hears of finished policy transitions.
 
         Raises:
-            NotFiniteError: a number of theirs is not.
+            TooManyRowsError: in a micro-batch; a new iterator over the same state tries again.
+            NotFiniteError:   see `Learner.rollout` and `Updates.step`.
         """
-        odd = not_finite(trajectories)
-        if self.world.any((odd is not None,))[0]:
-            raise NotFiniteError(odd or "a number of another process is not finite")
-        if self.flow_fit is None:
-            return Rollout(trajectories, None, epoch, groups, score)
-        self.units.see(self.world.everyones(trajectories.reward, groups))
-        return Rollout(trajectories, self.units.scalars(trajectories, epoch), epoch, groups, score)
+        train, epoch = self.recipe.train, state.epoch
+        with self.meter.phase("update"):
+            rollout = self.learner.rollout(trajectories, epoch, score, train.updates)
+            if not state.has_begun:
+                self._begin(rollout, state)
+        N = trajectories.num_trajectories
+        groups = cut(slice(0, N), N // train.updates)
+        if self.learner.flow_fit is None or epoch >= self.recipe.flow.warmup_epochs:
+            for number in range(state.sums.updates, train.inner_epochs * len(groups)):
+                yield from self._update(rollout, groups[number % len(groups)], state, on_rows)
+        state.measured |= self.updates.metrics(state.sums)
 
-    def train_flow(self, rollout: Rollout) -> None:
-        """`flow.passes` flow-only passes, each shuffled by its own seed."""
-        assert not isinstance(self.recipe.objective, PolicyGradient)
-        assert self.flow_fit is not None and rollout.scalars is not None
-        huber, batch = self.recipe.objective.huber, _FLOW_BATCHES * self.recipe.train.micro_batch
-        for number in range(self.recipe.flow.passes):
-            shuffle = torch.Generator().manual_seed((self.recipe.seed * 1_000_003 + rollout.epoch) * 101 + number)
-            self.flow_fit.train(
-                rollout.trajectories,
-                rollout.scalars,
-                lambda delta: penalty(delta, huber),
-                batch,
-                shuffle,
-                self.world,
-                rollout.groups,
-            )
+    def _begin(self, rollout: Rollout, state: EpochState) -> None:
+        """What comes before a rollout's first update: the flow alone, and what is formed from the complete rollout."""
+        trajectories, groups, flow_fit = rollout.trajectories, rollout.groups, self.learner.flow_fit
+        if flow_fit is not None and rollout.terms is not None:
+            mine = flow_fit.residuals(trajectories, rollout.terms, slice(0, trajectories.num_trajectories))
+            residuals = self.processes.everyones(mine, groups)
+            state.measured |= describe_residuals(residuals)
+            flow_fit.recentre(residuals)
+            self.learner.fit_flow(rollout)
+        reward = self.processes.everyones(trajectories.reward.cpu(), groups)
+        prompt_id = self.processes.everyones(trajectories.prompt_id, groups)
+        advantages = self.learner.objective.observe(reward, prompt_id)
+        state.advantages = None if advantages is None else self.processes.mine(advantages, groups)
+        state.has_begun = True
 
-    def _update(self, rollout: Rollout, rows: Rows, progress: Progress, on_rows: Callable[[int], object]) -> None:
+    def _update(self, rollout: Rollout, rows: Rows, state: EpochState, on_rows: Callable[[int], object]) -> Steps:
         """One optimizer step over the transitions of `rows`, and of the other processes'."""
-        advantages = self._advantages(rollout, rows, progress.per_trajectory)
-        together = self.world.size * count(rows)
-
-        def accumulate() -> None:
-            self.updates.suspects.trajectories = rollout.trajectories
-            steps = self.updates.choose_steps()
-            work = [(tile, k, weight) for tile in cut(rows, self.updates.micro_batch) for k, weight in steps]
-            for tile, k, weight in work[progress.micro_batches :]:
-                self.rest.attempt(
-                    partial(self._micro_batch, rollout, tile, k, weight, advantages, together, progress.share)
+        with self.meter.phase("update"):
+            advantages = self._advantages(rollout, rows, state.advantages)
+            self.updates.begin(state)
+        self.updates.suspects.trajectories = rollout.trajectories
+        steps, together = self.updates.choose_steps(), self.processes.size * count(rows)
+        work = [(tile, k, weight) for tile in cut(rows, self.updates.micro_batch) for k, weight in steps]
+        for tile, k, weight in work[state.micro_batches :]:
+            with self.meter.phase("update"):
+                agreed(
+                    self.processes,
+                    partial(self._micro_batch, rollout, tile, k, weight, advantages, together, state),
                 )
-                progress.micro_batches += 1
-                on_rows(count(tile))
-                self.rest.point()
-
-        self.updates.run(accumulate, progress)
+            state.micro_batches += 1
+            on_rows(count(tile))
+            yield
+        with self.meter.phase("update"):
+            self.updates.step(state)
 
     def _micro_batch(
         self,
@@ -169,46 +105,24 @@ class Learner:
         weight: float,
         advantages: Tensor | None,
         together: int,
-        share: Outcome,
+        state: EpochState,
     ) -> None:
-        output, regulariser = self.loss.rows(rollout, rows, k, advantages)
+        output, regulariser = self.learner.loss.of_step(rollout, rows, k, advantages)
         self.updates.suspects.add(k, rollout.trajectories.sample_id[rows], output)
-        self.updates.backward(output, regulariser, weight, together, share)
+        self.updates.backward(output, regulariser, weight, together, state.share)
 
     def _advantages(self, rollout: Rollout, rows: Rows, per_trajectory: Tensor | None) -> Tensor | None:
         """(N, T) advantages, filled in for `rows`, or None. Formed over the rows of all processes."""
+        learner = self.learner
         if per_trajectory is not None:
-            return per_trajectory.to(self.device)[:, None].expand(-1, self.schedule.num_transitions)
-        if self.flow_fit is None or rollout.scalars is None:
+            return per_trajectory.to(learner.device)[:, None].expand(-1, learner.schedule.num_transitions)
+        flow_fit, terms = learner.flow_fit, rollout.terms
+        if flow_fit is None or terms is None:
             return None
-        residuals = self.world.everyones(self.flow_fit.residuals(rollout.trajectories, rollout.scalars, rows))
-        advantages = self.objective.advantages(residuals, self.flow_fit.residual_scale, self.flow_fit.baseline)
+        residuals = self.processes.everyones(flow_fit.residuals(rollout.trajectories, terms, rows))
+        advantages = learner.objective.advantages(residuals, flow_fit.residual_scale, flow_fit.baseline)
         if advantages is None:
             return None
-        table = torch.zeros_like(rollout.scalars.log_pf)
-        table[rows] = self.world.mine(advantages)
+        table = torch.zeros_like(terms.log_pf)
+        table[rows] = self.processes.mine(advantages)
         return table
-
-    # -- what a checkpoint keeps ---------------------------------------------------------------------------------
-
-    def tensors(self) -> dict[str, Tensor]:
-        if self.flow_fit is None:
-            return {}
-        return {"residual_scale": self.flow_fit.residual_scale, "baseline": self.flow_fit.baseline}
-
-    def state_dict(self) -> dict[str, Any]:
-        """Plain numbers, for JSON; weights, optimizers and `tensors` are kept apart."""
-        return self.updates.state_dict() | {
-            "is_calibrated": self.flow_fit is not None and self.flow_fit.is_calibrated,
-            "reward_scale": asdict(self.units.reward_scale),
-            "objective": self.objective.state_dict(),
-        }
-
-    def load_state_dict(self, state: dict[str, Any], tensors: dict[str, Tensor]) -> None:
-        self.updates.load_state_dict(state)
-        self.units.reward_scale = RewardScale(**state["reward_scale"])
-        self.objective.load_state_dict(state["objective"])
-        if self.flow_fit is not None:
-            self.flow_fit.is_calibrated = state["is_calibrated"]
-            self.flow_fit.residual_scale = tensors["residual_scale"].to(self.device)
-            self.flow_fit.baseline = tensors["baseline"].to(self.device)

@@ -2,7 +2,6 @@
 
 import math
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -11,25 +10,25 @@ from torch import Tensor
 from dag.errors import RunError
 from dag.objectives import ObjectiveOutput
 from dag.recipe import Recipe
-from dag.run.gpu import first_line, free_memory
+from dag.run.gpu import free_memory
 from dag.run.processes import Processes
-from dag.training.epoch_state import Outcome, Progress
+from dag.training.epoch_state import EpochState, UpdateSums
 from dag.training.faults import Suspects
-from dag.training.optimizer import Stepper
+from dag.training.optimizer import ClippedOptimizer
 
 
 class Updates:
     """Owns the optimizers.
 
     Args:
-        stepper:         the policy's.
+        policy:          the policy's optimizer.
         flow:            the flow's; None for objectives without one.
-        num_transitions: of a trajectory, T.
+        num_transitions: T, of a trajectory.
         warn:            hears of a micro-batch that had to be halved.
-        world:           the processes that share each update's trajectories.
+        processes:       share each update's trajectories.
 
     Attributes:
-        optimizer_step: how many there were so far.
+        optimizer_step: the number of updates so far.
         micro_batch: the recipe's, or less where memory ran out.
         suspects:    what to look at if a gradient of the update under way is not finite.
     """
@@ -37,63 +36,44 @@ class Updates:
     def __init__(
         self,
         recipe: Recipe,
-        stepper: Stepper,
-        flow: Stepper | None,
+        policy: ClippedOptimizer,
+        flow: ClippedOptimizer | None,
         num_transitions: int,
         device: torch.device,
         warn: Callable[[str], object],
-        world: Processes,
+        processes: Processes,
     ) -> None:
-        self.recipe, self.stepper, self.flow, self.num_transitions = recipe, stepper, flow, num_transitions
-        self.device, self.warn, self.world = device, warn, world
+        self.recipe, self.policy, self.flow, self.num_transitions = recipe, policy, flow, num_transitions
+        self.device, self.warn, self.processes = device, warn, processes
         self.optimizer_step, self.micro_batch, self.suspects = 0, recipe.train.micro_batch, Suspects()
 
-    def steppers(self) -> Iterator[Stepper]:
+    def optimizers(self) -> Iterator[ClippedOptimizer]:
         """The policy's, then the flow's if there is one."""
-        yield self.stepper
+        yield self.policy
         if self.flow is not None:
             yield self.flow
 
-    def run(
-        self,
-        accumulate: Callable[[], None],
-        progress: Progress,
-        timed: Callable[[str], AbstractContextManager[None]] = lambda phase: nullcontext(),
-    ) -> None:
-        """One optimizer step on the gradients that `accumulate` leaves, or that it goes on with. The step is `timed`.
+    # -- one update: begin, backward as often as it takes, step -------------------------------------------------
 
-        Where a GPU runs out of memory it starts over with half the micro-batch: the gradient is the same.
-        """
-        if progress.micro_batches == 0:
-            self.discard(progress)
-        while True:
-            try:
-                accumulate()
-                break
-            except torch.OutOfMemoryError as error:
-                why = first_line(error)
-            # Not inside, where the traceback would hold the tensors that were too many.
-            self.discard(progress)
-            self._halve_micro_batch(why)
-        with timed("update"):
-            for stepper in self.steppers():
-                self.world.sum_gradients(stepper.parameters)
-            self._unscale_flow()
-            norms = {stepper.name: stepper.step() for stepper in self.steppers()}
-            for stepper in self.steppers():
-                stepper.check(self.suspects)
-            progress.end_update(norms)
-            self.suspects.clear()
-        self.optimizer_step += 1
+    def begin(self, state: EpochState) -> None:
+        """Clear what an earlier update left, unless this one is under way already."""
+        if state.micro_batches == 0:
+            self.discard(state)
 
-    def discard(self, progress: Progress) -> None:
+    def discard(self, state: EpochState) -> None:
         """Forget the gradients of the update under way."""
-        progress.restart_update()
+        state.restart_update()
         self.suspects.clear()
-        for stepper in self.steppers():
-            stepper.zero_grad()
+        for optimizer in self.optimizers():
+            optimizer.zero_grad()
 
-    def _halve_micro_batch(self, why: str) -> None:
+    def halve_micro_batch(self, state: EpochState, why: str) -> None:
+        """Start the update under way over with half as many rows at a time: the gradient is the same.
+
+        Raises:
+            RunError: it is one row already.
+        """
+        self.discard(state)
         if self.micro_batch == 1:
             raise RunError(
                 "out of GPU memory at micro-batch 1; memory.checkpointing=full, memory.base=nf4, "
@@ -122,34 +102,46 @@ class Updates:
         return [(k, (T - 1) / (count - 1)) for k in others] + [(T - 1, 1.0)]
 
     def backward(
-        self, output: ObjectiveOutput, regulariser: Tensor, weight: float, num_trajectories: int, outcome: Outcome
+        self, output: ObjectiveOutput, regulariser: Tensor, weight: float, num_trajectories: int, sums: UpdateSums
     ) -> None:
         """Accumulate the gradient of a micro-batch's share in the mean over the update's transitions."""
         transitions = num_trajectories * self.num_transitions
         loss = weight * (output.loss + regulariser).sum() / transitions
-        self.stepper.backward(loss)
-        outcome.add(output, loss.detach())
+        self.policy.backward(loss)
+        sums.add(output, loss.detach())
+
+    def step(self, state: EpochState) -> None:
+        """One optimizer step on the accumulated gradients. Raises NotFiniteError after several skipped ones in a row."""
+        for optimizer in self.optimizers():
+            self.processes.sum_gradients(optimizer.parameters)
+        self._unscale_flow()
+        norms = {optimizer.name: optimizer.step() for optimizer in self.optimizers()}
+        for optimizer in self.optimizers():
+            optimizer.check(self.suspects)
+        state.end_update(norms)
+        self.suspects.clear()
+        self.optimizer_step += 1
 
     def _unscale_flow(self) -> None:
         """The flow, always fp32, saw the policy's scaled loss."""
-        scale = self.stepper.scaler.get_scale()
+        scale = self.policy.scaler.get_scale()
         if self.flow is None or scale == 1.0:
             return
         for parameter in self.flow.parameters:
             if parameter.grad is not None:
                 parameter.grad /= scale
 
-    def metrics(self, outcome: Outcome) -> dict[str, Any]:
-        """Of all processes; empty without an update."""
-        if outcome.updates == 0:
+    def metrics(self, sums: UpdateSums) -> dict[str, Any]:
+        """Loss, ratio and gradient norms over all processes; empty without an update."""
+        if sums.updates == 0:
             return {}
         measured: dict[str, Any] = {
-            "loss": float(self.world.sum(torch.stack(outcome.loss).sum())) / outcome.updates,
-            "ratio_max_dev": float(self.world.largest(torch.stack(outcome.ratio_dev).max())),
+            "loss": float(self.processes.sum(torch.stack(sums.loss).sum())) / sums.updates,
+            "ratio_max_dev": float(self.processes.largest(torch.stack(sums.ratio_dev).max())),
         }
-        if outcome.clipped:
-            measured["clip_frac"] = float(self.world.sum(torch.stack(outcome.clipped).mean())) / self.world.size
-        return measured | {f"grad_norm_{name}": sum(norms) / len(norms) for name, norms in outcome.norms.items()}
+        if sums.clipped:
+            measured["clip_frac"] = float(self.processes.sum(torch.stack(sums.clipped).mean())) / self.processes.size
+        return measured | {f"grad_norm_{name}": sum(norms) / len(norms) for name, norms in sums.norms.items()}
 
     # -- what a checkpoint keeps ---------------------------------------------------------------------------------
 
@@ -158,14 +150,14 @@ class Updates:
         return {
             "optimizer_step": self.optimizer_step,
             "micro_batch": self.micro_batch,
-            "scaler": self.stepper.scaler.state_dict(),
-            "skipped": {stepper.name: stepper.skipped for stepper in self.steppers()},
+            "scaler": self.policy.scaler.state_dict(),
+            "skipped": {optimizer.name: optimizer.skipped for optimizer in self.optimizers()},
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.optimizer_step, self.micro_batch = state["optimizer_step"], state["micro_batch"]
-        self.stepper.scaler.load_state_dict(state["scaler"])
+        self.policy.scaler.load_state_dict(state["scaler"])
         # The scale becomes a tensor with the first loss; the next thing may be an optimizer step.
-        self.stepper.scaler.scale(torch.zeros((), device=self.device))
-        for stepper in self.steppers():
-            stepper.skipped = state["skipped"][stepper.name]
+        self.policy.scaler.scale(torch.zeros((), device=self.device))
+        for optimizer in self.optimizers():
+            optimizer.skipped = state["skipped"][optimizer.name]

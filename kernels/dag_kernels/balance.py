@@ -1,6 +1,6 @@
 """The detailed-balance loss of B transitions and all its gradients: one launch forward, one multiplication backward.
 
-    log F  = log F~(x_t) + looking,     log F' = log F~(x_next) + looking',  or log R(x_0) in the last transition
+    log F  = log F~(x_t) + log_looking,     log F' = log F~(x_next) + log_looking',  or log R(x_0) in the last transition
     delta  = log F + log P_F - log P_B - log F'
     loss   = g(delta / s),              g(x) = x^2, or 2 h |x| - h^2 beyond |x| > h
 
@@ -23,7 +23,7 @@ BLOCK = 256
 
 @triton.jit
 def _loss(
-    log_F, log_pf, log_pb, log_F_next, looking, looking_next, log_reward, is_terminal, scale, weight, result,
+    log_F, log_pf, log_pb, log_F_next, log_looking, log_looking_next, log_reward, is_terminal, scale, weight, result,
     num_rows, huber,
     HAS_LOOKING: tl.constexpr, HAS_END: tl.constexpr, HAS_SCALE: tl.constexpr, HAS_WEIGHT: tl.constexpr,
     HAS_HUBER: tl.constexpr, DETACH_NEXT: tl.constexpr, BLOCK: tl.constexpr,
@@ -33,8 +33,8 @@ def _loss(
     flow = tl.load(log_F + rows, mask=mask, other=0.0)
     flow_next = tl.load(log_F_next + rows, mask=mask, other=0.0)
     if HAS_LOOKING:
-        flow += tl.load(looking + rows, mask=mask, other=0.0)
-        flow_next += tl.load(looking_next + rows, mask=mask, other=0.0)
+        flow += tl.load(log_looking + rows, mask=mask, other=0.0)
+        flow_next += tl.load(log_looking_next + rows, mask=mask, other=0.0)
     learns_next = mask
     if HAS_END:
         learns_next = tl.load(is_terminal + rows, mask=mask, other=1) == 0
@@ -70,14 +70,14 @@ class _DetailedBalance(torch.autograd.Function):
     def forward(ctx, log_F, log_pf, log_pb, log_F_next, options, huber, detach_next):
         rows = len(log_F)
         columns = [column.float().contiguous() for column in (log_F, log_pf, log_pb, log_F_next)]
-        looking, _, _, is_terminal, scale, weight = options
+        log_looking, _, _, is_terminal, scale, weight = options
         # An absent column's pointer is never followed.
         given = [columns[0] if c is None else c.contiguous() for c in options]
         result = torch.empty((4 if detach_next else 5, rows), dtype=torch.float32, device=log_F.device)
         launch(
             _loss, (triton.cdiv(rows, BLOCK),), result,
             *columns, *given, result, rows, 0.0 if huber is None else float(huber),
-            HAS_LOOKING=looking is not None, HAS_END=is_terminal is not None, HAS_SCALE=scale is not None,
+            HAS_LOOKING=log_looking is not None, HAS_END=is_terminal is not None, HAS_SCALE=scale is not None,
             HAS_WEIGHT=weight is not None, HAS_HUBER=huber is not None, DETACH_NEXT=detach_next, BLOCK=BLOCK,
         )  # fmt: skip
         ctx.save_for_backward(result[2:])
@@ -96,8 +96,8 @@ def detailed_balance(
     log_pf: Tensor,
     log_pb: Tensor,
     log_F_next: Tensor,
-    looking: Tensor | None = None,
-    looking_next: Tensor | None = None,
+    log_looking: Tensor | None = None,
+    log_looking_next: Tensor | None = None,
     log_reward: Tensor | None = None,
     is_terminal: Tensor | None = None,
     scale: Tensor | None = None,
@@ -106,5 +106,5 @@ def detailed_balance(
     detach_next: bool = True,
 ) -> BalanceLoss:
     """The Triton form of `dag_kernels.reference.detailed_balance`: same arguments, same results."""
-    options = (looking, looking_next, log_reward, is_terminal, scale, policy_weight)
+    options = (log_looking, log_looking_next, log_reward, is_terminal, scale, policy_weight)
     return BalanceLoss(*_DetailedBalance.apply(log_F, log_pf, log_pb, log_F_next, options, huber, detach_next))

@@ -157,8 +157,8 @@ def detailed_balance(
     log_pf: Tensor,
     log_pb: Tensor,
     log_F_next: Tensor,
-    looking: Tensor | None = None,
-    looking_next: Tensor | None = None,
+    log_looking: Tensor | None = None,
+    log_looking_next: Tensor | None = None,
     log_reward: Tensor | None = None,
     is_terminal: Tensor | None = None,
     scale: Tensor | None = None,
@@ -171,7 +171,7 @@ def detailed_balance(
     Args:
         log_F, log_F_next:     (B,) the learnt flows at x_t and x_next.
         log_pf, log_pb:        (B,)
-        looking, looking_next: (B,) forward-looking terms, added to the flows; both or neither.
+        log_looking, log_looking_next: (B,) forward-looking terms, added to the flows; both or neither.
         log_reward:            (B,) log F' where `is_terminal`, whose end has no learnt flow; both or neither.
         is_terminal:           (B,) bool.
         scale:                 (B,) s; None is 1.
@@ -180,8 +180,8 @@ def detailed_balance(
     """
     if policy_weight is not None:
         log_pf = policy_weight * log_pf + (1 - policy_weight) * log_pf.detach()
-    if looking is not None and looking_next is not None:
-        log_F, log_F_next = log_F + looking, log_F_next + looking_next
+    if log_looking is not None and log_looking_next is not None:
+        log_F, log_F_next = log_F + log_looking, log_F_next + log_looking_next
     if is_terminal is not None and log_reward is not None:
         log_F_next = with_rewarded_end(log_F_next, log_reward, is_terminal)
     delta = residual(log_F, log_pf, log_pb.detach(), log_F_next.detach() if detach_next else log_F_next)

@@ -40,7 +40,7 @@ def kernels() -> Iterator[tuple[str, Any, dict[str, str], dict[str, Any], int]]:
     step |= dict.fromkeys(("k", "num_samples", "D", "stride_t", "stride_output"), "i32") | {"guidance": "fp32"}
     yield "sampling step", sampling._step, step, {"GUIDED": True, "BLOCK": sampling.BLOCK}, transition.NUM_WARPS
 
-    columns = ("log_F", "log_pf", "log_pb", "log_F_next", "looking", "looking_next", "log_reward")
+    columns = ("log_F", "log_pf", "log_pb", "log_F_next", "log_looking", "log_looking_next", "log_reward")
     loss = dict.fromkeys(columns, "*fp32") | {"is_terminal": "*i1"}
     loss |= dict.fromkeys(("scale", "weight", "result"), "*fp32") | {"num_rows": "i32", "huber": "fp32"}
     switches = ("HAS_LOOKING", "HAS_END", "HAS_SCALE", "HAS_WEIGHT", "HAS_HUBER")

@@ -92,14 +92,14 @@ def _sampling_bytes(B: int, shape: Shape, dtype: torch.dtype) -> tuple[int, int]
 def _balance_inputs(B: int, shape: Shape, dtype: torch.dtype, device: torch.device, seed: int) -> Inputs:
     generator = torch.Generator().manual_seed(seed)
     columns = [torch.randn(B, generator=generator).to(device) for _ in range(9)]
-    log_F, log_pf, log_pb, log_F_next, looking, looking_next, log_reward, scale, weight = columns
+    log_F, log_pf, log_pb, log_F_next, log_looking, log_looking_next, log_reward, scale, weight = columns
     return {
         "log_F": 100 * log_F,
         "log_pf": 100 * log_pf - 2e4,
         "log_pb": 100 * log_pb - 2e4,
         "log_F_next": 100 * log_F_next,
-        "looking": 20 * looking,
-        "looking_next": 20 * looking_next,
+        "log_looking": 20 * log_looking,
+        "log_looking_next": 20 * log_looking_next,
         "log_reward": 20 * log_reward,
         # The end's learnt flow has no meaning; here every third row is an end.
         "is_terminal": torch.arange(B, device=device) % 3 == 2,

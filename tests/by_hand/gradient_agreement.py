@@ -21,16 +21,17 @@ _ROLLOUTS = 4
 
 def gradients(trainer: Trainer, first: int) -> Tensor:
     """(updates, weights) of the policy on fresh rollouts; the flow goes on learning, the policy does not."""
-    stepper, found = trainer.parts.learner.updates.stepper, list[Tensor]()
+    optimizer, found = trainer.components.learner.updates.policy, list[Tensor]()
 
     def step() -> float:
-        found.append(torch.cat([p.grad.flatten() for p in stepper.parameters if p.grad is not None]))
+        found.append(torch.cat([p.grad.flatten() for p in optimizer.parameters if p.grad is not None]))
         return 0.0
 
-    stepper.step = step  # type: ignore[method-assign]
+    optimizer.step = step  # type: ignore[method-assign]
     for epoch in range(first, first + _ROLLOUTS):
-        trainer.flight = None
-        trainer.update(trainer.sample(epoch), epoch)
+        trainer.begin_epoch(epoch)
+        trainer.learn()
+    trainer.state = None
     return torch.stack(found)
 
 

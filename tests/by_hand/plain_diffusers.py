@@ -14,7 +14,7 @@ from torch import Tensor
 
 from dag.chain.schedule import INITIAL_NOISE
 from dag.models.source import resolve
-from dag.recipe import Recipe
+from dag.recipe import Memory, Recipe
 
 
 @torch.no_grad()
@@ -47,15 +47,15 @@ def main(run: Path) -> None:
     from safetensors.torch import load_file
 
     from dag.chain.rollout import generate
-    from dag.evaluation.fixed import FIRST_SAMPLE_ID
-    from dag.models.sd import StableDiffusion
+    from dag.chain.sample_ids import FIXED_EVALUATION
+    from dag.models import families
     from dag.recipe.prompts import load_prompts
     from dag.run.checkpoint import chosen
 
     recipe = Recipe.model_validate(json.loads((run / "run.json").read_text())["recipe"])
     prompts = list(load_prompts(recipe.prompts).training[:8])
-    ids = [FIRST_SAMPLE_ID + i for i in range(len(prompts))]
-    policy = StableDiffusion(recipe.model, recipe.adapter, recipe.sampler, torch.device("cpu"), recipe.seed)
+    ids = [FIXED_EVALUATION + i for i in range(len(prompts))]
+    policy = families.load(recipe.model_copy(update={"memory": Memory()}), torch.device("cpu"))
     text = policy.encode(prompts)
     policy.load_state_dict(load_file(chosen(run / "checkpoints") / "policy.safetensors"))
     ours = generate(policy, text, ids, recipe.seed, recipe.sampler)

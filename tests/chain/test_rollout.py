@@ -100,7 +100,7 @@ def test_guidance_in_fp32_beats_guidance_in_half_precision(make_recipe: MakeReci
         policy, text = parts.policy, parts.text
         x_t, t = torch.randn(2, 4, 8, 8, generator=torch.Generator().manual_seed(1)), torch.tensor([500, 500])
         branches: list[torch.Tensor] = []
-        handle = policy.unet.register_forward_hook(
+        handle = policy.denoiser.register_forward_hook(
             lambda module, inputs, output, seen=branches: seen.append(output[0].double())
         )
         with torch.no_grad():

@@ -209,7 +209,7 @@ def test_mistakes_are_one_line(tmp_path: Path, counts: Path, capsys: pytest.Capt
     said = {
         ("checklist", "file"): "file: cannot write there: ",
         ("checklist", "torn"): "checklist.json: cannot be read (",
-        ("missing", "counts"): "counts: no checklist there (runner.json is missing)",
+        ("missing", "counts"): "counts: no checklist there (checklist.json is missing)",
     }
     for (command, name), expected in said.items():
         assert bench.main([command, str(tmp_path / name)]) == 2

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from helpers.building import parts_of
+from helpers.building import one_pass, parts_of, sampled, updated
 
 from dag import bench
 from dag.costs import ablation, commands, flops
@@ -65,7 +65,7 @@ def test_work_counted_from_configs_is_the_work_of_a_run(tmp_path: Path, override
     recipe = recipe_of(*overrides)
     trainer = trainer_of(recipe, tmp_path)
     real = counted(
-        (lambda: trainer.one_pass(0)) if trainer.is_one_pass(0) else lambda: trainer.update(trainer.sample(0), 0)
+        (lambda: one_pass(trainer, 0)) if trainer.is_one_pass(0) else lambda: updated(trainer, sampled(trainer, 0), 0)
     )
     assert sum(flops.of_recipe(recipe).values()) == pytest.approx(real, rel=0.01)
 
@@ -73,7 +73,7 @@ def test_work_counted_from_configs_is_the_work_of_a_run(tmp_path: Path, override
 def test_the_published_work_is_what_its_docstring_says(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     recipe, calls = recipe_of(), Counter[str]()
     trainer = trainer_of(recipe, tmp_path)
-    policy, T, N = trainer.parts.policy, STEPS, TRAJECTORIES
+    policy, T, N = trainer.components.policy, STEPS, TRAJECTORIES
     for name in ("predict", "decode"):
         original = getattr(policy, name)
 
@@ -92,8 +92,8 @@ def test_the_published_work_is_what_its_docstring_says(tmp_path: Path, monkeypat
         return score
 
     before = [parameter.clone() for parameter in policy.trainable()]
-    published = Published(recipe, trainer.parts, scorer)
-    real = counted(lambda: published.epoch(trainer.batch(0), trainer.ledger.phase))
+    published = Published(recipe, trainer.components, scorer)
+    real = counted(lambda: published.epoch(trainer.sampling.batch(0), trainer.meter.phase))
     assert calls == {
         "predict": N * T * 2,
         "predict of one branch": N * T * 2,

@@ -7,13 +7,13 @@ from typing import Any
 
 import pytest
 import torch
-from helpers.building import parts_of
+from helpers.building import one_pass, parts_of, sampled, updated
 from torch import Tensor
 
 import train_dag
 from dag.costs.forecast import LEVERS, forecast, savings
 from dag.costs.live_bytes import LiveBytes
-from dag.costs.memory import optimizer_states
+from dag.costs.weightless import optimizer_states
 from dag.recipe import Recipe
 from dag.recipe.load import load, parse
 from dag.run.folder import RunFolder
@@ -48,17 +48,17 @@ def measured(recipe: Recipe, run: RunFolder) -> dict[str, int]:
 
     def phase(name: str, call: Callable[[], Any], *others: Tensor) -> Any:
         with LiveBytes() as live:
-            live.include([*trainer.parts.standing(), *others])
+            live.include([*trainer.components.standing(), *others])
             result = call()
         peaks[name] = live.peak
         return result
 
     for _ in range(2):
         if recipe.train.rollout == "one_pass":
-            phase("one pass", lambda: trainer.one_pass(1))
+            phase("one pass", lambda: one_pass(trainer, 1))
             continue
-        trajectories = phase("rollout", lambda: trainer.sample(1))
-        phase("update", partial(trainer.update, trajectories, 1), trajectories.chain)
+        trajectories = phase("rollout", lambda: sampled(trainer, 1))
+        phase("update", partial(updated, trainer, trajectories, 1), trajectories.chain)
     phase("evaluation", trainer.evaluate)
     return peaks
 

@@ -8,13 +8,15 @@ import pytest
 import torch
 from torch import Tensor
 
+from dag.costs.fake_gpu import DeviceMismatchError, FakeGpu
 from dag.costs.live_bytes import GIB, as_on_cuda
 from dag.costs.memory import META, Simulation
-from dag.costs.rehearsal import DeviceMismatchError, Rehearsal, rehearse
+from dag.costs.rehearsal import rehearse
 from dag.recipe import Recipe
 from dag.recipe.load import load
 from dag.run.folder import RunFolder
 from dag.training.one_pass import OnePass
+from dag.training.stored import StoredTraining
 from dag.training.trainer import Trainer
 
 ROOT = Path(__file__).parents[2]
@@ -125,7 +127,7 @@ def test_a_tensor_left_on_the_cpu_is_refused(make_recipe: MakeRecipe, monkeypatc
 
 def test_kernels_are_counted_and_views_are_not() -> None:
     x = torch.empty(4, 4, device=META)
-    with Rehearsal() as counted, as_on_cuda():
+    with FakeGpu() as counted, as_on_cuda():
         with counted.inside("a part"):
             (x.T.reshape(16)[2:] + 1).detach()
         x.mul_(2)
@@ -140,7 +142,7 @@ def test_a_part_is_told_by_whose_method_is_called() -> None:
         def work(self, x: Tensor) -> Tensor:
             return x + 1
 
-    owner, counted = Owner(), Rehearsal()
+    owner, counted = Owner(), FakeGpu()
     counted.watch(owner, "work", "work")
     with counted:
         owner.work(torch.empty(2, device=META)).neg()
@@ -186,10 +188,14 @@ def test_pytorch_sees_no_wait_in_a_transition_either(make_recipe: MakeRecipe, tm
 
     try:
         if rollout == "one_pass":
-            walk = OnePass(trainer.parts.learner, recipe.seed, recipe.sampler)
-            walk.learn(trainer.batch(1), 1, trainer.tile_scorer, on_rows=in_the_middle)
+            training, scorer = OnePass(trainer.learner, trainer.meter), trainer.sampling.scorer
+            steps_left = training.steps(trainer.begin_epoch(1), trainer.sampling.batch(1), scorer, in_the_middle)
         else:
-            trainer.parts.learner.learn(trainer.sample(1), 1, on_rows=in_the_middle)
+            trajectories = trainer.sample(trainer.begin_epoch(1))
+            stored = StoredTraining(trainer.learner, trainer.meter)
+            steps_left = stored.steps(trainer.begin_epoch(1), trajectories, on_rows=in_the_middle)
+        for _ in steps_left:
+            pass
     finally:
         torch.cuda.set_sync_debug_mode("default")
     assert steps > 0

@@ -319,7 +319,7 @@ def test_what_would_fail_after_training_fails_before(
     options: list[str],
     message: str,
 ) -> None:
-    monkeypatch.setattr(reproduce, "run_missing", lambda *given: pytest.fail("trained"))
+    monkeypatch.setattr("dag.evaluation.reproduce.run_missing", lambda *given: pytest.fail("trained"))
     assert reproduce.main(["figure3", "--out", str(tmp_path), *options]) == 2
     assert message in capsys.readouterr().err
 
@@ -336,7 +336,7 @@ def test_the_largest_runs_of_the_paper_fit_in_their_budget(
         raise UsageError(f"memory.budget_gib={recipe.memory.budget_gib}: too little")
 
     monkeypatch.setattr(reproduce, "check_budget", refuse)
-    monkeypatch.setattr(reproduce, "run_missing", lambda *given: pytest.fail("trained"))
+    monkeypatch.setattr("dag.evaluation.reproduce.run_missing", lambda *given: pytest.fail("trained"))
     options = ["figure4", "--scale", "paper", "--out", str(tmp_path), "--set", "memory.budget_gib=4"]
     assert reproduce.main(options) == 2
     assert "memory.budget_gib=4.0: too little" in capsys.readouterr().err
@@ -352,7 +352,8 @@ def test_a_run_that_fails_is_missing_in_the_figures_and_said(
     done: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(
-        reproduce, "run_missing", lambda cases, *_: {case: 1 for case in cases if case.method.name == "ddpo"}
+        "dag.evaluation.reproduce.run_missing",
+        lambda cases, *_: {case: 1 for case in cases if case.method.name == "ddpo"},
     )
     assert again(done, monkeypatch) == 1
     assert "ddpo-s0 failed and is missing in the figures" in capsys.readouterr().err
@@ -363,7 +364,7 @@ def test_a_run_that_fails_is_missing_in_the_figures_and_said(
 def test_a_setting_that_was_not_tried_is_not_passed_over(
     done: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(reproduce, "run_missing", lambda cases, *_: {cases[0]: 1})
+    monkeypatch.setattr("dag.evaluation.reproduce.run_missing", lambda cases, *_: {cases[0]: 1})
     assert again(done, monkeypatch) == 1
     assert "1 settings could not be tried" in capsys.readouterr().err
 

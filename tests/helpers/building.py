@@ -2,6 +2,7 @@
 
 import json
 import signal
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -9,12 +10,17 @@ from typing import Any
 import torch
 import yaml
 
-from dag.chain.trajectory import Trajectories
+from dag.chain.rollout import Batch, Score
+from dag.chain.trajectory import ChainStore, Trajectories
 from dag.recipe import Recipe
 from dag.run.folder import RunFolder
-from dag.run.meter import PHASES
+from dag.run.meter import PHASES, PhaseMeter
 from dag.run.signals import Interrupt
-from dag.training.build import Parts, build
+from dag.training.build import Components, build
+from dag.training.epoch_state import EpochState
+from dag.training.learner import Learner
+from dag.training.one_pass import OnePass
+from dag.training.stored import StoredTraining
 from dag.training.trainer import Trainer
 
 CPU = torch.device("cpu")
@@ -29,7 +35,7 @@ def rows(run: Path) -> list[dict[str, Any]]:
 
 
 class Soon(Interrupt):
-    """A signal that comes at the n-th resting point."""
+    """A signal that comes at the n-th safe point."""
 
     def __init__(self, points: float, number: signal.Signals = signal.SIGTERM) -> None:
         super().__init__()
@@ -45,17 +51,56 @@ class Soon(Interrupt):
         """Nothing else sets it."""
 
 
-def parts_of(recipe: Recipe) -> Parts:
+def parts_of(recipe: Recipe) -> Components:
     return build(recipe, CPU, warn=lambda text: None)
 
 
 def rolled_out(recipe: Recipe, run: RunFolder) -> tuple[Trainer, Trajectories]:
     """A trainer and its first epoch's trajectories."""
     trainer = Trainer(recipe, run, parts_of(recipe))
-    return trainer, trainer.sample(0)
+    return trainer, sampled(trainer)
 
 
-def disturb(parts: Parts, scale: float = 0.05) -> None:
+def sampled(trainer: Trainer, epoch: int = 0) -> Trajectories:
+    """The trajectories of an epoch."""
+    return trainer.sample(trainer.begin_epoch(epoch))
+
+
+def updated(trainer: Trainer, trajectories: Trajectories, epoch: int = 0) -> dict[str, Any]:
+    """Train on a rollout; the updates' metrics."""
+    state = trainer.begin_epoch(epoch)
+    trainer.train_on(trajectories, state)
+    return state.measured
+
+
+def one_pass(trainer: Trainer, epoch: int = 0) -> tuple[Trajectories, dict[str, Any]]:
+    """Train while sampling; the trajectories and the updates' metrics."""
+    state = trainer.begin_epoch(epoch)
+    return trainer.train_in_one_pass(state), state.measured
+
+
+def learnt(learner: Learner, trajectories: Trajectories, epoch: int, score: Score | None = None) -> dict[str, Any]:
+    """Train on a rollout without a trainer; the updates' metrics."""
+    state = fresh_state(learner, epoch)
+    for _ in StoredTraining(learner, PhaseMeter(CPU)).steps(state, trajectories, score):
+        pass
+    return state.measured
+
+
+def walked(learner: Learner, batch: Batch, epoch: int, scorer: Callable[[Batch], Score]) -> EpochState:
+    """Train while sampling without a trainer; the state at the end."""
+    state = fresh_state(learner, epoch)
+    for _ in OnePass(learner, PhaseMeter(CPU)).steps(state, batch, scorer):
+        pass
+    return state
+
+
+def fresh_state(learner: Learner, epoch: int) -> EpochState:
+    count = learner.recipe.train.trajectories
+    return EpochState(epoch, ChainStore(learner.schedule.num_transitions + 1, count, CPU, CPU))
+
+
+def disturb(parts: Components, scale: float = 0.05) -> None:
     """Give the adapter (and the flow) non-zero weights: a fresh LoRA adds nothing, and hides what depends on it."""
     generator = torch.Generator().manual_seed(11)
     modules = [*parts.policy.trainable(), *(parts.flow.parameters() if parts.flow is not None else ())]
@@ -73,16 +118,16 @@ def write(recipe: Recipe, path: Path) -> str:
 
 def poisoned(trainer: Trainer, sample: int, k: int, times: int) -> None:
     """The loss of a transition is not finite, so often."""
-    learner, left = trainer.parts.learner, times
-    rows_loss = learner.loss.rows
+    learner, left = trainer.components.learner, times
+    of_step = learner.loss.of_step
 
     def spoilt(rollout: Any, rows: torch.Tensor, step: int, *rest: Any) -> Any:
         nonlocal left
-        output, regulariser = rows_loss(rollout, rows, step, *rest)
+        output, regulariser = of_step(rollout, rows, step, *rest)
         hit = (rollout.trajectories.sample_id[rows] == sample) & (step == k)
         if left and bool(hit.any()):
             left -= 1
             output = replace(output, loss=torch.where(hit, output.loss * torch.inf, output.loss))
         return output, regulariser
 
-    learner.loss.rows = spoilt  # type: ignore[method-assign,assignment]
+    learner.loss.of_step = spoilt  # type: ignore[method-assign,assignment]

@@ -28,7 +28,17 @@ def sections_in(annotation: Any) -> set[type[Section]]:
 
 
 def names_in(annotation: Any) -> set[str]:
-    return {section.__name__ for section in sections_in(annotation)}
+    """Names of the recipe's sections that a type annotation allows: those it mentions, and their subclasses."""
+    allowed = tuple(sections_in(annotation))
+    return {name for name, section in SECTIONS.items() if issubclass(section, allowed)}
+
+
+def names_behind(section: type[Section], attribute: str) -> set[str]:
+    """The sections that a key or a property of a section holds."""
+    if field := section.model_fields.get(attribute):
+        return names_in(field.annotation)
+    found = getattr(section, attribute, None)
+    return names_in(typing.get_type_hints(found.fget)["return"]) if isinstance(found, property) else set()
 
 
 SECTIONS = {section.__name__: section for section in sections_below(recipe.Recipe)}
@@ -55,7 +65,7 @@ class Reader(ast.NodeVisitor):
         for node in ast.walk(module):
             if isinstance(node, ast.ImportFrom) and node.module in SCHEMAS:
                 for alias in node.names:
-                    yield alias.asname or alias.name, names_in(getattr(SCHEMAS[node.module], alias.name))
+                    yield alias.asname or alias.name, names_in(getattr(SCHEMAS[node.module], alias.name, None))
 
     def annotated(self, annotation: ast.expr | None) -> set[str]:
         if annotation is None:
@@ -72,8 +82,7 @@ class Reader(ast.NodeVisitor):
         found = set(self.types.get(ast.unparse(node), set()))
         if isinstance(node, ast.Attribute):
             for owner in self.infer(node.value):
-                field = SECTIONS[owner].model_fields.get(node.attr)
-                found |= names_in(field.annotation) if field else set()
+                found |= names_behind(SECTIONS[owner], node.attr)
         elif isinstance(node, ast.Call):
             function = ast.unparse(node.func)
             found |= {"Recipe"} if function in ("load", "parse") else self.types.get(f"{function}()", set())
@@ -128,6 +137,14 @@ class Reader(ast.NodeVisitor):
             owners = self.infer(node.func.value) - {"Recipe"}
             self.reads |= {(owner, field) for owner, field in FIELDS if owner in owners and field not in skipped}
         self.generic_visit(node)
+
+
+def properties_of(source: str) -> str:
+    """The properties in a module, which pass on what they read; its other functions check keys, which is no use of them."""
+    functions = [node for node in ast.walk(ast.parse(source)) if isinstance(node, ast.FunctionDef)]
+    kept = [f for f in functions if any(ast.unparse(decorator) == "property" for decorator in f.decorator_list)]
+    sections = f"from dag.recipe.schema import {', '.join(SECTIONS)}, Balance"
+    return f"{sections}\n{ast.unparse(ast.Module(list[ast.stmt](kept), []))}"
 
 
 def fields_read(source: str) -> set[tuple[str, str]]:

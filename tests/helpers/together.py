@@ -17,7 +17,7 @@ from dag.recipe import Recipe
 from dag.recipe.load import parse
 from dag.run.folder import RunFolder
 from dag.run.processes import Processes
-from dag.training.build import Parts, build
+from dag.training.build import Components, build
 from dag.training.trainer import Trainer
 
 _DISTURBED = 1  # the process to which things happen
@@ -25,14 +25,14 @@ _DISTURBED = 1  # the process to which things happen
 
 def trainer_of(recipe: Recipe, run: Path, world: Processes, points: float = 1e9) -> Trainer:
     assert world.accelerator is not None
-    parts = build(recipe, world.accelerator.device, lambda text: None, world=world)
+    parts = build(recipe, world.accelerator.device, lambda text: None, processes=world)
     interrupt = Soon(points if world.rank == _DISTURBED else 1e9, signal.SIGINT)
-    return Trainer(recipe, RunFolder(run), parts, world=world, interrupt=interrupt)
+    return Trainer(recipe, RunFolder(run), parts, processes=world, interrupt=interrupt)
 
 
-def first_gradients(parts: Parts) -> dict[str, Tensor]:
+def first_gradients(parts: Components) -> dict[str, Tensor]:
     """Fills with the policy's gradients as the first optimizer step sees them: summed, not yet clipped."""
-    stepper, seen = parts.learner.updates.stepper, dict[str, Tensor]()
+    stepper, seen = parts.learner.updates.policy, dict[str, Tensor]()
     original = stepper.step
 
     def step() -> float:
@@ -44,7 +44,7 @@ def first_gradients(parts: Parts) -> dict[str, Tensor]:
     return seen
 
 
-def failing(parts: Parts, error: Exception, at: int) -> None:
+def failing(parts: Components, error: Exception, at: int) -> None:
     """The reward raises once, at its n-th call."""
     original, calls = parts.reward.total, 0
 
@@ -69,7 +69,7 @@ def disturbed(recipe: Recipe, folder: Path, world: Processes) -> dict[str, Any]:
 
     trainer = trainer_of(recipe, folder / "failed", world)
     if world.rank == _DISTURBED:
-        failing(trainer.parts, RunError("no answer"), at=7)
+        failing(trainer.components, RunError("no answer"), at=7)
     try:
         trainer.fit()
     except RunError as error:
@@ -79,7 +79,7 @@ def disturbed(recipe: Recipe, folder: Path, world: Processes) -> dict[str, Any]:
     wider = recipe.model_copy(update={"sampler": recipe.sampler.model_copy(update={"tile": 2})})
     trainer = trainer_of(wider, folder / "small", world)
     if world.rank == _DISTURBED:
-        failing(trainer.parts, torch.OutOfMemoryError("CUDA out of memory"), at=7)
+        failing(trainer.components, torch.OutOfMemoryError("CUDA out of memory"), at=7)
     trainer.fit()
     told["tile"] = trainer.tile
     return told
@@ -90,7 +90,7 @@ def main(recipes: Path, folder: Path) -> None:
     given = {name: parse(data, name) for name, data in json.loads(recipes.read_text()).items()}
     for name, recipe in given.items():
         trainer = trainer_of(recipe, folder / name, world)
-        gradients = first_gradients(trainer.parts)
+        gradients = first_gradients(trainer.components)
         trainer.fit()
         if world.is_main:
             save_file(gradients, folder / name / "gradients.safetensors")

@@ -111,7 +111,7 @@ class Rollout:
     """(T, N, J) basis functions of every state but the last."""
     exact_eps: Tensor
     """(T, N, D) the data law's noise prediction."""
-    looking: Tensor
+    log_looking: Tensor
     """(T, N) alpha_bar * log R(x0_hat), with the x0_hat of the policy that sampled."""
     log_reward: Tensor
     """(N,)"""
@@ -166,25 +166,25 @@ class ToyGFN:
     def rollout(self, batch: int) -> Rollout:
         """`batch` trajectories of the current policy for each seed."""
         schedule, x = self.schedule, self.noise(batch)
-        states, features, exact, looking = [x], [], [], []
+        states, features, exact, log_looking = [x], [], [], []
         for k in range(schedule.num_transitions):
             features.append(basis(x, self.centres))
             exact.append(self.data.eps(x, schedule.alpha_bar_t[k]))
             output = self.output(k, features[k], exact[k])
-            looking.append(schedule.alpha_bar_t[k] * self.reward.log_prob(schedule.x0_hat(x, output, k)))
+            log_looking.append(schedule.alpha_bar_t[k] * self.reward.log_prob(schedule.x0_hat(x, output, k)))
             x = schedule.sample_next(x, output, self.noise(batch), k)
             states.append(x)
         return Rollout(
             states=torch.stack(states),
             features=torch.stack(features),
             exact_eps=torch.stack(exact),
-            looking=torch.stack(looking),
+            log_looking=torch.stack(log_looking),
             log_reward=self.reward.log_prob(x),
         )
 
     def loss(self, objective: Objective, rollout: Rollout) -> Tensor:
         """Sum over the seeds of each seed's mean loss over all transitions of its trajectories."""
-        (T, N), S = rollout.looking.shape, self.seeds
+        (T, N), S = rollout.log_looking.shape, self.seeds
         k = torch.arange(T).repeat_interleave(N)
         x_t, x_next = rollout.states[:-1].flatten(0, 1), rollout.states[1:].flatten(0, 1)
         output = (rollout.exact_eps + self._lookup(self.policy, rollout.features)).flatten(0, 1)
@@ -204,8 +204,8 @@ class ToyGFN:
             log_reward=rollout.log_reward.repeat(T),
             log_F_tilde=log_F_tilde.flatten(),
             log_F_tilde_next=torch.cat([log_F_tilde[1:], past_the_end]).flatten(),
-            looking=rollout.looking.flatten(),
-            looking_next=torch.cat([rollout.looking[1:], past_the_end]).flatten(),
+            log_looking=rollout.log_looking.flatten(),
+            log_looking_next=torch.cat([rollout.log_looking[1:], past_the_end]).flatten(),
             advantage=self._advantage(objective, rollout, log_F_tilde, log_pf.view(T, N), log_pb.view(T, N)),
         )
         return objective(transition).loss.view(T, S, N // S).mean((0, 2)).sum()
@@ -221,7 +221,7 @@ class ToyGFN:
         given = [one for one in from_rewards if one is not None]
         if given:
             return torch.cat(given).repeat(T)
-        delta = residual_table(log_F_tilde.T, rollout.looking.T, log_pf.T, log_pb.T, rollout.log_reward)
+        delta = residual_table(log_F_tilde.T, rollout.log_looking.T, log_pf.T, log_pb.T, rollout.log_reward)
         from_residuals = [
             objective.advantages(rows, torch.ones(T), torch.zeros(T)) for rows in delta.split(N // self.seeds)
         ]
@@ -249,7 +249,7 @@ class ToyGFN:
     def initial_log_F(self, count: int) -> Tensor:
         """(S,) mean of log F over the initial noise."""
         rollout = self.rollout(count)
-        log_F = self._lookup(self.flow, rollout.features)[0, :, 0] + rollout.looking[0]
+        log_F = self._lookup(self.flow, rollout.features)[0, :, 0] + rollout.log_looking[0]
         return log_F.view(self.seeds, count).mean(1)
 
     def _lookup(self, table: Tensor, features: Tensor) -> Tensor:

@@ -101,7 +101,7 @@ def test_transitions_without_guidance() -> None:
         {"policy_weight": None},
         {"detach_next": True},
         {"huber": 0.01},
-        {"looking": None, "looking_next": None},
+        {"log_looking": None, "log_looking_next": None},
         {"log_reward": None, "is_terminal": None},
     ],
     ids=str,

@@ -3,7 +3,7 @@
 import copy
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
@@ -14,13 +14,13 @@ from torch.autograd.graph import saved_tensors_hooks
 from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 
-from dag.models import adapter
+from dag.models import adapter, families
 from dag.models.adapter import FusedLoraLinear, _LoraProduct
 from dag.models.frozen import FrozenConv2d, freeze_convolutions
 from dag.models.sd import StableDiffusion
 from dag.recipe import Recipe
 from dag.recipe.load import load
-from dag.training.optimizer import Stepper, build_optimizer
+from dag.training.optimizer import ClippedOptimizer, build_optimizer
 
 ROOT = Path(__file__).parents[2]
 CPU = torch.device("cpu")
@@ -30,7 +30,7 @@ CONVOLUTIONS = ["to_q", "to_k", "to_v", "to_out.0", "conv1", "conv2", "conv_shor
 
 def policy_of(recipe: Recipe) -> tuple[StableDiffusion, Tensor]:
     """(a policy whose adapter does something, embeddings of three prompts)."""
-    policy = StableDiffusion(recipe.model, recipe.adapter, recipe.sampler, CPU, 0, recipe.memory)
+    policy = cast(StableDiffusion, families.load(recipe.model_copy(update={"seed": 0}), CPU))
     text = policy.encode(["a cat", "a dog", "a bird"])
     generator = torch.Generator().manual_seed(11)
     with torch.no_grad():
@@ -58,7 +58,7 @@ class CudaAutocast(TorchFunctionMode):
 
 def autocast_form(policy: StableDiffusion) -> Any:
     """The same network with float32 factors in peft's own layers, for autocast."""
-    network = copy.deepcopy(policy.unet)
+    network = copy.deepcopy(policy.denoiser)
     masters = dict(zip(policy.weights.names, policy.weights.masters, strict=True))
     for name, weight in network.named_parameters():
         weight._post_accumulate_grad_hooks = None
@@ -113,7 +113,7 @@ def test_loss_and_gradient_err_at_most_twice_as_far_as_autocasts() -> None:
         truth = both_of(run(exact, torch.float64), trained[0], k, x_next)
         with CudaAutocast(), torch.autocast("cpu", torch.bfloat16):
             plainly = both_of(run(plain, torch.bfloat16), trained[1], k, x_next)
-        ours = both_of(run(policy.unet, torch.bfloat16), policy.trainable(), k, x_next)
+        ours = both_of(run(policy.denoiser, torch.bfloat16), policy.trainable(), k, x_next)
         for name, found, autocast, true in zip(("log P_F", "gradient"), ours, plainly, truth, strict=True):
             assert_as_good_as(f"{name} at step {k}", found, autocast, true)
 
@@ -147,7 +147,7 @@ def half(make_recipe: MakeRecipe, **changes: Any) -> tuple[StableDiffusion, Tens
 
 def backward(policy: StableDiffusion, text: Tensor, seed: int) -> None:
     x_t = torch.randn(3, *policy.latent_shape, generator=torch.Generator().manual_seed(seed))
-    policy.predict(x_t, policy.schedule.timesteps[1].expand(3), text).rows.float().square().sum().backward()
+    policy.predict(x_t, policy.schedule.timesteps[1].expand(3), text).branches.float().square().sum().backward()
 
 
 @pytest.mark.parametrize("large", [1, 1 << 16], ids=["each at once", "together"])
@@ -177,11 +177,11 @@ def test_gradients_are_summed_in_float32(
 def test_a_backward_pass_that_breaks_off_leaves_nothing(make_recipe: MakeRecipe) -> None:
     """As where memory runs out: what it left in the copies is no part of the next gradient."""
     policy, text = half(make_recipe)
-    stepper = Stepper("policy", torch.optim.AdamW(policy.trainable()), 1.0, policy.weights)
+    stepper = ClippedOptimizer("policy", torch.optim.AdamW(policy.trainable()), 1.0, policy.weights)
 
     def loss_of() -> Tensor:
         x_t = torch.randn(3, *policy.latent_shape, generator=torch.Generator().manual_seed(1))
-        return policy.predict(x_t, policy.schedule.timesteps[1].expand(3), text).rows.float().square().sum()
+        return policy.predict(x_t, policy.schedule.timesteps[1].expand(3), text).branches.float().square().sum()
 
     stepper.backward(loss_of())
     expected = [master.grad.clone() for master in policy.trainable() if master.grad is not None]
@@ -224,12 +224,12 @@ def test_gradients_and_optimizer_states_lie_like_their_weights(make_recipe: Make
 def test_a_step_moves_masters_and_what_computes(make_recipe: MakeRecipe, kind: str) -> None:
     policy, text = half(make_recipe, kind=kind)
     optimizer = build_optimizer(policy.trainable(), 1e-6, make_recipe().train, "adamw")
-    stepper = Stepper("policy", optimizer, 1.0, policy.weights)
+    stepper = ClippedOptimizer("policy", optimizer, 1.0, policy.weights)
     before = [master.detach().clone() for master in policy.trainable()]
     for _ in range(3):
         stepper.zero_grad()
         x_t = torch.randn(3, *policy.latent_shape)
-        rows = policy.predict(x_t, policy.schedule.timesteps[1].expand(3), text).rows
+        rows = policy.predict(x_t, policy.schedule.timesteps[1].expand(3), text).branches
         stepper.backward(rows.float().square().sum())
         stepper.step()
     # Steps far below a half-precision digit are not lost.
@@ -275,7 +275,7 @@ def test_the_switch_leaves_what_is_trained_alone(make_recipe: MakeRecipe) -> Non
     x_t, t = torch.randn(3, *policy.latent_shape), policy.schedule.timesteps[1].expand(3)
     with torch.no_grad():
         off, base, on = (
-            model.predict(x_t, t, text, pretrained=switched).rows
+            model.predict(x_t, t, text, pretrained=switched).branches
             for model, switched in ((policy, True), (fresh, False), (policy, False))
         )
     assert torch.equal(off, base)
@@ -286,7 +286,7 @@ def test_the_switch_leaves_what_is_trained_alone(make_recipe: MakeRecipe) -> Non
 def test_in_float32_there_are_no_copies(make_recipe: MakeRecipe) -> None:
     policy, _ = policy_of(make_recipe())
     assert policy.weights.masters is policy.weights.copies
-    assert {id(p) for p in policy.trainable()} == {id(p) for p in policy.unet.parameters() if p.requires_grad}
+    assert {id(p) for p in policy.trainable()} == {id(p) for p in policy.denoiser.parameters() if p.requires_grad}
 
 
 # -- frozen convolutions ------------------------------------------------------------------------------------------
@@ -320,6 +320,6 @@ def test_a_frozen_convolution_gives_the_same_bits(
 def test_factors_of_frozen_convolutions_are_trained(make_recipe: MakeRecipe) -> None:
     """peft makes them of the class of what they adapt."""
     policy, text = policy_of(make_recipe(adapter={"targets": CONVOLUTIONS}))
-    assert any(type(module) is FrozenConv2d for module in policy.unet.modules())
+    assert any(type(module) is FrozenConv2d for module in policy.denoiser.modules())
     backward(policy, text, 1)
     assert all(weight.grad is not None for weight in policy.trainable())

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 import torch._dynamo
-from helpers.building import disturb, parts_of, rolled_out, rows, write
+from helpers.building import disturb, parts_of, rolled_out, rows, updated, write
 from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
 
@@ -24,7 +24,7 @@ from dag.models.levers import choose_attention, compilations
 from dag.recipe import Recipe, is_scored
 from dag.run.determinism import deterministic
 from dag.run.folder import RunFolder
-from dag.training.build import Parts
+from dag.training.build import Components
 
 MakeRecipe = Callable[..., Recipe]
 
@@ -34,26 +34,26 @@ def run(tmp_path: Path) -> RunFolder:
     return RunFolder.create(tmp_path / "run")
 
 
-def states(parts: Parts, count: int = 4) -> tuple[Tensor, Tensor, Tensor]:
+def states(parts: Components, count: int = 4) -> tuple[Tensor, Tensor, Tensor]:
     """Inputs of `predict`."""
     generator = torch.Generator().manual_seed(3)
     x_t = torch.randn(count, *parts.policy.latent_shape, generator=generator)
     return x_t, parts.policy.schedule.timesteps[1].expand(count), parts.text[torch.arange(count) % len(parts.text)]
 
 
-def gradients(parts: Parts) -> list[Tensor]:
+def gradients(parts: Components) -> list[Tensor]:
     """Of a prediction's squares with respect to the adapter."""
     for parameter in parts.policy.trainable():
         parameter.grad = None
-    parts.policy.predict(*states(parts)).rows.float().square().sum().backward()
+    parts.policy.predict(*states(parts)).branches.float().square().sum().backward()
     parts.policy.weights.gather()
     return [p.grad.clone() for p in parts.policy.trainable() if p.grad is not None]
 
 
-def saved_bytes(parts: Parts) -> int:
+def saved_bytes(parts: Components) -> int:
     """Of the tensors that a prediction keeps for its backward, each storage once, weights left out."""
     seen: dict[int, int] = {}
-    weights = {p.untyped_storage().data_ptr() for p in parts.policy.unet.parameters()}
+    weights = {p.untyped_storage().data_ptr() for p in parts.policy.denoiser.parameters()}
 
     def pack(tensor: Tensor) -> Tensor:
         storage = tensor.untyped_storage()
@@ -86,7 +86,7 @@ def test_memory_layout_changes_rounding_alone(make_recipe: MakeRecipe) -> None:
     for channels_last in (True, False):
         parts = parts_of(make_recipe(memory={"channels_last": channels_last}))
         disturb(parts)
-        weight = parts.policy.unet.conv_in.weight
+        weight = parts.policy.denoiser.get_parameter("conv_in.weight")
         assert weight.is_contiguous(memory_format=torch.channels_last) or not channels_last
         assert weight.is_contiguous() or channels_last
         found.append(gradients(parts))
@@ -101,11 +101,11 @@ def test_compiled_blocks_change_rounding_alone(make_recipe: MakeRecipe) -> None:
     for is_compiled in (False, True):
         parts = parts_of(make_recipe(memory={"compile": is_compiled}))
         disturb(parts)
-        blocks = [m for m in parts.policy.unet.modules() if type(m).__name__ == "BasicTransformerBlock"]
+        blocks = [m for m in parts.policy.denoiser.modules() if type(m).__name__ == "BasicTransformerBlock"]
         assert all((block._compiled_call_impl is not None) == is_compiled for block in blocks)
         found.append(gradients(parts))
         with torch.no_grad():
-            pretrained.append(parts.policy.predict(*states(parts), pretrained=True).rows)
+            pretrained.append(parts.policy.predict(*states(parts), pretrained=True).branches)
     scale = max(float(gradient.abs().max()) for gradient in found[0])
     assert max(float((a - b).abs().max()) for a, b in zip(*found, strict=True)) < 1e-5 * scale
     torch.testing.assert_close(*pretrained, rtol=1e-4, atol=1e-5)
@@ -121,7 +121,7 @@ def quick_compiler(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     torch._dynamo.reset()
 
 
-def call_patterns(parts: Parts, most: int) -> None:
+def call_patterns(parts: Components, most: int) -> None:
     """Numbers of rows, with and without gradients, adapter and guidance."""
     for count in range(1, most + 1):
         parts.policy.predict(*states(parts, count))
@@ -156,8 +156,8 @@ def test_the_whole_unet_is_compiled_at_fixed_shapes(make_recipe: MakeRecipe, qui
     plain, compiled = (parts_of(make_recipe(memory={"compile": kind})) for kind in (False, "unet"))
     for parts in (plain, compiled):
         disturb(parts)
-    inner = [module for module in compiled.policy.unet.modules() if module._compiled_call_impl is not None]
-    assert inner == [compiled.policy.unet]
+    inner = [module for module in compiled.policy.denoiser.modules() if module._compiled_call_impl is not None]
+    assert inner == [compiled.policy.denoiser]
     for ours, theirs in zip(gradients(plain), gradients(compiled), strict=True):
         torch.testing.assert_close(ours, theirs)
     with torch.no_grad():
@@ -260,7 +260,7 @@ def xformers(make_recipe: MakeRecipe, monkeypatch: pytest.MonkeyPatch) -> Callab
                 raise self.raises
             return v
 
-    unet, randn, operations = parts_of(make_recipe()).policy.unet, torch.randn, Operations()
+    unet, randn, operations = parts_of(make_recipe()).policy.denoiser, torch.randn, Operations()
     monkeypatch.setattr(attention_processor, "xformers", SimpleNamespace(ops=operations))
     monkeypatch.setattr(attention_processor, "is_xformers_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
@@ -318,15 +318,17 @@ def test_a_quantised_base_is_smaller_close_and_trains(
     pytest.importorskip("bitsandbytes")
     plain, small = (parts_of(make_recipe(memory={"base": base})) for base in ("compute", kind))
     name = "mid_block.attentions.0.transformer_blocks.0.ff.net.2"
-    before, after = (parts.policy.unet.get_submodule(name).weight for parts in (plain, small))
+    before, after = (parts.policy.denoiser.get_parameter(f"{name}.weight") for parts in (plain, small))
     assert after.nbytes * 32 == before.nbytes * bits
     with torch.no_grad():
         exact, found = (parts.policy.predict(*states(parts)).guided for parts in (plain, small))
     error = float((found - exact).norm() / exact.norm())
     assert 0 < error < bound
     trainer, trajectories = rolled_out(make_recipe(memory={"base": kind}), run)
-    assert float(trainer.update(trajectories, 0)["grad_norm_policy"]) > 0
-    assert set(trainer.parts.policy.state_dict()) == set(plain.policy.state_dict()), "the adapter has the same layers"
+    assert float(updated(trainer, trajectories, 0)["grad_norm_policy"]) > 0
+    assert set(trainer.components.policy.state_dict()) == set(plain.policy.state_dict()), (
+        "the adapter has the same layers"
+    )
 
 
 @pytest.mark.parametrize("kind", ["adamw8bit", "paged_adamw8bit"])
@@ -336,8 +338,8 @@ def test_eight_bit_states_for_policy_and_flow(make_recipe: MakeRecipe, run: RunF
         train={"optimizer": kind}, flow={"optimizer": kind, "channels": [64]}, adapter={"kind": "full"}
     )
     trainer, trajectories = rolled_out(recipe, run)
-    trainer.update(trajectories, 0)
-    for stepper in trainer.parts.learner.updates.steppers():
+    updated(trainer, trajectories, 0)
+    for stepper in trainer.components.learner.updates.optimizers():
         assert any(state["state1"].dtype == torch.uint8 for state in stepper.optimizer.state.values())
 
 
@@ -352,11 +354,11 @@ def test_a_frozen_unconditional_branch_is_the_pretrained_one(make_recipe: MakeRe
         both = frozen.policy.predict(*states(frozen))
         pretrained = frozen.policy.predict(*states(frozen), pretrained=True)
         adapted = trained.policy.predict(*states(trained))
-    torch.testing.assert_close(both.rows[:4], pretrained.rows[:4], rtol=1e-5, atol=1e-5)
-    torch.testing.assert_close(both.rows[4:], adapted.rows[4:], rtol=1e-5, atol=1e-5)
-    assert float((adapted.rows[:4] - both.rows[:4]).abs().max()) > 1e-3
+    torch.testing.assert_close(both.branches[:4], pretrained.branches[:4], rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(both.branches[4:], adapted.branches[4:], rtol=1e-5, atol=1e-5)
+    assert float((adapted.branches[:4] - both.branches[:4]).abs().max()) > 1e-3
     # No graph for the unconditional rows.
-    frozen.policy.predict(*states(frozen)).rows[:4].float().sum().backward()
+    frozen.policy.predict(*states(frozen)).branches[:4].float().sum().backward()
     assert all(p.grad is None or not p.grad.any() for p in frozen.policy.trainable())
 
 
@@ -375,7 +377,7 @@ def test_an_offloaded_vae_is_at_work_only_in_its_phase(
 ) -> None:
     parts, moves = parts_of(make_recipe(memory={"offload_vae": True})), []
     monkeypatch.setattr(parts.policy.decoder.vae, "to", lambda device: moves.append(device.type))
-    parts.policy.decoder.device = torch.device("cuda")
+    monkeypatch.setattr(parts.policy.decoder, "device", torch.device("cuda"))
     with parts.scoring():
         assert moves == ["cuda"]
     assert moves == ["cuda", "cpu"]
@@ -399,10 +401,10 @@ def test_stride_scores_fewer_states_and_holds_the_newest(make_recipe: MakeRecipe
     looking = {"beta": {"value": 1.0}, "forward_looking": {"stride": 3}}
     _, every = rolled_out(make_recipe(**sections), run)
     _, third = rolled_out(make_recipe(**sections, objective=looking), run)
-    assert every.looking is not None and third.looking is not None
+    assert every.x0_hat_reward is not None and third.x0_hat_reward is not None
     for k, scored in enumerate([0, 0, 0, 3, 4, 5, 6]):
-        assert torch.equal(third.looking[:, k], every.looking[:, scored])
-    assert not torch.equal(every.looking[:, 0], every.looking[:, 1])
+        assert torch.equal(third.x0_hat_reward[:, k], every.x0_hat_reward[:, scored])
+    assert not torch.equal(every.x0_hat_reward[:, 0], every.x0_hat_reward[:, 1])
 
 
 # -- storage ------------------------------------------------------------------------------------------------------
@@ -429,7 +431,7 @@ def test_where_chains_wait_changes_nothing(make_recipe: MakeRecipe, run: RunFold
     trainer, trajectories = rolled_out(make_recipe(memory={"chains": chains}), run)
     rows = torch.tensor([6, 1])
     assert torch.equal(trajectories.states(2, rows), trajectories.chain[2, rows])
-    assert trainer.update(trajectories, 0)["ratio_max_dev"] == 0.0
+    assert updated(trainer, trajectories, 0)["ratio_max_dev"] == 0.0
 
 
 def test_the_fused_optimizer_goes_on_from_a_checkpoint() -> None:

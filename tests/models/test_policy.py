@@ -4,21 +4,31 @@ import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any, cast
 
 import pytest
 import torch
 from helpers.building import CPU, parts_of
 
-from dag import recipe
+from dag.chain.policy import Policy
 from dag.errors import RunError, UsageError
+from dag.models import families
 from dag.models.sd import StableDiffusion
 from dag.recipe import Recipe
+from dag.recipe.load import parse
 
 MakeRecipe = Callable[..., Recipe]
+REST: dict[str, object] = {
+    "prompts": {"texts": ["a cat"]},
+    "reward": {"name": "colourfulness"},
+    "objective": {"name": "ddpo"},
+}
 
 
-def load(path: Path | str, **adapter: object) -> StableDiffusion:
-    return StableDiffusion(recipe.Model(path=str(path)), recipe.Adapter(**adapter), recipe.Sampler(steps=4), CPU)
+def load(path: Path | str, model: dict[str, object] | None = None, **adapter: object) -> Policy:
+    """The policy of a recipe for this folder, by the door that every family has."""
+    sections = {"model": {"path": str(path), **(model or {})}, "adapter": adapter, "sampler": {"steps": 4}}
+    return families.load(parse({**sections, **REST}, "test"), CPU)
 
 
 @pytest.fixture
@@ -113,6 +123,19 @@ def test_unknown_prediction_type(copy_of_model: Path) -> None:
         load(copy_of_model)
 
 
+def test_the_pipeline_that_a_folder_names_decides_the_family(
+    copy_of_model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(families.FAMILIES, "MinePipeline", cast(Any, lambda *given: given))
+    assert isinstance(load(copy_of_model), StableDiffusion)
+    edit(copy_of_model / "model_index.json", _class_name="MinePipeline")
+    recipe, *others = cast(Any, load(copy_of_model))
+    assert recipe.model.path == str(copy_of_model)
+    assert others == [copy_of_model, CPU, None]
+    (copy_of_model / "model_index.json").unlink()
+    assert isinstance(load(copy_of_model), StableDiffusion)
+
+
 def test_each_lora_target_must_match(tiny_model: Path) -> None:
     """peft ignores a misspelt target beside a good one; that would silently train less than was asked."""
     with pytest.raises(UsageError, match=r"adapter\.targets: 'to_kk' matches no layer.*to_k"):
@@ -121,23 +144,20 @@ def test_each_lora_target_must_match(tiny_model: Path) -> None:
 
 def test_lora_freezes_the_rest_and_full_trains_everything(tiny_model: Path) -> None:
     lora, full = load(tiny_model), load(tiny_model, kind="full")
-    assert all("lora" in name for name, p in lora.unet.named_parameters() if p.requires_grad)
-    assert all(p.requires_grad for p in full.unet.parameters())
+    assert all("lora" in name for name, p in lora.denoiser.named_parameters() if p.requires_grad)
+    assert all(p.requires_grad for p in full.denoiser.parameters())
     assert not any(p.requires_grad for p in lora.decoder.vae.parameters())
 
 
 def test_trainable_weights_stay_fp32_under_mixed_precision(tiny_model: Path) -> None:
-    model = recipe.Model(path=str(tiny_model), dtype="bf16")
-    lora = StableDiffusion(model, recipe.Adapter(), recipe.Sampler(steps=4), CPU)
+    lora = load(tiny_model, {"dtype": "bf16"})
     assert {p.dtype for p in lora.trainable()} == {torch.float32}
-    assert {p.dtype for p in lora.unet.parameters() if not p.requires_grad} == {torch.bfloat16}
+    assert {p.dtype for p in lora.denoiser.parameters() if not p.requires_grad} == {torch.bfloat16}
 
 
 def test_fp16_on_a_cpu_is_refused(tiny_model: Path) -> None:
     with pytest.raises(UsageError, match="fp16 needs a GPU"):
-        StableDiffusion(
-            recipe.Model(path=str(tiny_model), dtype="fp16"), recipe.Adapter(), recipe.Sampler(steps=4), CPU
-        )
+        load(tiny_model, {"dtype": "fp16"})
 
 
 def test_prompts_that_do_not_fit_are_reported(tiny_model: Path) -> None:
@@ -152,7 +172,7 @@ def test_embeddings_match_the_pipeline(tiny_model: Path) -> None:
 
     pipeline = StableDiffusionPipeline.from_pretrained(tiny_model, safety_checker=None)
     expected, empty = pipeline.encode_prompt(["a cat", "a dog"], "cpu", 1, True)
-    policy = load(tiny_model)
+    policy = cast(StableDiffusion, load(tiny_model))
     torch.testing.assert_close(policy.encode(["a cat", "a dog"]), expected)
     assert policy._uncond is not None
     torch.testing.assert_close(policy._uncond, empty[:1])
@@ -170,6 +190,4 @@ def test_weights_of_another_adapter_are_refused(tiny_model: Path) -> None:
 
 def test_resolution_must_suit_the_vae(tiny_model: Path) -> None:
     with pytest.raises(UsageError, match="multiple of 2"):
-        StableDiffusion(
-            recipe.Model(path=str(tiny_model), resolution=15), recipe.Adapter(), recipe.Sampler(steps=4), CPU
-        )
+        load(tiny_model, {"resolution": 15})

@@ -25,8 +25,8 @@ def transitions() -> Transition:
     return Transition(
         k=torch.arange(B), is_terminal=torch.arange(B) >= 4, log_pf=log_pf, log_pf_old=log_pf.detach().clone(),
         log_pb=values(1).requires_grad_(), log_reward=values(2).requires_grad_(), log_F_tilde=values(3).requires_grad_(),
-        log_F_tilde_next=values(4).requires_grad_(), looking=values(5).requires_grad_(),
-        looking_next=values(6).requires_grad_(), advantage=values(7),
+        log_F_tilde_next=values(4).requires_grad_(), log_looking=values(5).requires_grad_(),
+        log_looking_next=values(6).requires_grad_(), advantage=values(7),
     )  # fmt: skip
 
 
@@ -42,11 +42,11 @@ def expected_residual(t: Transition) -> torch.Tensor:
     assert (
         t.log_F_tilde is not None
         and t.log_F_tilde_next is not None
-        and t.looking is not None
-        and t.looking_next is not None
+        and t.log_looking is not None
+        and t.log_looking_next is not None
     )
-    following = torch.where(t.is_terminal, t.log_reward, t.log_F_tilde_next + t.looking_next)
-    return (t.log_F_tilde + t.looking + t.log_pf - t.log_pb - following).detach()
+    following = torch.where(t.is_terminal, t.log_reward, t.log_F_tilde_next + t.log_looking_next)
+    return (t.log_F_tilde + t.log_looking + t.log_pf - t.log_pb - following).detach()
 
 
 def test_dag_db_is_the_squared_residual_and_detaches_the_next_flow() -> None:
@@ -113,7 +113,7 @@ def test_dag_kl_gradient_matches_the_closed_form_kl_of_a_gaussian() -> None:
     objective = dag_kl()
     t = Transition(
         k=torch.zeros(n, dtype=torch.int64), is_terminal=torch.ones(n, dtype=torch.bool), log_pf=log_pf, log_pf_old=log_pf.detach(),
-        log_pb=zeros, log_reward=log_target, log_F_tilde=zeros, log_F_tilde_next=zeros, looking=zeros, looking_next=zeros,
+        log_pb=zeros, log_reward=log_target, log_F_tilde=zeros, log_F_tilde_next=zeros, log_looking=zeros, log_looking_next=zeros,
         advantage=objective.advantages(delta[:, None], torch.ones(1), torch.zeros(1))[:, 0],
     )  # fmt: skip
     objective(t).loss.mean().backward()

@@ -13,28 +13,28 @@ def table(seed: int, N: int = 5, T: int = 7) -> torch.Tensor:
 
 def test_detailed_balance_telescopes_to_trajectory_balance() -> None:
     """sum_k delta_k = log F(x_0-th) + sum log P_F - sum log P_B - log R: inner flows cancel."""
-    log_F, looking, log_pf, log_pb = (table(seed) for seed in range(4))
+    log_F, log_looking, log_pf, log_pb = (table(seed) for seed in range(4))
     log_reward = table(9)[:, 0]
-    residuals = transition.residual_table(log_F, looking, log_pf, log_pb, log_reward)
-    trajectory_balance = log_F[:, 0] + looking[:, 0] + log_pf.sum(1) - log_pb.sum(1) - log_reward
+    residuals = transition.residual_table(log_F, log_looking, log_pf, log_pb, log_reward)
+    trajectory_balance = log_F[:, 0] + log_looking[:, 0] + log_pf.sum(1) - log_pb.sum(1) - log_reward
     torch.testing.assert_close(residuals.sum(1), trajectory_balance, rtol=0, atol=1e-10)
 
 
 def test_forward_looking_is_a_reparametrisation() -> None:
     """The same log F, split otherwise into a learnt and a forward-looking part, has the same residual."""
-    log_F, looking, log_pf, log_pb = (table(seed) for seed in range(4))
+    log_F, log_looking, log_pf, log_pb = (table(seed) for seed in range(4))
     log_reward = table(9)[:, 0]
     plain = transition.residual_table(log_F, torch.zeros_like(log_F), log_pf, log_pb, log_reward)
-    split = transition.residual_table(log_F - looking, looking, log_pf, log_pb, log_reward)
+    split = transition.residual_table(log_F - log_looking, log_looking, log_pf, log_pb, log_reward)
     torch.testing.assert_close(plain, split, rtol=0, atol=1e-12)
 
 
 def test_constant_shift_centres_every_step() -> None:
-    log_F, looking, log_pf, log_pb = (table(seed) for seed in range(4))
+    log_F, log_looking, log_pf, log_pb = (table(seed) for seed in range(4))
     log_pf = log_pf + 100 * torch.arange(7)  # a mean that depends on the step, as in a real chain
     log_reward = table(9)[:, 0]
-    shift = transition.constant_shift(transition.residual_table(log_F, looking, log_pf, log_pb, log_reward))
-    centred = transition.residual_table(log_F + shift, looking, log_pf, log_pb, log_reward)
+    shift = transition.constant_shift(transition.residual_table(log_F, log_looking, log_pf, log_pb, log_reward))
+    centred = transition.residual_table(log_F + shift, log_looking, log_pf, log_pb, log_reward)
     torch.testing.assert_close(centred.mean(0), torch.zeros(7, dtype=torch.float64), rtol=0, atol=1e-10)
 
 
@@ -42,7 +42,7 @@ def test_terminal_transition_uses_the_reward_and_ignores_the_flow_net() -> None:
     nothing = torch.zeros(2)
     found = PLAIN.detailed_balance(
         log_F=torch.tensor([1.0, 2.0]), log_pf=nothing, log_pb=nothing, log_F_next=torch.tensor([3.0, 1e9]),
-        looking=torch.tensor([0.5, 0.25]), looking_next=torch.tensor([0.125, 1e9]),
+        log_looking=torch.tensor([0.5, 0.25]), log_looking_next=torch.tensor([0.125, 1e9]),
         log_reward=torch.tensor([5.0, 7.0]), is_terminal=torch.tensor([False, True]),
     )  # fmt: skip
     assert found.residual.tolist() == [1.5 - 3.125, 2.25 - 7.0]

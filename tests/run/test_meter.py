@@ -10,7 +10,7 @@ import torch
 
 import train_dag
 from dag.run import meter
-from dag.run.meter import PHASES, Ledger
+from dag.run.meter import PHASES, PhaseMeter
 
 ROOT = Path(__file__).parents[2]
 CPU = torch.device("cpu")
@@ -18,7 +18,7 @@ needs_proc = pytest.mark.skipif(meter.meter_of(CPU) is None, reason="this system
 
 
 class Scripted:
-    """A meter that reads what it was told, once per reset."""
+    """A meter that reads what it was given, once per reset."""
 
     def __init__(self) -> None:
         self.now, self.resets = 0, 0
@@ -35,13 +35,13 @@ class Scripted:
 
 @pytest.fixture
 def scripted(monkeypatch: pytest.MonkeyPatch) -> Scripted:
-    meter = Scripted()
-    monkeypatch.setattr(meter, "meter_of", lambda device: meter)
-    return meter
+    found = Scripted()
+    monkeypatch.setattr(meter, "meter_of", lambda device: found)
+    return found
 
 
 def test_a_phase_owns_its_peak_and_time_only(scripted: Scripted) -> None:
-    book = Ledger(CPU)
+    book = PhaseMeter(CPU)
     scripted.now = 7 << 30
     with book.phase("sample"):
         scripted.now = 3 << 30
@@ -57,7 +57,7 @@ def test_a_phase_owns_its_peak_and_time_only(scripted: Scripted) -> None:
 
 
 def test_an_epoch_forgets_the_one_before_but_the_run_does_not(scripted: Scripted) -> None:
-    book = Ledger(CPU)
+    book = PhaseMeter(CPU)
     with book.phase("sample"):
         scripted.now = 3 << 30
     book.start_epoch()
@@ -68,7 +68,7 @@ def test_an_epoch_forgets_the_one_before_but_the_run_does_not(scripted: Scripted
 
 
 def test_a_phase_that_fails_is_still_written_down(scripted: Scripted) -> None:
-    book = Ledger(CPU)
+    book = PhaseMeter(CPU)
 
     def fail() -> None:
         with book.phase("reward"):
@@ -82,7 +82,7 @@ def test_a_phase_that_fails_is_still_written_down(scripted: Scripted) -> None:
 
 def test_a_system_that_tells_nothing_gives_null(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(meter.ResidentMeter, "_RESET", Path("/nowhere/clear_refs"))
-    book = Ledger(CPU)
+    book = PhaseMeter(CPU)
     with book.phase("sample"):
         pass
     row = book.row()
@@ -91,7 +91,7 @@ def test_a_system_that_tells_nothing_gives_null(monkeypatch: pytest.MonkeyPatch)
 
 @needs_proc
 def test_resident_memory_rises_with_what_a_phase_holds_and_falls_again() -> None:
-    book, size = Ledger(CPU), 256 << 20
+    book, size = PhaseMeter(CPU), 256 << 20
     with book.phase("sample"):
         held = torch.ones(size, dtype=torch.uint8)
     del held
@@ -135,7 +135,7 @@ class Stream:
 
 
 def test_phases_are_timed_without_waiting_until_somebody_asks(scripted: Scripted) -> None:
-    book, stream = Ledger(CPU), Stream()
+    book, stream = PhaseMeter(CPU), Stream()
     book.clock = stream
     for _ in range(100):
         with book.timed("update"), book.timed("reward"):
@@ -148,7 +148,7 @@ def test_phases_are_timed_without_waiting_until_somebody_asks(scripted: Scripted
 
 def test_moments_do_not_pile_up(scripted: Scripted, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(meter, "_MOST_MARKS", 10)
-    book, stream = Ledger(CPU), Stream()
+    book, stream = PhaseMeter(CPU), Stream()
     book.clock = stream
     for _ in range(25):
         with book.timed("update"):
@@ -158,7 +158,7 @@ def test_moments_do_not_pile_up(scripted: Scripted, monkeypatch: pytest.MonkeyPa
 
 
 def test_a_peak_can_be_read_without_its_time(scripted: Scripted) -> None:
-    book = Ledger(CPU)
+    book = PhaseMeter(CPU)
     with book.peak("update"), book.timed("reward"):
         scripted.now = 5 << 30
     row = book.row()

@@ -20,6 +20,7 @@ from dag.recipe import Recipe
 from dag.run import checkpoint
 from dag.run.folder import RunFolder
 from dag.run.processes import Processes
+from dag.training.safe_points import agreed
 from dag.training.trainer import Trainer
 
 ROOT = Path(__file__).parents[2]
@@ -127,7 +128,7 @@ def test_another_number_of_processes_needs_a_checkpoint_between_epochs(make_reci
     trainer = Trainer(recipe, run, parts_of(recipe))
     trainer.fit()
     state = checkpoint.load_state(checkpoint.chosen(run.checkpoints))
-    objection = trainer.saver._objection
+    objection = trainer.checkpoints._objection
     assert objection({**state, "processes": 2}) is None
     inside = {**state, "processes": 2, "flight": [{}, {}]}
     assert objection(inside) == "was taken inside an epoch by 2 processes, this launch has 1"
@@ -139,33 +140,33 @@ def test_all_processes_take_the_checkpoint_that_the_main_one_took(make_recipe: M
     recipe, run = make_recipe(train={"epochs": 2}), RunFolder.create(tmp_path / "run")
     trainer = Trainer(recipe, run, parts_of(recipe))
     trainer.fit()
-    told = (run.checkpoints / "epoch_0001", ["epoch_0002: manifest.json is missing"])
+    said = (run.checkpoints / "epoch_0001", ["epoch_0002: manifest.json is missing"])
 
     class Second(Processes):
         def from_main(self, value: Any) -> Any:
             assert value is None, "it did not look itself"
-            return told
+            return said
 
-    trainer.saver.world = Second()
-    trainer.saver.world.rank = 1
-    assert trainer.saver.find() == told
+    trainer.checkpoints.processes = Second()
+    trainer.checkpoints.processes.rank = 1
+    assert trainer.checkpoints.find() == said
 
 
 def test_shares_come_back_in_order() -> None:
     """Dealing out and gathering without a network: what `mine` gives to each, `everyones` puts together."""
 
-    class Told(Processes):
+    class Dealt(Processes):
         def __init__(self, rank: int, size: int) -> None:
             super().__init__()
             self.rank, self.size = rank, size
 
         def _gather(self, values: torch.Tensor) -> torch.Tensor:
-            return torch.cat([Told(rank, self.size).mine(rows, groups) for rank in range(self.size)])
+            return torch.cat([Dealt(rank, self.size).mine(rows, groups) for rank in range(self.size)])
 
     rows = torch.arange(24).reshape(12, 2)
     for size, groups in ((2, 1), (2, 3), (3, 2), (4, 3)):
-        shares = [Told(rank, size).mine(rows, groups) for rank in range(size)]
-        assert torch.equal(Told(0, size).everyones(shares[0], groups), rows)
+        shares = [Dealt(rank, size).mine(rows, groups) for rank in range(size)]
+        assert torch.equal(Dealt(0, size).everyones(shares[0], groups), rows)
         per_group = len(rows) // groups // size
         assert torch.equal(shares[1][:per_group], rows[per_group : 2 * per_group]), "consecutive within a group"
 
@@ -194,10 +195,10 @@ def test_a_launch_that_would_silently_be_one_process_says_so(tmp_path: Path) -> 
     )
 
 
-def test_the_error_of_another_process_is_named(make_recipe: MakeRecipe, tmp_path: Path) -> None:
-    recipe, run = make_recipe(), RunFolder.create(tmp_path / "run")
-    trainer = Trainer(recipe, run, parts_of(recipe))
-    trainer.rest.world = Processes()
-    trainer.rest.world.any = lambda flags: [flags[0], True]  # type: ignore[method-assign]
+def test_the_error_of_another_process_is_named() -> None:
+    class Beside(Processes):
+        def any(self, flags: Any) -> list[bool]:
+            return [flags[0], True]
+
     with pytest.raises(RunError, match="another process failed"):
-        trainer.rest.attempt(lambda: None)
+        agreed(Beside(), lambda: None)

@@ -2,8 +2,8 @@
 
 import torch
 
+from dag.costs.fake_gpu import FakeGpu
 from dag.costs.live_bytes import as_on_cuda
-from dag.costs.rehearsal import Rehearsal
 from dag.training.embeddings import Embeddings
 
 PROMPT_ID = torch.tensor([3, 1, 3])
@@ -18,7 +18,7 @@ def test_rows_are_the_prompts() -> None:
 
 def test_a_micro_batch_costs_one_copy() -> None:
     embeddings = Embeddings(torch.zeros(5, 4, 2), torch.device("meta"))
-    with Rehearsal() as counted, as_on_cuda():
+    with FakeGpu() as counted, as_on_cuda():
         for _ in range(10):
             embeddings.rows(PROMPT_ID.clone())
         assert counted.counts.host_copies.total() == 1

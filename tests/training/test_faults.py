@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 import torch
-from helpers.building import parts_of, poisoned, rows, write
+from helpers.building import parts_of, poisoned, rows, sampled, updated, write
 from safetensors.torch import load_file
 
 import train_dag
@@ -232,7 +232,7 @@ def test_a_gradient_that_is_not_finite_is_skipped(make_recipe: MakeRecipe, tmp_p
     trainer = Trainer(recipe, run, parts_of(recipe))
     poisoned(trainer, sample=3, k=1, times=1)
     trainer.fit()
-    state = trainer.parts.policy.state_dict()
+    state = trainer.components.policy.state_dict()
     assert all(bool((value == 0).all()) for name, value in state.items() if "lora_B" in name), "no update was made"
     assert rows(run.path)[-1]["loss"] is None
 
@@ -261,13 +261,13 @@ def test_one_too_many_ends_the_run_with_the_transition(make_recipe: MakeRecipe, 
 def test_a_rollout_that_is_not_finite_teaches_nothing(make_recipe: MakeRecipe, tmp_path: Path) -> None:
     recipe, run = make_recipe(), RunFolder.create(tmp_path / "run")
     trainer = Trainer(recipe, run, parts_of(recipe))
-    trajectories = trainer.sample(0)
+    trajectories = sampled(trainer, 0)
     log_pf = trajectories.log_pf.clone()
     log_pf[5, 2] = torch.nan
-    flow = {name: value.clone() for name, value in trainer.parts.flow.state_dict().items()}  # type: ignore[union-attr]
+    flow = {name: value.clone() for name, value in trainer.components.flow.state_dict().items()}  # type: ignore[union-attr]
     with pytest.raises(DivergedError, match="log P_F of sample 5 at step 2 is nan"):
-        trainer.update(replace(trajectories, log_pf=log_pf), 0)
-    after = trainer.parts.flow.state_dict()  # type: ignore[union-attr]
+        updated(trainer, replace(trajectories, log_pf=log_pf), 0)
+    after = trainer.components.flow.state_dict()  # type: ignore[union-attr]
     assert all(torch.equal(flow[name], after[name]) for name in flow)
 
 
@@ -394,7 +394,7 @@ def test_memory_that_runs_out_outside_sampling_ends_in_one_line(
     def full(*anything: Any) -> None:
         raise RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`\nsecond line")
 
-    monkeypatch.setattr("dag.training.optimizer.Stepper.step", full)
+    monkeypatch.setattr("dag.training.optimizer.ClippedOptimizer.step", full)
     assert train_dag.main(["--recipe", write(make_recipe(), tmp_path / "r.yaml"), "--out", str(tmp_path / "run")]) == 1
     (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error")]
     assert line == (

@@ -3,21 +3,19 @@
 import gc
 import weakref
 from collections.abc import Callable
-from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from helpers.building import disturb, rolled_out
+from helpers.building import disturb, one_pass, rolled_out, sampled
 
 from dag.chain.trajectory import Trajectories
 from dag.errors import RunError, UsageError
 from dag.recipe import Recipe
 from dag.run.folder import RunFolder
-from dag.training.epoch_state import Progress
 from dag.training.flow_fit import FlowFit
-from dag.training.one_pass import OnePass
+from dag.training.stored import StoredTraining
 from dag.training.trainer import Trainer
 
 MakeRecipe = Callable[..., Recipe]
@@ -41,8 +39,8 @@ def trainer_of(recipe: Recipe, run: RunFolder) -> Trainer:
         recipe.model_copy(update={"train": recipe.train.model_copy(update={"rollout": "stored"})}), run
     )
     trainer.recipe = recipe
-    disturb(trainer.parts)
-    flow_fit = trainer.parts.learner.flow_fit
+    disturb(trainer.components)
+    flow_fit = trainer.components.learner.flow_fit
     assert flow_fit is not None
     T = len(flow_fit.residual_scale)
     flow_fit.flow.constants += torch.linspace(-30, 40, T)
@@ -59,7 +57,7 @@ def captured(trainer: Trainer, monkeypatch: pytest.MonkeyPatch, update: Callable
         found.append([torch.zeros_like(p) if p.grad is None else p.grad.clone() for p in stepper.parameters])
         return 0.0
 
-    monkeypatch.setattr("dag.training.optimizer.Stepper.step", capture)
+    monkeypatch.setattr("dag.training.optimizer.ClippedOptimizer.step", capture)
     update()
     monkeypatch.undo()
     return [gradient for group in found[:2] for gradient in group]
@@ -67,19 +65,22 @@ def captured(trainer: Trainer, monkeypatch: pytest.MonkeyPatch, update: Callable
 
 def in_two_passes(trainer: Trainer, monkeypatch: pytest.MonkeyPatch) -> list[torch.Tensor]:
     """A stored rollout, then one update on it without calibration."""
-    learner, trajectories = trainer.parts.learner, trainer.sample(1)
+    learner, trajectories = trainer.components.learner, sampled(trainer, 1)
     rollout, rows = learner.rollout(trajectories, 1), torch.arange(trajectories.num_trajectories)
 
+    training, state = StoredTraining(learner, trainer.meter), trainer.begin_epoch(1)
+
     def update() -> None:
-        learner._update(rollout, rows, Progress(), lambda n: None)
+        trainer._run(
+            lambda: training._update(rollout, rows, state, lambda n: None),
+            lambda why: learner.updates.halve_micro_batch(state, why),
+        )
 
     return captured(trainer, monkeypatch, update)
 
 
 def in_one_pass(trainer: Trainer, monkeypatch: pytest.MonkeyPatch) -> list[torch.Tensor]:
-    learner, recipe = trainer.parts.learner, trainer.recipe
-    one_pass = OnePass(learner, recipe.seed, recipe.sampler)
-    return captured(trainer, monkeypatch, lambda: one_pass.learn(trainer.batch(1), 1, trainer.tile_scorer))
+    return captured(trainer, monkeypatch, lambda: one_pass(trainer, 1))
 
 
 CHANGES: list[dict[str, Any]] = [
@@ -122,9 +123,9 @@ def test_the_gradient_is_that_of_two_passes(
 
 def test_it_leaves_the_numbers_of_a_stored_rollout(make_recipe: MakeRecipe, run: RunFolder) -> None:
     trainer = trainer_of(make_recipe(train={"updates": 1, "rollout": "one_pass"}), run)
-    stored = trainer.sample(1)
-    found, metrics = trainer.one_pass(1)
-    for name in ("log_pf", "log_pb", "looking", "reward", "prompt_id", "sample_id"):
+    stored = sampled(trainer, 1)
+    found, metrics = one_pass(trainer, 1)
+    for name in ("log_pf", "log_pb", "x0_hat_reward", "reward", "prompt_id", "sample_id"):
         assert torch.equal(getattr(found, name), getattr(stored, name)), name
     assert found.chain.shape[0] == 0, "no chain is kept"
     assert metrics["ratio_max_dev"] == 0.0
@@ -133,20 +134,20 @@ def test_it_leaves_the_numbers_of_a_stored_rollout(make_recipe: MakeRecipe, run:
 
 def test_flow_passes_keep_and_use_the_chain(make_recipe: MakeRecipe, run: RunFolder) -> None:
     train = {"updates": 1, "rollout": "one_pass"}
-    flows, chains, train_flow = [], [], FlowFit.train
+    flows, chains, fit_flow = [], [], FlowFit.fit
     for passes in (0, 1):
         trainer = trainer_of(make_recipe(train=train, flow={"passes": passes, "warmup_epochs": 1}), run)
-        stored = trainer.sample(1)
+        stored = sampled(trainer, 1)
 
         def seen(fit: FlowFit, trajectories: Trajectories, *rest: Any) -> None:
             chains.append(trajectories.chain)
-            train_flow(fit, trajectories, *rest)
+            fit_flow(fit, trajectories, *rest)
 
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(FlowFit, "train", seen)
-            trainer.one_pass(1)
-        assert trainer.parts.flow is not None
-        flows.append([p.clone() for p in trainer.parts.flow.parameters()])
+            patch.setattr(FlowFit, "fit", seen)
+            one_pass(trainer, 1)
+        assert trainer.components.flow is not None
+        flows.append([p.clone() for p in trainer.components.flow.parameters()])
     (chain,) = chains
     assert torch.equal(chain, stored.chain)
     assert any(not torch.equal(a, b) for a, b in zip(*flows, strict=True))
@@ -155,12 +156,12 @@ def test_flow_passes_keep_and_use_the_chain(make_recipe: MakeRecipe, run: RunFol
 def test_every_update_samples_with_the_policy_of_the_moment(make_recipe: MakeRecipe, run: RunFolder) -> None:
     """The second update's trajectories differ from what the policy before the first would have drawn."""
     trainer = trainer_of(make_recipe(train={"updates": 2, "rollout": "one_pass", "learning_rate": 0.05}), run)
-    before = trainer.sample(1)
-    found, metrics = trainer.one_pass(1)
+    before = sampled(trainer, 1)
+    found, metrics = one_pass(trainer, 1)
     assert torch.equal(found.log_pb[:4], before.log_pb[:4])
     assert (found.log_pb[4:] - before.log_pb[4:]).abs().min() > 0
     assert metrics["ratio_max_dev"] == 0.0
-    assert trainer.parts.learner.updates.optimizer_step == 2
+    assert trainer.components.learner.updates.optimizer_step == 2
 
 
 def test_a_whole_run(make_recipe: MakeRecipe, run: RunFolder) -> None:
@@ -199,19 +200,19 @@ def test_out_of_memory_halves_the_micro_batch_and_keeps_the_update(
     found = []
     for limit in (8, 3):
         trainer = trainer_of(recipe, run)
-        trainer.parts.learner.updates.warn = print
-        predict = trainer.parts.policy.predict
+        trainer.components.learner.updates.warn = print
+        predict = trainer.components.policy.predict
 
         def limited(x_t: torch.Tensor, *rest: Any, limit: int = limit, predict: Any = predict, **options: Any) -> Any:
             if len(x_t) > limit:
                 raise torch.OutOfMemoryError("CUDA out of memory")
             return predict(x_t, *rest, **options)
 
-        monkeypatch.setattr(trainer.parts.policy, "predict", limited)
+        monkeypatch.setattr(trainer.components.policy, "predict", limited)
         update = in_one_pass if rollout == "one_pass" else in_two_passes
         with pytest.MonkeyPatch.context() as patch:
             found.append(update(trainer, patch))
-        assert trainer.parts.learner.updates.micro_batch == (8 if limit == 8 else 2)
+        assert trainer.components.learner.updates.micro_batch == (8 if limit == 8 else 2)
     assert "micro-batch 4 from here on" in capsys.readouterr().out
     scale = max(float(gradient.abs().max()) for gradient in found[0])
     # float32 sums in another order.
@@ -223,7 +224,7 @@ def test_what_failed_is_freed_before_the_next_try(
 ) -> None:
     """Also what only a reference cycle holds, as dynamo's and autograd's frames do."""
     trainer = trainer_of(make_recipe(train={"rollout": "one_pass", "micro_batch": 4}), run)
-    predict, too_many, seen = trainer.parts.policy.predict, [], []
+    predict, too_many, seen = trainer.components.policy.predict, [], []
 
     def limited(x_t: torch.Tensor, *rest: Any, **options: Any) -> Any:
         if len(x_t) > 2:
@@ -234,11 +235,11 @@ def test_what_failed_is_freed_before_the_next_try(
             raise torch.OutOfMemoryError("CUDA out of memory")
         return predict(x_t, *rest, **options)
 
-    monkeypatch.setattr(trainer.parts.policy, "predict", limited)
+    monkeypatch.setattr(trainer.components.policy, "predict", limited)
     monkeypatch.setattr(torch.cuda, "empty_cache", lambda: seen.append([ref() for ref in too_many]))
     gc.disable()
     try:
-        trainer.one_pass(1)
+        one_pass(trainer, 1)
     finally:
         gc.enable()
     assert seen == [[None]]
@@ -247,16 +248,16 @@ def test_what_failed_is_freed_before_the_next_try(
 @pytest.mark.parametrize("error", OUT_OF_MEMORY, ids=lambda error: str(error)[:30])
 def test_out_of_memory_in_a_reward_halves_too(make_recipe: MakeRecipe, run: RunFolder, error: Exception) -> None:
     trainer = trainer_of(make_recipe(train={"rollout": "one_pass", "micro_batch": 4}, sampler={"tile": 4}), run)
-    ((name, weight, reward),) = trainer.parts.reward.parts
+    ((name, weight, reward),) = trainer.components.reward.parts
 
     def limited(images: torch.Tensor, prompts: Any) -> torch.Tensor:
         if len(images) > 2:
             raise error
         return reward(images, prompts)
 
-    trainer.parts.reward.parts = [(name, weight, limited)]
-    trainer.one_pass(1)
-    assert trainer.parts.learner.updates.micro_batch == 2
+    trainer.components.reward.parts = [(name, weight, limited)]
+    one_pass(trainer, 1)
+    assert trainer.components.learner.updates.micro_batch == 2
 
 
 @pytest.mark.parametrize("error", OUT_OF_MEMORY, ids=lambda error: str(error)[:30])
@@ -264,14 +265,14 @@ def test_out_of_memory_in_the_evaluation_halves_the_tile(
     make_recipe: MakeRecipe, run: RunFolder, monkeypatch: pytest.MonkeyPatch, error: Exception
 ) -> None:
     trainer = trainer_of(make_recipe(sampler={"tile": 4}), run)
-    before, decode = trainer.evaluate(), trainer.parts.policy.decode
+    before, decode = trainer.evaluate(), trainer.components.policy.decode
 
     def limited(x_0: torch.Tensor) -> torch.Tensor:
         if len(x_0) > 2:
             raise error
         return decode(x_0)
 
-    monkeypatch.setattr(trainer.parts.policy, "decode", limited)
+    monkeypatch.setattr(trainer.components.policy, "decode", limited)
     after = trainer.evaluate()
     assert trainer.tile == 2
     assert before is not None and after is not None
@@ -286,11 +287,11 @@ def test_out_of_memory_at_one_row_ends_in_a_sentence(
     def never(*anything: Any, **options: Any) -> Any:
         raise torch.OutOfMemoryError("CUDA out of memory")
 
-    monkeypatch.setattr(trainer.parts.policy, "predict", never)
+    monkeypatch.setattr(trainer.components.policy, "predict", never)
     with pytest.raises(RunError, match=r"out of GPU memory at micro-batch 1; memory.* \(CUDA out of memory\)$"):
-        trainer.one_pass(1)
+        one_pass(trainer, 1)
     with pytest.raises(RunError, match=r"while sampling one picture.* \(CUDA out of memory\)$"):
-        trainer.sample(1)
+        sampled(trainer, 1)
 
 
 @pytest.mark.parametrize(
@@ -317,13 +318,9 @@ def test_what_one_pass_could_only_ignore_is_refused(
         make_recipe(**sections)
 
 
-def test_timers_hear_of_both_phases(make_recipe: MakeRecipe, run: RunFolder) -> None:
-    trainer, heard = trainer_of(make_recipe(train={"rollout": "one_pass"}), run), set()
-
-    def timed(phase: str) -> Any:
-        heard.add(phase)
-        return nullcontext()
-
-    recipe = trainer.recipe
-    OnePass(trainer.parts.learner, 0, recipe.sampler).learn(trainer.batch(1), 1, trainer.tile_scorer, timed)
-    assert heard == {"update", "reward"}
+def test_the_meter_hears_of_both_phases(make_recipe: MakeRecipe, run: RunFolder) -> None:
+    trainer = trainer_of(make_recipe(train={"rollout": "one_pass"}), run)
+    one_pass(trainer, 1)
+    seconds = trainer.meter.seconds
+    assert min(seconds["update"], seconds["reward"]) > 0
+    assert seconds["sample"] == seconds["evaluation"] == 0

@@ -14,7 +14,8 @@ from dag.errors import RunError, StoppedError
 from dag.recipe import Recipe
 from dag.run import checkpoint
 from dag.run.folder import RunFolder
-from dag.training.epoch_state import Progress, packed, unpacked
+from dag.run.tree import packed, unpacked
+from dag.training.epoch_state import EpochState
 from dag.training.trainer import Trainer
 
 MakeRecipe = Callable[..., Recipe]
@@ -26,7 +27,7 @@ def trained(recipe: Recipe, run: RunFolder) -> RunFolder:
 
 
 def trained_in_pieces(recipe: Recipe, run: RunFolder, points: int) -> list[str]:
-    """Stopped after every so many resting points, each time with everything built anew; the names of the checkpoints."""
+    """Stopped after every so many safe points, each time with everything built anew; the names of the checkpoints."""
     names: list[str] = []
     while (name := piece(recipe, run, points, is_resumed=bool(names))) is not None:
         assert name not in names, "every piece must come further"
@@ -99,23 +100,25 @@ def test_what_is_in_flight_comes_back_on_the_policys_device(
     recipe, run = make_recipe(**KINDS[kind]), RunFolder.create(tmp_path / "run")
     recipe = recipe.model_copy(update={"train": recipe.train.model_copy(update={"epochs": 3})})
     trainer = Trainer(recipe, run, parts_of(recipe))
-    seen: list[Progress] = []
-    original = trainer.rest.point
+    seen: list[EpochState] = []
+    original = trainer.safe_points.reach
 
-    def point() -> None:
+    def reach() -> None:
         original()
-        progress = trainer.parts.learner.progress
-        if progress is not None and progress.outcome.updates == 1 and progress.micro_batches == 1:
+        state = trainer.state
+        if state is not None and state.sums.updates == 1 and state.micro_batches == 1:
             tensors: dict[str, torch.Tensor] = {}
-            told = packed(progress.state(), tensors)
-            seen.append(Progress.of(unpacked(told, tensors), torch.device("meta")))
+            stored = unpacked(packed(state.state(), tensors), tensors)
+            restored = EpochState(state.epoch, state.store.emptied())
+            restored.load_state(stored, torch.device("meta"))
+            seen.append(restored)
 
-    monkeypatch.setattr(trainer.rest, "point", point)
+    monkeypatch.setattr(trainer.safe_points, "reach", reach)
     trainer.fit()
     assert seen
-    for progress in seen:
+    for restored in seen:
         found: dict[str, torch.Tensor] = {}
-        packed(progress.state(), found)
+        packed(restored.state(), found)
         behind = {name for name, tensor in found.items() if tensor.device.type != "meta"}
         assert {name.rsplit("/", 1)[-1] for name in behind} <= {"prompt_id", "chain", "per_trajectory"}
 
@@ -125,7 +128,7 @@ def test_a_loss_scale_is_there_for_a_step_that_follows_a_resume(make_recipe: Mak
 
     def scaled(trainer: Trainer) -> Trainer:
         scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
-        trainer.parts.learner.updates.stepper.scaler = scaler
+        trainer.components.learner.updates.policy.scaler = scaler
         return trainer
 
     recipe = make_recipe(train={"epochs": 1}, checkpoint={"every": 9})
@@ -197,7 +200,7 @@ def test_a_reward_that_fails_leaves_what_was_done(make_recipe: MakeRecipe, tmp_p
     whole, broken = (RunFolder.create(tmp_path / name) for name in ("whole", "broken"))
     trained(recipe, whole)
     trainer = Trainer(recipe, broken, parts_of(recipe))
-    original, calls = trainer.parts.reward.total, 0
+    original, calls = trainer.components.reward.total, 0
 
     def total(*arguments: Any, **options: Any) -> Any:
         nonlocal calls
@@ -206,7 +209,7 @@ def test_a_reward_that_fails_leaves_what_was_done(make_recipe: MakeRecipe, tmp_p
             raise RunError("no answer")
         return original(*arguments, **options)
 
-    trainer.parts.reward.total = total  # type: ignore[method-assign]
+    trainer.components.reward.total = total  # type: ignore[method-assign]
     with pytest.raises(RunError, match="no answer"):
         trainer.fit()
     (saved,) = checkpoint.candidates(broken.checkpoints)

@@ -8,11 +8,13 @@ from typing import Any
 import pytest
 import torch
 from dag_kernels import penalty
-from helpers.building import disturb, rolled_out
+from helpers.building import disturb, learnt, rolled_out, sampled, updated
 
+from dag.chain.rollout import Batch
 from dag.chain.trajectory import Trajectories
 from dag.recipe import Recipe
 from dag.run.folder import RunFolder
+from dag.training.stored import StoredTraining
 from dag.training.trainer import Trainer
 
 MakeRecipe = Callable[..., Recipe]
@@ -28,16 +30,16 @@ def run(tmp_path: Path) -> RunFolder:
 
 def gradients(trainer: Trainer, trajectories: Trajectories, monkeypatch: pytest.MonkeyPatch) -> list[torch.Tensor]:
     """Gradients of the first update, taken where the optimizer would step."""
-    learner, captured = trainer.parts.learner, []
+    learner, captured = trainer.components.learner, []
 
     def capture(stepper: Any) -> float:
         captured.append([torch.zeros_like(p) if p.grad is None else p.grad.clone() for p in stepper.parameters])
         return 0.0
 
-    monkeypatch.setattr("dag.training.optimizer.Stepper.step", capture)
-    learner.learn(trajectories, 0, trainer._scorer(trajectories.prompt_id, trajectories.sample_id))
+    monkeypatch.setattr("dag.training.optimizer.ClippedOptimizer.step", capture)
+    learnt(learner, trajectories, 0, trainer.sampling.scorer(Batch(trajectories.prompt_id, trajectories.sample_id)))
     monkeypatch.undo()
-    return [gradient for group in captured[: len(list(learner.updates.steppers()))] for gradient in group]
+    return [gradient for group in captured[: len(list(learner.updates.optimizers()))] for gradient in group]
 
 
 @pytest.mark.parametrize("objective", [DB, KL, DDPO])
@@ -54,9 +56,9 @@ def test_ratio_is_exactly_one_with_equal_tiles(
         model={"dtype": dtype},
     )
     trainer, trajectories = rolled_out(recipe, run)
-    disturb(trainer.parts)
-    trajectories = trainer.sample(0)
-    metrics = trainer.update(trajectories, 0)
+    disturb(trainer.components)
+    trajectories = sampled(trainer, 0)
+    metrics = updated(trainer, trajectories, 0)
     assert metrics["ratio_max_dev"] == 0.0
 
 
@@ -64,7 +66,7 @@ def test_published_log_pf_at_the_unrounded_state_is_off(make_recipe: MakeRecipe,
     """The official code's mismatch, kept as a switch: at bf16 states the ratio differs from one before any update."""
     recipe = make_recipe(sampler={"chain_dtype": "bf16", "log_pf_at": "unrounded"}, train={"updates": 1})
     trainer, trajectories = rolled_out(recipe, run)
-    assert trainer.update(trajectories, 0)["ratio_max_dev"] > 1e-3
+    assert updated(trainer, trajectories, 0)["ratio_max_dev"] > 1e-3
 
 
 @pytest.mark.parametrize("objective", [DB, KL, DDPO, {**KL, "baseline": "mixed", "normalise_advantage": True}])
@@ -79,8 +81,8 @@ def test_gradient_does_not_depend_on_the_micro_batch(
             regulariser={"sampling": 1.0, "pretrained_kl": 0.1},
         )
         trainer, _ = rolled_out(recipe, run)
-        disturb(trainer.parts)
-        trajectories = trainer.sample(0)
+        disturb(trainer.components)
+        trajectories = sampled(trainer, 0)
         found.append(gradients(trainer, trajectories, monkeypatch))
     scale = max(float(gradient.abs().max()) for gradient in found[0])
     worst = max(float((a - b).abs().max()) for a, b in zip(*found, strict=True))
@@ -131,7 +133,7 @@ def test_every_switch_changes_the_gradient(
             sections["objective"] = {"name": "dag_db", "beta": {"value": 20.0}, **sections["objective"]}
         trainer, old = rolled_out(make_recipe(**sections), run)
         # The policy has moved since the rollout: the pull towards its old predictions is then not zero.
-        disturb(trainer.parts)
+        disturb(trainer.components)
         found.append(gradients(trainer, old, monkeypatch))
     assert any(not torch.equal(a, b) for a, b in zip(*found, strict=True))
 
@@ -147,7 +149,7 @@ def test_current_forward_looking_scores_the_moved_policy(
             recipe = make_recipe(objective={"forward_looking": {"source": source}}, train={"micro_batch": 4})
             trainer, trajectories = rolled_out(recipe, run)
             if move:
-                disturb(trainer.parts)
+                disturb(trainer.components)
             found.append(gradients(trainer, trajectories, monkeypatch))
         return found
 
@@ -159,9 +161,9 @@ def test_sampling_regulariser_is_zero_on_policy_and_bounded_by_rounding(
     make_recipe: MakeRecipe, run: RunFolder
 ) -> None:
     trainer, trajectories = rolled_out(make_recipe(regulariser={"sampling": 1.0}), run)
-    learner, rows = trainer.parts.learner, torch.arange(4)
+    learner, rows = trainer.components.learner, torch.arange(4)
     for k in range(4):
-        _, regulariser = learner.loss.rows(learner.rollout(trajectories, 0), rows, k)
+        _, regulariser = learner.loss.of_step(learner.rollout(trajectories, 0), rows, k)
         assert float(regulariser.detach().max()) < 1e-9
 
 
@@ -169,39 +171,39 @@ def test_pretrained_kl_is_zero_for_a_fresh_adapter_and_positive_afterwards(
     make_recipe: MakeRecipe, run: RunFolder
 ) -> None:
     trainer, trajectories = rolled_out(make_recipe(regulariser={"pretrained_kl": 1.0}), run)
-    learner, rows = trainer.parts.learner, torch.arange(4)
+    learner, rows = trainer.components.learner, torch.arange(4)
     rollout = learner.rollout(trajectories, 0)
-    assert learner.loss.rows(rollout, rows, 1)[1].abs().max() == 0
-    disturb(trainer.parts)
-    assert learner.loss.rows(rollout, rows, 1)[1].min() > 0
+    assert learner.loss.of_step(rollout, rows, 1)[1].abs().max() == 0
+    disturb(trainer.components)
+    assert learner.loss.of_step(rollout, rows, 1)[1].min() > 0
 
 
 def test_calibration_centres_the_residuals_of_its_rollout(make_recipe: MakeRecipe, run: RunFolder) -> None:
     trainer, trajectories = rolled_out(make_recipe(flow={"warmup_epochs": 1}), run)
-    learner = trainer.parts.learner
-    first = learner.learn(trajectories, 0)
+    learner = trainer.components.learner
+    first = learnt(learner, trajectories, 0)
     assert learner.flow_fit is not None
-    residuals = learner.flow_fit.residuals(trajectories, learner.units.scalars(trajectories, 0), torch.arange(8))
-    means, before = residuals.mean(0).abs().max(), max(map(abs, first["residual_mean_per_step"]))  # type: ignore[arg-type]
+    residuals = learner.flow_fit.residuals(trajectories, learner.log_scale.terms(trajectories, 0), torch.arange(8))
+    means, before = residuals.mean(0).abs().max(), max(map(abs, first["residual_mean_per_step"]))
     assert before > 10
     assert float(means) < 1e-4 * before
 
 
 def test_warmup_trains_the_flow_alone(make_recipe: MakeRecipe, run: RunFolder) -> None:
     trainer, trajectories = rolled_out(make_recipe(flow={"warmup_epochs": 1, "passes": 1}), run)
-    parts = trainer.parts
+    parts = trainer.components
     assert parts.flow is not None
     policy, flow = [p.clone() for p in parts.policy.trainable()], [p.clone() for p in parts.flow.parameters()]
-    parts.learner.learn(trajectories, 0)
+    learnt(parts.learner, trajectories, 0)
     assert all(torch.equal(a, b) for a, b in zip(policy, parts.policy.trainable(), strict=True))
     assert any(not torch.equal(a, b) for a, b in zip(flow, parts.flow.parameters(), strict=True))
-    parts.learner.learn(trajectories, 1)
+    learnt(parts.learner, trajectories, 1)
     assert any(not torch.equal(a, b) for a, b in zip(policy, parts.policy.trainable(), strict=True))
 
 
 def test_step_subsets_keep_the_terminal_and_are_unbiased(make_recipe: MakeRecipe, run: RunFolder) -> None:
     trainer, _ = rolled_out(make_recipe(sampler={"steps": 10}, train={"step_fraction": 0.3}), run)
-    learner, totals = trainer.parts.learner, torch.zeros(10)
+    learner, totals = trainer.components.learner, torch.zeros(10)
     draws = 3000
     for step in range(draws):
         learner.updates.optimizer_step = step
@@ -220,7 +222,7 @@ def test_gradient_checkpointing_changes_nothing(
     found = []
     for on in (False, True):
         trainer, trajectories = rolled_out(make_recipe(memory={"checkpointing": "full" if on else "none"}), run)
-        assert trainer.parts.policy.unet.is_gradient_checkpointing is on
+        assert trainer.components.policy.denoiser.is_gradient_checkpointing is on
         found.append(gradients(trainer, trajectories, monkeypatch))
     assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
 
@@ -230,8 +232,8 @@ def test_eight_bit_optimizer_trains(make_recipe: MakeRecipe, run: RunFolder) -> 
     # bitsandbytes keeps tensors under 4096 elements in fp32: a wide adapter has 8-bit states.
     recipe = make_recipe(train={"optimizer": "adamw8bit"}, adapter={"rank": 300})
     trainer, trajectories = rolled_out(recipe, run)
-    trainer.update(trajectories, 0)
-    optimizer = trainer.parts.learner.updates.stepper.optimizer
+    updated(trainer, trajectories, 0)
+    optimizer = trainer.components.learner.updates.policy.optimizer
     assert any(state["state1"].dtype == torch.uint8 for state in optimizer.state.values())
 
 
@@ -240,48 +242,48 @@ def test_a_gradient_that_stays_non_finite_stops_the_run(make_recipe: MakeRecipe,
 
     trainer, trajectories = rolled_out(make_recipe(), run)
     with torch.no_grad():
-        trainer.parts.policy.trainable()[0].fill_(float("nan"))
+        trainer.components.policy.trainable()[0].fill_(float("nan"))
     with pytest.raises(RunError, match="policy's gradient was not finite"):
         _train(trainer, trajectories, epochs=5)
 
 
 def _train(trainer: Trainer, trajectories: Trajectories, epochs: int) -> None:
     for epoch in range(epochs):
-        trainer.update(trajectories, epoch)
+        updated(trainer, trajectories, epoch)
 
 
 def test_residuals_of_micro_batches_are_those_of_whole_trajectories(make_recipe: MakeRecipe, run: RunFolder) -> None:
-    """Step by step with the network, or at once from the rollout's scalars: also where the reward enters, at the end."""
+    """Step by step with the network, or at once from the rollout's numbers: also where the reward enters, at the end."""
     trainer, trajectories = rolled_out(make_recipe(train={"micro_batch": 4}), run)
-    disturb(trainer.parts)
-    trajectories = trainer.sample(0)
-    learner, rows = trainer.parts.learner, torch.tensor([5, 0, 2, 7])
+    disturb(trainer.components)
+    trajectories = sampled(trainer, 0)
+    learner, rows = trainer.components.learner, torch.tensor([5, 0, 2, 7])
     assert learner.flow_fit is not None
     rollout = learner.rollout(trajectories, 0)
-    assert rollout.scalars is not None
-    table = learner.flow_fit.residuals(trajectories, rollout.scalars, rows)
+    assert rollout.terms is not None
+    table = learner.flow_fit.residuals(trajectories, rollout.terms, rows)
     assert table.shape == (4, 4)
     for k in range(4):
-        found = learner.loss.rows(rollout, rows, k)[0].residual
+        found = learner.loss.of_step(rollout, rows, k)[0].residual
         assert found is not None
         # Sums of 10^2 nats in float32.
         torch.testing.assert_close(found, table[:, k], rtol=1e-5, atol=2e-3)
     without_reward = trajectories.reward + 1.0
     changed = learner.rollout(replace(trajectories, reward=without_reward), 0)
-    assert changed.scalars is not None
-    moved = learner.flow_fit.residuals(trajectories, changed.scalars, rows) - table
+    assert changed.terms is not None
+    moved = learner.flow_fit.residuals(trajectories, changed.terms, rows) - table
     assert moved[:, :3].abs().max() == 0
     assert moved[:, 3].abs().min() > 1
 
 
 def test_advantages_belong_to_their_rows(make_recipe: MakeRecipe, run: RunFolder) -> None:
     trainer, trajectories = rolled_out(make_recipe(objective=KL), run)
-    learner, rows = trainer.parts.learner, torch.tensor([3, 6, 4])
+    learner, rows = trainer.components.learner, torch.tensor([3, 6, 4])
     assert learner.flow_fit is not None
     rollout = learner.rollout(trajectories, 0)
-    assert rollout.scalars is not None
-    found = learner._advantages(rollout, rows, None)
-    residuals = learner.flow_fit.residuals(trajectories, rollout.scalars, rows)
+    assert rollout.terms is not None
+    found = StoredTraining(learner, trainer.meter)._advantages(rollout, rows, None)
+    residuals = learner.flow_fit.residuals(trajectories, rollout.terms, rows)
     expected = learner.objective.advantages(residuals, learner.flow_fit.residual_scale, learner.flow_fit.baseline)
     assert found is not None and expected is not None
     assert torch.equal(found[rows], expected)
@@ -302,12 +304,12 @@ def test_fused_kernels_give_the_same_gradient(
             train={"micro_batch": 4, "updates": 1},
         ).model_copy(update={"kernels": kernels})
         trainer, _ = rolled_out(recipe, run)
-        assert trainer.parts.kernels.name == kernels
-        disturb(trainer.parts)
-        trajectories = trainer.sample(0)
-        ratios.append(trainer.update(trajectories, 0)["ratio_max_dev"])
+        assert trainer.components.kernels.name == kernels
+        disturb(trainer.components)
+        trajectories = sampled(trainer, 0)
+        ratios.append(updated(trainer, trajectories, 0)["ratio_max_dev"])
         trainer, _ = rolled_out(recipe, run)
-        disturb(trainer.parts)
+        disturb(trainer.components)
         found.append(gradients(trainer, trajectories, monkeypatch))
     scale = max(float(gradient.abs().max()) for gradient in found[0])
     worst = max(float((a - b).abs().max()) for a, b in zip(*found, strict=True))
@@ -320,13 +322,13 @@ def test_scaled_residuals_weigh_the_steps_once(make_recipe: MakeRecipe, run: Run
     """The loss of step k is (s_k / mean s) g(delta / s_k); without scaling it is g(delta)."""
     for objective, scales in ((DB, torch.tensor([1.0, 2.0, 5.0, 8.0])), ({"name": "dag_db", "huber": 3.0}, None)):
         trainer, trajectories = rolled_out(make_recipe(objective=objective), run)
-        learner, rows = trainer.parts.learner, torch.arange(4)
+        learner, rows = trainer.components.learner, torch.arange(4)
         assert learner.flow_fit is not None
         if scales is not None:
             learner.flow_fit.residual_scale = scales
         rollout = learner.rollout(trajectories, 0)
         for k in range(4):
-            output = learner.loss.rows(rollout, rows, k)[0]
+            output = learner.loss.of_step(rollout, rows, k)[0]
             assert output.residual is not None
             s, weight = (1.0, 1.0) if scales is None else (float(scales[k]), float(scales[k]) / 4.0)
             torch.testing.assert_close(output.loss.detach(), weight * penalty(output.residual / s, 3.0))

@@ -1,0 +1,40 @@
+"""The door to every model family: a recipe's `model.path` decides which class runs it."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+from dag.chain.policy import Policy
+from dag.models.sd import StableDiffusion
+from dag.models.source import resolve
+from dag.recipe import ForwardLooking, Recipe
+
+FAMILIES: dict[str, Callable[..., Policy]] = {"StableDiffusionPipeline": StableDiffusion}
+"""By the pipeline that a diffusers folder names in its model_index.json.
+
+Any other pipeline is taken for Stable Diffusion, whose own checks tell what is wrong with its networks."""
+
+
+def load(recipe: Recipe, device: torch.device, forward_looking: ForwardLooking | None = None) -> Policy:
+    """The recipe's model as a policy, downloaded if need be.
+
+    Args:
+        forward_looking: how previews are decoded; None needs none.
+
+    Raises:
+        UsageError: the recipe asks for what this model cannot do.
+        RunError:   the model cannot be found, downloaded or read.
+    """
+    folder = resolve(recipe.model)
+    family = FAMILIES.get(_pipeline(folder) or "", StableDiffusion)
+    return family(recipe, folder, device, forward_looking)
+
+
+def _pipeline(folder: Path) -> str | None:
+    """The pipeline that model_index.json names; None without one."""
+    try:
+        return json.loads((folder / "model_index.json").read_text(encoding="utf-8"))["_class_name"]
+    except (OSError, ValueError, LookupError, TypeError):
+        return None

@@ -1,0 +1,96 @@
+"""Rolling out the policy for an epoch: which prompts and sample ids, their chains, their rewards.
+
+Legend: N trajectories of an epoch, B of a tile, T transitions.
+"""
+
+from collections.abc import Callable
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from dag.chain.rollout import Batch, Score, assemble, sample_tile, score_tile
+from dag.chain.trajectory import ChainStore, Trajectories
+from dag.recipe import Recipe, is_scored, prompts
+from dag.run.meter import PhaseMeter
+from dag.run.processes import Processes
+from dag.training.build import Components
+from dag.training.epoch_state import EpochState
+from dag.training.safe_points import Steps, agreed
+
+
+class Sampling:
+    """Samples and scores this process's share of an epoch's trajectories."""
+
+    def __init__(self, recipe: Recipe, components: Components, processes: Processes, meter: PhaseMeter) -> None:
+        self.recipe, self.components, self.processes, self.meter = recipe, components, processes, meter
+
+    def batch(self, epoch: int) -> Batch:
+        """Prompts and global sample ids of this process's share of an epoch."""
+        count, updates = self.recipe.train.trajectories, self.recipe.train.updates
+        drawn = prompts.draw(len(self.components.prompts), count, self.recipe.seed, epoch)
+        ids = epoch * count + torch.arange(count)
+        return Batch(self.processes.mine(torch.from_numpy(drawn), updates), self.processes.mine(ids, updates))
+
+    def store(self) -> ChainStore:
+        """Room for the chains of this process's share."""
+        device, num_states = self.components.device, self.components.policy.schedule.num_transitions + 1
+        place = torch.device("cpu") if self.recipe.memory.chains == "cpu" else device
+        return ChainStore(num_states, self.recipe.train.trajectories // self.processes.size, place, device)
+
+    def scorer(self, batch: Batch) -> Score:
+        """The rewards of a batch's images."""
+
+        def score(images: Tensor, rows: Tensor, *, is_preview: bool = False) -> Tensor:
+            texts = [self.components.prompts[i] for i in batch.prompt_id[rows].tolist()]
+            return self.components.reward.total(images, texts, batch.sample_id[rows].tolist(), is_preview=is_preview)
+
+        return score
+
+    def images_per_trajectory(self) -> int:
+        """How many pictures of a trajectory are scored."""
+        section, T = self.recipe.forward_looking, self.components.policy.schedule.num_transitions
+        return 1 + (0 if section is None else sum(is_scored(k, T, section.stride) for k in range(T)))
+
+    def steps(
+        self,
+        state: EpochState,
+        tile: int,
+        on_rows: Callable[[int], object] = lambda n: None,
+        on_images: Callable[[int], object] = lambda n: None,
+    ) -> Steps:
+        """Sample and score an epoch's trajectories into `state`, or those that are left; yields after each tile.
+
+        Args:
+            tile:      trajectories at a time. Counter-based noise gives the same chains for any number.
+            on_rows:   hears of sampled transitions.
+            on_images: hears of scored pictures.
+
+        Raises:
+            TooManyRowsError: a tile did not fit; a new iterator over the same state tries again.
+        """
+        for batch in self.batch(state.epoch).tail(state.num_sampled).tiles(tile):
+            chain, scored = agreed(self.processes, partial(self._tile, batch, on_rows, on_images))
+            state.store.put(chain)
+            state.sampled.append(scored)
+            yield
+
+    def _tile(
+        self, batch: Batch, on_rows: Callable[[int], object], on_images: Callable[[int], object]
+    ) -> tuple[Tensor, Trajectories]:
+        """(chain, scored trajectories without it) of a tile."""
+        recipe, policy, size = self.recipe, self.components.policy, len(batch.sample_id)
+        with self.meter.phase("sample"):
+            drawn = sample_tile(
+                policy,
+                self.components.text[batch.prompt_id],
+                batch.sample_id,
+                recipe.seed,
+                recipe.sampler,
+                recipe.forward_looking,
+                recipe.has_prior,
+                on_step=lambda: on_rows(size),
+            )
+        with self.meter.phase("reward"):
+            seen, reward, _ = score_tile(policy, drawn, self.scorer(batch), on_image=lambda: on_images(size))
+        return drawn.chain, assemble(drawn, seen, reward, batch, recipe.seed, recipe.sampler)
