@@ -95,7 +95,7 @@ class _Counts:
 
     def __init__(self, made: Weightless) -> None:
         policy, flow = made.policy, made.flow
-        x_t, t, text = made.chain(1)[0], policy.schedule.timesteps[:1], made.text.to(META)
+        x_t, t, text = made.chain(1, 1)[0], policy.schedule.timesteps[:1], made.text.to(META)
         self.conditional = _gflop(lambda: policy.predict(x_t, t, text, unguided=True), grad=False)
         self.guided = _gflop(lambda: policy.predict(x_t, t, text), grad=False)
         self.trained = _gflop(lambda: policy.predict(x_t, t, text).branches.sum().backward())

@@ -26,6 +26,8 @@ from dag.training.one_pass import OnePass
 from dag.training.stored import StoredTraining
 
 CPU = torch.device("cpu")
+# Steps of a chain that run: enough for one that finds all that earlier ones left. The rest adds its states alone.
+_STEPS = 4
 
 
 @dataclass(frozen=True)
@@ -48,10 +50,14 @@ class Simulation:
     """The phases of a recipe, on networks without weights."""
 
     def __init__(self, recipe: Recipe) -> None:
-        # Every step trained: the peak does not depend on which are left out.
-        train = recipe.train.model_copy(update={"step_fraction": 1.0})
-        self.recipe = recipe.model_copy(update={"train": train})
-        self.made = Weightless(self.recipe)
+        self.recipe, steps = recipe, min(recipe.sampler.steps, _STEPS)
+        self.left_out = recipe.sampler.steps - steps
+        short = {
+            "sampler": recipe.sampler.model_copy(update={"steps": steps}),
+            # Every step trained: the peak does not depend on which are left out.
+            "train": recipe.train.model_copy(update={"step_fraction": 1.0}),
+        }
+        self.made = Weightless(recipe.model_copy(update=short))
         self.is_one_pass = recipe.train.rollout == "one_pass"
         self._peaks: dict[str, int] = {}
 
@@ -76,45 +82,65 @@ class Simulation:
     def _counted(self, phase: str) -> int:
         made, train = self.made, self.recipe.train
         standing, fetched = made.standing(), made.fetched_for_scoring()
-        chains = [] if self.recipe.memory.chains == "cpu" else [made.chain(train.trajectories)]
+        chains = [] if self.recipe.memory.chains == "cpu" else [self._chain(train.trajectories)]
         everything = [tensor for tensors in standing.values() for tensor in tensors]
         # An update begins by dropping them, and makes its own.
         ungraded = [tensor for kind, tensors in standing.items() if kind != "gradients" for tensor in tensors]
         if phase == "one pass":
             # Flow-only passes need the chains: those of the epoch, and of the update at hand as they are sampled.
-            kept = [*chains, made.chain(train.trajectories // train.updates)] if self.recipe.flow.passes > 0 else []
-            return self._peak_of(self.one_pass, [*ungraded, *fetched, *kept])
+            kept = [*chains, self._chain(train.trajectories // train.updates)] if self.recipe.flow.passes > 0 else []
+            # The third preview finds the graphs of two steps.
+            return self._peak_of(self.one_pass, [*ungraded, *fetched, *kept], previews=3)
         if phase == "update":
             section = self.recipe.forward_looking
             scores_again = section is not None and section.source == "current"
-            chain = chains[0] if chains else made.chain(train.trajectories, CPU)
+            chain = chains[0] if chains else self._chain(train.trajectories, CPU)
             return self._peak_of(lambda: self.update(chain), [*ungraded, *(fetched if scores_again else []), *chains])
         if phase == "evaluation":
-            return self._peak_of(self.evaluation, [*everything, *fetched])
-        return self._peak_of(self.rollout, [*everything, *fetched, *chains])
+            return self._peak_of(
+                self.evaluation, [*everything, *fetched, *self._states_left_out(self._evaluated(), False)]
+            )
+        left_out = self._states_left_out(self._sampled(), self.recipe.forward_looking is not None)
+        return self._peak_of(self.rollout, [*everything, *fetched, *chains, *left_out])
 
-    def _peak_of(self, run: Callable[[], object], existing: Iterable[Tensor]) -> int:
-        # Of three predictions the third finds all that the first two left; previews of two ends of a transition differ.
-        with LiveBytes("meta") as live, FakeGpu(), as_on_cuda(), self.made.repeats_are_free(3, 2):
+    def _peak_of(self, run: Callable[[], object], existing: Iterable[Tensor], previews: int = 1) -> int:
+        with LiveBytes("meta") as live, FakeGpu(), as_on_cuda(), self.made.repeats_are_free(previews):
             live.include(existing)
             run()
         return live.peak
+
+    def _chain(self, trajectories: int, place: torch.device = META) -> Tensor:
+        """The states (T + 1, N, C, H, W) of trajectories with all their steps."""
+        return self.made.chain(trajectories, self.recipe.sampler.steps + 1, place)
+
+    def _states_left_out(self, rows: int, is_scored: bool) -> list[Tensor]:
+        """What a tile keeps of the steps that do not run: their states, and their x0_hat where those are scored."""
+        section = self.recipe.forward_looking if is_scored else None
+        scored = 0 if section is None else self.left_out // section.stride
+        x0_hat = torch.empty(scored, rows, *self.made.policy.latent_shape, device=META)
+        return [self.made.chain(rows, self.left_out), x0_hat]
+
+    def _sampled(self) -> int:
+        return min(self.recipe.sampler.tile, self.recipe.train.trajectories)
+
+    def _evaluated(self) -> int:
+        section = self.recipe.evaluation
+        return min(self.recipe.sampler.tile, section.prompts * section.images_per_prompt)
 
     # -- phases --------------------------------------------------------------------------------------------------
 
     def rollout(self) -> None:
         """A tile's chain, then its pictures."""
-        made, recipe, sampler = self.made, self.recipe, self.recipe.sampler
-        tile = made.batch(min(sampler.tile, recipe.train.trajectories))
+        made, recipe, sampler = self.made, self.made.recipe, self.made.recipe.sampler
+        tile = made.batch(self._sampled())
         text, looking = made.text[tile.prompt_id], recipe.forward_looking
         drawn = sample_tile(made.policy, text, tile.sample_id, recipe.seed, sampler, looking, recipe.has_prior)
         score_tile(made.policy, drawn, self.score)
 
     def evaluation(self) -> None:
         """A tile's chain, then its final pictures alone."""
-        made, recipe = self.made, self.recipe
-        section = recipe.evaluation
-        tile = made.batch(min(recipe.sampler.tile, section.prompts * section.images_per_prompt))
+        made, recipe = self.made, self.made.recipe
+        tile = made.batch(self._evaluated())
         drawn = sample_tile(made.policy, made.text[tile.prompt_id], tile.sample_id, recipe.seed, recipe.sampler)
         self.score(made.policy.decode(drawn.x_0), torch.arange(len(drawn.x_0)))
 

@@ -4,7 +4,7 @@ Legend: B rows of a micro-batch or tile, N trajectories, T transitions.
 """
 
 import math
-from collections import defaultdict
+from collections import Counter
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -70,10 +70,10 @@ class Weightless:
         """So many trajectories, of the one prompt."""
         return Batch(torch.zeros(count, dtype=torch.int64), torch.arange(count))
 
-    def chain(self, trajectories: int, place: torch.device = META) -> Tensor:
-        """(T + 1, N, C, H, W) in the stored dtype."""
+    def chain(self, trajectories: int, states: int, place: torch.device = META) -> Tensor:
+        """(states, N, C, H, W) in the stored dtype."""
         shape, dtype = self.policy.latent_shape, CHAIN_DTYPES[self.recipe.sampler.chain_dtype]
-        return torch.empty(self.T + 1, trajectories, *shape, dtype=dtype, device=place)
+        return torch.empty(states, trajectories, *shape, dtype=dtype, device=place)
 
     # -- what stands in memory -----------------------------------------------------------------------------------
 
@@ -126,17 +126,17 @@ class Weightless:
     # -- networks that run a few times ---------------------------------------------------------------------------
 
     @contextmanager
-    def repeats_are_free(self, predictions: int, pictures: int) -> Iterator[None]:
+    def repeats_are_free(self, previews: int = 1) -> Iterator[None]:
         """Inside, only the first calls of a network run. Later ones, which would be alike, allocate their result.
 
         Args:
-            predictions: calls of the denoiser that run, for each kind of call.
-            pictures:    calls that run of each way to decode.
+            previews: calls of `Policy.preview` that run.
         """
         policy: Any = self.policy
         original = {name: getattr(policy, name) for name in ("predict", "decode", "preview")}
-        policy.predict = _FirstPredictions(policy.predict, predictions)
-        policy.decode, policy.preview = (_first_pictures(policy, name, pictures) for name in ("decode", "preview"))
+        policy.predict = _FirstPredictions(policy.predict)
+        policy.decode = _first_pictures(policy.decode, 1)
+        policy.preview = _first_pictures(policy.preview, previews)
         try:
             yield
         finally:
@@ -165,19 +165,22 @@ def _with_adamw(recipe: Recipe) -> Recipe:
 
 
 class _FirstPredictions:
-    """`Policy.predict` that runs so many times with each set of switches."""
+    """`Policy.predict` that runs twice, or three times where it is trained, with each set of switches.
 
-    def __init__(self, predict: Any, times: int) -> None:
-        self.predict, self.left = predict, defaultdict[tuple[bool, bool], int](lambda: times)
+    In one pass the third of trained steps finds the gradients of the first and the graph of the second.
+    """
+
+    def __init__(self, predict: Any) -> None:
+        self.predict, self.ran = predict, Counter[tuple[bool, bool]]()
         self.like: dict[tuple[bool, bool], tuple[int, torch.dtype, float]] = {}
 
     def __call__(
         self, x_t: Tensor, t: Tensor, text: Tensor, *, pretrained: bool = False, unguided: bool = False
     ) -> Prediction:
         switches, B = (pretrained, unguided), len(x_t)
-        if self.left[switches] > 0:
+        if self.ran[switches] < (3 if torch.is_grad_enabled() else 2):
             result = self.predict(x_t, t, text, pretrained=pretrained, unguided=unguided)
-            self.left[switches] -= 1
+            self.ran[switches] += 1
             self.like[switches] = (len(result.branches) // B, result.branches.dtype, result.guidance_scale)
             return result
         branches, dtype, guidance_scale = self.like[switches]
@@ -186,17 +189,16 @@ class _FirstPredictions:
         return Prediction(output, B, guidance_scale, output[-B:])
 
 
-def _first_pictures(policy: Any, name: str, times: int) -> Any:
+def _first_pictures(call: Any, times: int) -> Any:
     """`Policy.decode` or `Policy.preview` that runs so many times."""
-    call, left, shape = getattr(policy, name), times, torch.Size()
+    shapes: list[torch.Size] = []
 
     def limited(latents: Tensor, *others: Any) -> Tensor:
-        nonlocal left, shape
-        if left > 0:
-            images = call(latents, *others)
-            left, shape = left - 1, images.shape[1:]
-            return images
-        return torch.empty(len(latents), *shape, device=latents.device)
+        if len(shapes) == times:
+            return torch.empty(len(latents), *shapes[0], device=latents.device)
+        images = call(latents, *others)
+        shapes.append(images.shape[1:])
+        return images
 
     return limited
 
