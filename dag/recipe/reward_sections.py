@@ -8,6 +8,7 @@ from dag.recipe.section import Section
 
 
 class _Reward(Section):
+    name: str
     weight: float = 1.0
     """Factor in the sum of rewards."""
 

@@ -14,12 +14,18 @@ from dag.errors import RunError, UsageError
 from dag.rewards.conversion import clip_component
 from dag.rewards.pixels import CLIP_MEAN, CLIP_STD, Preprocessing
 from dag.rewards.text import Cleaning
-from dag.rewards.weights import Published, converted, locate, read_json, read_state
+from dag.rewards.weights import Published, converted, locate, read_config, read_json, read_state
 
 EMBEDDED = Path(__file__).parent.parent / "assets" / "scorer"
 DTYPES = {"fp32": torch.float32, "tf32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-_HUB_FILES = ("*.json", "merges.txt", "vocab.json", "model.safetensors", "model-*.safetensors")
-VIT_L = Published("openai/clip-vit-large-patch14", _HUB_FILES)
+# The files of a CLIP model on the hub in transformers' layout.
+HUB_FILES = ("*.json", "merges.txt", "model.safetensors", "model-*.safetensors")
+VIT_L = Published("openai/clip-vit-large-patch14", HUB_FILES)
+# What a file of open_clip's ViT-H-14 does not tell: heads of 80 in the vision tower, exact GELU.
+VIT_H_CONFIG = {
+    "vision_config": {"num_attention_heads": 16, "hidden_act": "gelu"},
+    "text_config": {"num_attention_heads": 16, "hidden_act": "gelu"},
+}
 
 
 @dataclass(frozen=True)
@@ -33,10 +39,10 @@ class ClipSource:
     """A transformers folder, an OpenAI or open_clip file, a hub id, or `embedded`; None takes the published one."""
     tokenizer: str | None = None
     """A folder or hub id with CLIP's tokenizer; None looks in the model's folder, then at OpenAI's model."""
-    config: str | Mapping[str, Any] | None = None
-    """What an OpenAI or open_clip file does not tell, as CLIPConfig or a JSON file of it; overrides `architecture`."""
+    config: str | None = None
+    """A JSON file of CLIPConfig entries that an OpenAI or open_clip file does not tell; replaces `architecture`."""
     architecture: Mapping[str, Any] | None = None
-    """The published model's deviations from OpenAI's rules, in the same form."""
+    """The entries that the published file does not tell, where they are not OpenAI's."""
     preprocessing: Preprocessing | None = None
     """Its size is the model's. None takes the folder's preprocessor_config.json, or CLIP's own."""
     dtype: str = "fp32"
@@ -98,8 +104,7 @@ _shared: WeakValueDictionary[str, ClipTower] = WeakValueDictionary()
 def shared_tower(source: ClipSource, device: torch.device | str = "cpu") -> ClipTower:
     """The tower of a source, loaded once for all rewards that name the same weights, inputs and device."""
     # The key only names the source in errors; aesthetic and clip_score read one ViT-L.
-    identity = repr((source.published, source.path, source.tokenizer, source.config, source.architecture))
-    identity += repr((source.preprocessing, source.dtype, str(device)))
+    identity = repr((replace(source, key=""), str(device)))
     tower = _shared.get(identity)
     if tower is None:
         tower = _shared[identity] = ClipTower(source, device)
@@ -108,11 +113,11 @@ def shared_tower(source: ClipSource, device: torch.device | str = "cpu") -> Clip
 
 def feature_tower(key: str, path: str, device: torch.device | str = "cpu") -> ClipTower:
     """The tower of `embedded`, a folder, a file or a hub id, to measure pictures with."""
-    return shared_tower(ClipSource(key, VIT_L, embedded_or(path)), device)
+    return shared_tower(ClipSource(key, VIT_L, path), device)
 
 
-def embedded_or(path: str) -> str:
-    """`embedded` as the folder of the scorer that ships with this package."""
+def _embedded_or(path: str | None) -> str | None:
+    """The path, with `embedded` as the folder of the scorer that ships with this package."""
     return str(EMBEDDED) if path == "embedded" else path
 
 
@@ -120,14 +125,10 @@ def _load_model(source: ClipSource, dtype: torch.dtype) -> tuple[Any, Path]:
     """(CLIPModel, the folder where a tokenizer may lie beside it)."""
     from transformers import CLIPModel
 
-    location = locate(source.key, source.path, source.published)
+    location = locate(source.key, _embedded_or(source.path), source.published)
     folder, beside = location, location
     if location.is_file():
-        overrides = source.architecture or {}
-        if isinstance(source.config, Mapping):
-            overrides = source.config
-        elif source.config is not None:
-            overrides = read_json(source.key.replace("path", "config"), Path(source.config).expanduser())
+        overrides = read_config(source.key.replace("path", "config"), source.config, source.architecture)
         beside = location.parent
         stored = converted(
             source.key,
@@ -168,7 +169,7 @@ def _load_tokenizer(source: ClipSource, folder: Path) -> Any:
     key = source.key.replace("path", "tokenizer")
     place = folder
     if source.tokenizer is not None:
-        place = locate(key, embedded_or(source.tokenizer), VIT_L)
+        place = locate(key, _embedded_or(source.tokenizer), VIT_L)
     elif not _has_tokenizer(folder):
         names = ("tokenizer*", "vocab.json", "merges.txt", "special_tokens_map.json")
         place = locate(key, None, Published(VIT_L.repo, names))

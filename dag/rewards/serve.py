@@ -18,10 +18,9 @@ from typing import Any
 
 import torch
 
-from dag.chain.policy import Reward
 from dag.errors import RunError, UsageError
 from dag.recipe.load import parse_reward
-from dag.rewards import build_term, checked
+from dag.rewards import Reward, build_reward, checked
 from dag.rewards.wire import decode_request
 
 MAX_BODY = 256 << 20
@@ -119,7 +118,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     given = parser.parse_args(arguments)
     try:
         term = parse_reward(given.name, given.set)
-        server = RewardServer((given.host, given.port), term.name, build_term(term, torch.device(given.device)))
+        server = RewardServer((given.host, given.port), term.name, build_reward(term, torch.device(given.device)))
     except (RunError, UsageError) as error:
         print(error, file=sys.stderr)
         return 2 if isinstance(error, UsageError) else 1

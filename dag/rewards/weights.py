@@ -99,6 +99,11 @@ def read_json(key: str, path: Path) -> dict[str, Any]:
     return data
 
 
+def read_config(key: str, path: str | None, default: Mapping[str, Any] | None = None) -> Mapping[str, Any]:
+    """What a recipe's `config` file says of an architecture; `default`, or nothing, where the recipe names no file."""
+    return (default or {}) if path is None else read_json(key, Path(path).expanduser())
+
+
 Component = tuple[dict[str, Any], State]
 """A transformers config and the weights that belong to it."""
 

@@ -82,7 +82,7 @@ def test_names_in_recipes_are_the_registered_ones() -> None:
 def test_the_reader_tells_sections_apart() -> None:
     source = """
 from dag.recipe import Recipe, Train as Config
-from dag.recipe.reward_sections import Compressibility, Custom
+from dag.recipe.reward_sections import Compressibility, Custom, ClipScore as Section
 def f(config: Recipe, terms: list[Compressibility | Custom]):
     train, rate = config.train, config.flow.learning_rate
     other.epochs
@@ -95,6 +95,9 @@ class A:
         return self.options.clip_norm
 def chosen(recipe: Recipe) -> Config: ...
 chosen(x).epochs
+class B:
+    def __init__(self, section: Section):
+        self.scale = section.scale
 """
     assert fields_read(source) == {
         ("Recipe", "train"),
@@ -103,6 +106,8 @@ chosen(x).epochs
         ("Train", "clip_norm"),
         ("Train", "epochs"),
         ("Custom", "path"),
+        ("ClipScore", "scale"),
+        ("ImageText", "scale"),
     }
 
 
