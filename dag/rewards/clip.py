@@ -21,7 +21,7 @@ DTYPES = {"fp32": torch.float32, "tf32": torch.float32, "bf16": torch.bfloat16, 
 # The files of a CLIP model on the hub in transformers' layout.
 HUB_FILES = ("*.json", "merges.txt", "model.safetensors", "model-*.safetensors")
 VIT_L = Published("openai/clip-vit-large-patch14", HUB_FILES)
-# What a file of open_clip's ViT-H-14 does not tell: heads of 80 in the vision tower, exact GELU.
+# What cannot be read off the shapes in a file of open_clip's ViT-H-14: heads of 80 in the vision tower, exact GELU.
 VIT_H_CONFIG = {
     "vision_config": {"num_attention_heads": 16, "hidden_act": "gelu"},
     "text_config": {"num_attention_heads": 16, "hidden_act": "gelu"},
@@ -30,7 +30,7 @@ VIT_H_CONFIG = {
 
 @dataclass(frozen=True)
 class ClipSource:
-    """Where a CLIP model comes from and how its inputs are prepared; towers are shared by equal sources."""
+    """Where a CLIP model comes from and how its inputs are prepared; equal sources share one model."""
 
     key: str
     """The recipe's name of the weights, e.g. `hpsv2.path`, for errors."""
@@ -40,16 +40,17 @@ class ClipSource:
     tokenizer: str | None = None
     """A folder or hub id with CLIP's tokenizer; None looks in the model's folder, then at OpenAI's model."""
     config: str | None = None
-    """A JSON file of CLIPConfig entries that an OpenAI or open_clip file does not tell; replaces `architecture`."""
+    """A JSON file of CLIPConfig entries for a file of an unusual architecture; it replaces `architecture`."""
     architecture: Mapping[str, Any] | None = None
-    """The entries that the published file does not tell, where they are not OpenAI's."""
+    """The CLIPConfig entries of a published file that differ from OpenAI's rules and cannot be read off its shapes."""
     preprocessing: Preprocessing | None = None
-    """Its size is the model's. None takes the folder's preprocessor_config.json, or CLIP's own."""
+    """How pictures are prepared; the size is replaced by the model's. None takes the folder's preprocessor_config.json, or
+    CLIP's own."""
     dtype: str = "fp32"
 
 
 class ClipTower:
-    """Embeddings of unit length, float32 whatever the tower's precision."""
+    """A CLIP model that gives embeddings of unit length, in float32 whatever the model's precision is."""
 
     def __init__(self, source: ClipSource, device: torch.device | str = "cpu") -> None:
         self.device = torch.device(device)
@@ -60,7 +61,7 @@ class ClipTower:
         size = self.model.config.vision_config.image_size
         self.preprocessing = replace(source.preprocessing or _preprocessing(folder), size=size)
         self._texts: dict[str, Tensor] = {}
-        # exp of the trained temperature, in units of one cosine; read once, which waits for the device.
+        # exp of the trained temperature, the factor of a cosine. It is read once, since reading waits for the device.
         self.logit_scale = float(self.model.logit_scale.float().exp())
 
     def to(self, device: torch.device) -> None:
@@ -69,18 +70,21 @@ class ClipTower:
         self._texts = {text: embedding.to(device) for text, embedding in self._texts.items()}
 
     def embed_images(self, images: Tensor, *, smooth: bool = False) -> Tensor:
-        """(B, D) of (B, 3, H, W) images in [0, 1]: of their 8-bit pictures, or of the tensors, where gradients reach."""
+        """(B, D) embeddings of (B, 3, H, W) images in [0, 1].
+
+        They are those of the 8-bit pictures, or, with `smooth`, of the tensors themselves, which then get gradients.
+        """
         with torch.set_grad_enabled(smooth and torch.is_grad_enabled()):
             return self.embed_pixels(self.preprocessing.read(images.to(self.device), smooth=smooth))
 
     def embed_pixels(self, pixels: Tensor) -> Tensor:
-        """(B, D) of preprocessed (B, 3, S, S) pixels."""
+        """(B, D) embeddings of preprocessed (B, 3, S, S) pixels."""
         features = self.model.get_image_features(pixel_values=pixels.to(self.dtype)).pooler_output
         return _unit(features)
 
     @torch.no_grad()
     def embed_texts(self, texts: Sequence[str], cleaning: Cleaning | None = None) -> Tensor:
-        """(B, D); each distinct text is encoded once. `cleaning` comes before the tokenizer."""
+        """(B, D) embeddings; each distinct text is encoded once. `cleaning` is applied before the tokenizer."""
         cleaned = [text if cleaning is None else cleaning(text) for text in texts]
         new = [text for text in dict.fromkeys(cleaned) if text not in self._texts]
         if new:
@@ -94,7 +98,7 @@ class ClipTower:
 
 
 def _unit(features: Tensor) -> Tensor:
-    """Rows of unit length, in float32 or more."""
+    """The rows, scaled to unit length, in float32 or float64."""
     return functional.normalize(features.to(torch.promote_types(features.dtype, torch.float32)), dim=-1)
 
 
@@ -112,7 +116,7 @@ def shared_tower(source: ClipSource, device: torch.device | str = "cpu") -> Clip
 
 
 def feature_tower(key: str, path: str, device: torch.device | str = "cpu") -> ClipTower:
-    """The tower of `embedded`, a folder, a file or a hub id, to measure pictures with."""
+    """The CLIP model of `embedded`, a folder, a file or a hub id, for measuring pictures."""
     return shared_tower(ClipSource(key, VIT_L, path), device)
 
 
@@ -141,7 +145,7 @@ def _load_model(source: ClipSource, dtype: torch.dtype) -> tuple[Any, Path]:
 
 
 def load_strictly(key: str, model_class: Any, folder: Path, dtype: torch.dtype, **options: Any) -> Any:
-    """A transformers model of a local folder, every weight of it found and used. Raises RunError."""
+    """A transformers model from a local folder. Raises RunError unless every weight is found and used."""
     from transformers.utils.logging import disable_progress_bar
 
     disable_progress_bar()
@@ -185,7 +189,7 @@ def _has_tokenizer(folder: Path) -> bool:
 
 
 def _preprocessing(folder: Path) -> Preprocessing:
-    """What a transformers folder says of its pixels; CLIP's own constants where it says nothing."""
+    """The preprocessing that a transformers folder asks for; CLIP's own constants where it says nothing."""
     path = folder / "preprocessor_config.json"
     config = read_json("preprocessor_config.json", path) if path.is_file() else {}
     mean, std = config.get("image_mean", CLIP_MEAN), config.get("image_std", CLIP_STD)

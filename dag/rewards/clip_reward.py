@@ -19,7 +19,7 @@ class ClipReward(TowerReward):
 
     Args:
         published:     the weights that are taken where the section gives no path.
-        architecture:  what a published file does not tell of its model, see `ClipSource`.
+        architecture:  what cannot be read off the published file, see `ClipSource`.
         preprocessing: how the original code prepares pictures, see `ClipSource`.
     """
 

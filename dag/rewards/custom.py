@@ -35,7 +35,7 @@ class Custom:
 
 
 def _import(name: str) -> ModuleType:
-    # `python -m` and scripts differ in whether the working directory is importable; a user's module lies there.
+    # A user's module lies in the working directory, which `python -m` makes importable and a script does not.
     working_directory = str(Path.cwd())
     if working_directory not in sys.path:
         sys.path.insert(0, working_directory)

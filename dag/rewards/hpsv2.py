@@ -12,7 +12,7 @@ from dag.rewards.pixels import Preprocessing
 from dag.rewards.registry import REWARDS
 from dag.rewards.weights import Published
 
-# Version 2.1 is the better one; the original package takes 2.0 unless told otherwise.
+# Version 2.1 is the better one; the original package takes 2.0 by default.
 PUBLISHED = {
     "v2.1": Published("xswu/HPSv2", ("HPS_v2.1_compressed.pt",)),
     "v2.0": Published("xswu/HPSv2", ("HPS_v2_compressed.pt",)),

@@ -52,7 +52,7 @@ class Http:
                 # Refused, reset, timed out, cut off: all of them may be a server that is being restarted.
                 reason = str(getattr(error, "reason", None) or error) or type(error).__name__
             except ValueError as error:
-                raise RunError(f"reward http: {url} answered otherwise than agreed: {error}") from None
+                raise RunError(f"reward http: {url} broke the protocol: {error}") from None
         raise RunError(f"reward http: {url} gave no answer in {attempts} attempts; the last: {reason}")
 
     def _post(self, body: bytes) -> bytes:

@@ -18,7 +18,7 @@ from dag.rewards.weights import Published, converted, locate, read_config, read_
 
 PUBLISHED = Published("zai-org/ImageReward", ("ImageReward.pt",))
 TOKENIZER = Published("google-bert/bert-base-uncased", ("tokenizer*", "vocab.txt"))
-# The model's mean and sd over its authors' validation pictures: scores are standardised with them.
+# The mean and the standard deviation of the model's scores on its authors' validation pictures.
 MEAN, SD = 0.16717362830052426, 1.0333394966054072
 MAX_TOKENS = 35
 
@@ -69,7 +69,7 @@ class ImageReward(TowerReward):
         return self.score_pixels(pixels, prompts)
 
     def score_pixels(self, pixels: Tensor, prompts: Sequence[str]) -> Tensor:
-        """(B,) of preprocessed (B, 3, S, S) pixels."""
+        """(B,) scores of preprocessed (B, 3, S, S) pixels."""
         # last_hidden_state, not the pooled output: that is normalised twice.
         picture = self.vision(pixel_values=pixels.to(self.dtype)).last_hidden_state
         ids, mask = self._tokens(tuple(prompts))
@@ -84,9 +84,9 @@ class ImageReward(TowerReward):
     def _tokens(self, prompts: tuple[str, ...]) -> tuple[Tensor, Tensor]:
         """Ids (B, S) and what is added to attention (B, 1, 1, S), on the device, S = MAX_TOKENS.
 
-        They are kept for the next call, since a micro-batch asks for the same prompts again and again. The mask is the sum's
-        own form: given one of shape (B, S), transformers asks in every call whether it masks anything, which waits for the
-        device.
+        They are kept for the next call, since a micro-batch asks for the same prompts again and again. The mask already
+        has its final form: given one of shape (B, S), transformers checks in every call whether it masks anything, which
+        waits for the device.
         """
         if prompts != self._read:
             options = {"padding": "max_length", "max_length": MAX_TOKENS, "truncation": True, "return_tensors": "pt"}

@@ -1,4 +1,4 @@
-"""A reward's network with random weights, for benchmarks: the published one's work without its download."""
+"""A reward's network with random weights, for benchmarks: it does the work of the published one without a download."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -56,7 +56,7 @@ class StandIn(TowerReward):
 
 
 def architecture(name: str) -> tuple[list[nn.Module], Any, int]:
-    """(the networks of a reward with the default device's initial weights, its image tower, the side it reads)."""
+    """(the networks of a reward with random weights on the default device, its image tower, the side of its pictures)."""
     return _image_reward() if name == "image_reward" else _clip(name)
 
 

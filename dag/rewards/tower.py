@@ -15,9 +15,9 @@ from dag.rewards.weights import State
 class TowerReward(ABC):
     """A reward that reads pictures with a frozen network.
 
-    Called plainly it scores 8-bit pictures as the original code does, which takes them through CPU memory. With
-    `is_preview` it scores the tensors themselves, resized on their device; with `grad=True` too, and gradients reach the
-    images and nothing else.
+    By default it scores 8-bit pictures as the original code does, which takes them through CPU memory. With `is_preview`
+    or `grad` it scores the tensors themselves, resized on their device. With `grad`, gradients reach the images and nothing
+    else.
     """
 
     differentiable = True
@@ -50,7 +50,7 @@ class TowerReward(ABC):
 
 @contextmanager
 def _tf32(is_on: bool) -> Iterator[None]:
-    """Inside, a GPU's float32 matrix products read their factors with the 10 bits of mantissa that TF32 has."""
+    """Inside, a GPU multiplies float32 matrices in TF32, which keeps 10 bits of the factors' mantissa."""
     if not (is_on and torch.cuda.is_available()):
         yield
         return
@@ -63,7 +63,7 @@ def _tf32(is_on: bool) -> Iterator[None]:
 
 
 class LinearHead(nn.Module):
-    """Linear layers with nothing between them, as LAION's aesthetic predictor and ImageReward end. Float32.
+    """Linear layers with nothing between them, the last part of LAION's aesthetic predictor and of ImageReward. Float32.
 
     Args:
         state: `layers.N.weight`, `layers.N.bias` of the published file; the numbers skip its dropouts.
@@ -88,7 +88,7 @@ class LinearHead(nn.Module):
         self.requires_grad_(False)
 
     def forward(self, features: Tensor) -> Tensor:
-        """(B, D) in any dtype to (B,)."""
+        """(B,) scores of (B, D) features of any dtype."""
         return self.layers(features.to(next(self.parameters()).dtype)).squeeze(-1)
 
 

@@ -43,9 +43,9 @@ def test_a_shipped_recipe_says_what_it_is_for(path: Path) -> None:
 
 
 @pytest.mark.parametrize("small", sorted((ROOT / "recipes").glob("*_24gb.yaml")), ids=lambda path: path.stem)
-def test_the_card_changes_how_an_update_is_computed_and_nothing_else(small: Path) -> None:
-    cards = [small.with_name(small.name.replace("_24gb", f"_{card}gb")) for card in (12, 48)]
-    for other in filter(Path.exists, cards):
+def test_the_gpu_changes_how_an_update_is_computed_and_nothing_else(small: Path) -> None:
+    others = [small.with_name(small.name.replace("_24gb", f"_{gib}gb")) for gib in (12, 48)]
+    for other in filter(Path.exists, others):
         theirs, ours = load(other), load(small)
         same_memory = {
             "memory": ours.memory,
