@@ -6,8 +6,8 @@ GET says what is served. `dag.rewards.wire` defines the protocol, so a scorer th
 server of its own, which is a page of code. Only this machine is answered unless --host says otherwise, and there is no
 authentication: do not put it on an open network.
 
-It stays on http.server: uvicorn and starlette would save six lines, but answer a bad Content-Length without JSON and wait
-for slow headers without end; waitress neither limits the time of a request nor refuses one when all places are taken.
+It stays on http.server. uvicorn and starlette would save six lines, but they answer a bad Content-Length without JSON and
+wait for unfinished headers without end; waitress limits neither how long a request drips in nor how many wait.
 """
 
 import argparse
