@@ -21,11 +21,10 @@ from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
-from dag.chain.policy import Reward
 from dag.errors import RunError, UsageError
 from dag.recipe.load import parse_reward
 from dag.recipe.prompts import read_prompt_file
-from dag.rewards import build_term, checked
+from dag.rewards import Reward, build_reward, checked
 from dag.run.gpu import out_of_memory_ends
 
 
@@ -90,7 +89,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         prompts = prompts_for(given.images, given.prompts)
         term = parse_reward(given.reward, given.set)
         with out_of_memory_ends("out of GPU memory while scoring; --device cpu needs none"):
-            reward = build_term(term, torch.device(given.device))
+            reward = build_reward(term, torch.device(given.device))
             progress = tqdm(score_files(term.name, reward, given.images, prompts), total=len(prompts), disable=None)
             results = list(progress)
     except (RunError, UsageError) as error:

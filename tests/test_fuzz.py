@@ -6,9 +6,9 @@ from typing import Any
 
 import pytest
 from helpers.fuzz import DAMAGE, OVERRIDES, RECIPE_BYTES, REQUESTS, try_checkpoint, try_recipe, try_request
+from helpers.tiny_rewards import reward_of
 from hypothesis import HealthCheck, given, settings
 
-from dag.rewards import build_reward
 from dag.rewards.serve import RewardServer
 
 few = settings(
@@ -21,7 +21,7 @@ few = settings(
 
 @pytest.fixture(scope="module")
 def server() -> Iterator[RewardServer]:
-    with RewardServer(("127.0.0.1", 0), "colourfulness", build_reward("colourfulness")) as made:
+    with RewardServer(("127.0.0.1", 0), "colourfulness", reward_of("colourfulness")) as made:
         yield made
 
 

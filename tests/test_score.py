@@ -4,10 +4,10 @@ import json
 from pathlib import Path
 
 import pytest
+from helpers.tiny_rewards import reward_of
 from PIL import Image
 
 from dag import score
-from dag.rewards import build_reward
 
 
 @pytest.fixture
@@ -37,7 +37,7 @@ def test_a_table_and_json(pictures: list[str], capsys: pytest.CaptureFixture[str
     scores = [entry["score"] for entry in found["images"]]
     assert scores[0] == 0.0 and scores[3] is None
     for number in (1, 2):
-        expected = build_reward("colourfulness")(score.read_image(pictures[number]), [""])
+        expected = reward_of("colourfulness")(score.read_image(pictures[number]), [""])
         assert scores[number] == pytest.approx(float(expected))
         assert f"{scores[number]:.4f}" in lines[number]
     assert "skipped" in lines[3] and "broken.png" in lines[3]
@@ -54,7 +54,7 @@ def test_one_prompt_for_all_or_one_for_each(
     found = json.loads(lines[-1])["images"]
     expected = (text.split("\n")[:-1] * 2)[:2]
     assert [entry["prompt"] for entry in found] == expected
-    reward = build_reward("image_text")
+    reward = reward_of("image_text")
     for entry in found:
         alone = reward(score.read_image(entry["image"]), [entry["prompt"]])
         assert entry["score"] == pytest.approx(float(alone), abs=1e-3)

@@ -156,9 +156,3 @@ class Policy(Protocol):
     def describe(self) -> dict[str, Any]:
         """What run.json says of the model."""
         ...
-
-
-class Reward(Protocol):
-    """(images (B, 3, H, W) float32 in [0, 1], B prompts) -> (B,) float32, finite, larger is better."""
-
-    def __call__(self, images: Tensor, prompts: Sequence[str]) -> Tensor: ...

@@ -15,7 +15,6 @@ import torch
 from dag_kernels import choose
 from torch import Tensor
 
-from dag.chain.policy import Reward
 from dag.chain.rollout import Batch, Score, assemble, sample_tile, score_tile
 from dag.chain.trajectory import ChainStore
 from dag.costs.fake_gpu import Counts, FakeGpu
@@ -23,7 +22,7 @@ from dag.costs.live_bytes import GIB, LiveBytes, as_on_cuda
 from dag.costs.weightless import META, Weightless
 from dag.recipe import Recipe
 from dag.recipe.reward_sections import Custom, Http, RewardTerm, Tower
-from dag.rewards import RewardSum, build_term
+from dag.rewards import Reward, RewardSum, build_reward
 from dag.rewards.stand_in import StandIn
 from dag.run.meter import PhaseMeter
 from dag.training.epoch_state import EpochState
@@ -171,10 +170,10 @@ def _scaled(counts: Counts, factor: float) -> tuple[Counter[str], Counter[str]]:
 def _on_meta(term: RewardTerm, device: torch.device) -> Reward:
     """A reward's work on the device without its weights, and without calling what is not ours."""
     if isinstance(term, Tower):
-        return StandIn(term.name, term, torch.device("cpu") if term.device == "cpu" else device)
+        return StandIn(term, torch.device("cpu") if term.device == "cpu" else device)
     if isinstance(term, Custom | Http):
         return lambda images, prompts: images.cpu().flatten(1)[:, 0]
-    return build_term(term, device)
+    return build_reward(term, device)
 
 
 def row_of(path: str, found: Rehearsed) -> dict[str, Any]:

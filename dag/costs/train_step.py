@@ -10,14 +10,13 @@ from typing import Any
 
 import torch
 
-from dag.chain.policy import Reward
 from dag.costs import flops
 from dag.costs.forecast import forecast
 from dag.costs.live_bytes import GIB, LiveBytes
 from dag.costs.published_work import Published
 from dag.recipe import Recipe
 from dag.recipe.reward_sections import RewardTerm, Tower
-from dag.rewards import RewardSum, build_term
+from dag.rewards import Reward, RewardSum, build_reward
 from dag.run.folder import RunFolder
 from dag.run.meter import PhaseMeter
 from dag.training.build import build
@@ -138,7 +137,7 @@ def without_download(term: RewardTerm, device: torch.device) -> Reward:
     """The reward, or its architecture where the weights would have to be fetched."""
     if isinstance(term, Tower) and term.path is None:
         term = term.model_copy(update={"path": "random"})
-    return build_term(term, device)
+    return build_reward(term, device)
 
 
 def _synchronise() -> None:

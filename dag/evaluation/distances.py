@@ -1,6 +1,10 @@
 """Figures of sets of pictures, from their features: how different they are, and how far from other pictures.
 
 Legend: N pictures, D features. Features are float32 rows; every figure is computed in float64.
+
+The published figures are computed here, not by a library. torchmetrics, ignite and scipy take the root of a singular matrix
+where N < D, which costs the Frechet distance eight digits; torchmetrics' kernel distance wants N = M; vendi-score brings
+scipy and scikit-learn for its four lines. tests/by_hand/published_statistics.py compares them.
 """
 
 import torch
@@ -22,13 +26,13 @@ def within_prompt_diversity(features: Tensor, images_per_prompt: int) -> float:
 def vendi_score(features: Tensor) -> float:
     """The effective number of different pictures, 1 .. N (Friedman and Dieng, TMLR 2023, order 1).
 
-    exp of the entropy of the eigenvalues of K / N, K the cosines.
+    It is exp of the entropy of the eigenvalues of K / N, where K holds the pairwise cosines.
 
     Args:
         features: (N, D) unit vectors.
     """
     rows = features.double()
-    # K / N and its dual D x D have the same eigenvalues but for zeros; the smaller is solved.
+    # K / N and its D x D dual have the same eigenvalues except for zeros, so the smaller one is solved.
     gram = rows @ rows.T if len(rows) <= rows.shape[1] else rows.T @ rows
     eigenvalues = torch.linalg.eigvalsh(gram / len(rows))
     share = eigenvalues[eigenvalues > 0]
@@ -38,13 +42,15 @@ def vendi_score(features: Tensor) -> float:
 def frechet_distance(a: Tensor, b: Tensor) -> float:
     """|mean_a - mean_b|^2 + tr(C_a + C_b - 2 (C_a C_b)^(1/2)), unbiased covariances (Heusel et al. 2017, squared).
 
-    It falls with the number of pictures even between samples of one law: compare at equal numbers, and with such a pair.
+    It falls with the number of pictures even between two samples of one distribution. So compare at equal numbers, and report
+    the distance of such a pair beside it.
 
     Args:
         a, b: (N, D), (M, D)
     """
     a, b = a.double(), b.double()
-    # C = X^T X, so tr (C_a C_b)^(1/2) is the sum of the singular values of X_a X_b^T: no square root of a singular matrix.
+    # With C = X^T X, tr (C_a C_b)^(1/2) is the sum of the singular values of X_a X_b^T. This avoids the square root of a
+    # matrix that is singular where N < D.
     x_a, x_b = ((x - x.mean(0)) / (len(x) - 1) ** 0.5 for x in (a, b))
     overlap = torch.linalg.svdvals(x_a @ x_b.T).sum()
     spread = x_a.square().sum() + x_b.square().sum() - 2 * overlap
@@ -52,7 +58,9 @@ def frechet_distance(a: Tensor, b: Tensor) -> float:
 
 
 def kernel_distance(a: Tensor, b: Tensor) -> float:
-    """Squared MMD with the kernel (x.y / D + 1)^3, unbiased: zero in the mean for one law (Binkowski et al. 2018).
+    """Squared MMD with the kernel (x.y / D + 1)^3 (Binkowski et al. 2018).
+
+    The estimate is unbiased: its mean is zero for two samples of one distribution.
 
     Args:
         a, b: (N, D), (M, D)

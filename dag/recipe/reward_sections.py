@@ -8,6 +8,7 @@ from dag.recipe.section import Section
 
 
 class _Reward(Section):
+    name: str
     weight: float = 1.0
     """Factor in the sum of rewards."""
 
@@ -28,15 +29,15 @@ class Tower(_Reward):
     """A reward with a neural network."""
 
     path: str | None = None
-    """Local file or folder, or hub id, of its weights; null takes the published ones from the hub. `random` is the published
-    network with random weights, for benchmarks: its work without its download, and numbers that judge nothing."""
+    """Local file or folder, or hub id, of the weights; null takes the published ones from the hub. `random` is the published
+    network with random weights, for benchmarks: the same work without a download, and scores that mean nothing."""
     tokenizer: str | None = None
-    """Folder or hub id of its tokenizer; null looks beside the weights, then at the hub."""
+    """Folder or hub id of the tokenizer; null looks beside the weights, then at the hub."""
     config: str | None = None
-    """JSON file of an architecture that an original-layout file does not tell; only unusual ones need it."""
+    """JSON file of the architecture, where weights in their original layout are of an unusual one."""
     dtype: Literal["fp32", "tf32", "bf16", "fp16"] = "fp32"
     """Precision of the network; heads and normalisation stay fp32. `tf32` is float32 with the faster matrix products of
-    data-centre GPUs (RTX cards have them at the rate of fp32); bf16 and fp16 take half the memory, and move scores more."""
+    data-centre GPUs (RTX GPUs have them at the rate of fp32); bf16 and fp16 take half the memory, and move scores more."""
     max_batch: int = Field(16, ge=1)
     """Pictures per forward pass; memory grows with it, scores do not depend on it."""
     device: Literal["auto", "cpu"] = "auto"
@@ -56,15 +57,15 @@ class ClipScore(Tower):
     scale: float = 1.0
     """Factor of the cosine: 2.5 is Hessel et al., 100 is torchmetrics."""
     clamp: bool = False
-    """Negative cosines count as 0, in both of these; they then have no gradient."""
+    """Negative cosines count as 0, as in both of these; they then have no gradient."""
     prefix: str = ""
-    """Before every prompt; Hessel et al.: `A photo depicts `."""
+    """Text put before every prompt; Hessel et al.: `A photo depicts `."""
 
 
 class ImageText(ClipScore):
     name: Literal["image_text"]  # type: ignore[assignment]
     path: str | None = "embedded"
-    """`embedded`, the scorer that ships with this package, or any CLIP model."""
+    """`embedded` is the scorer that ships with this package; any CLIP model can be named instead."""
     scale: float = 100.0
     """Factor of the cosine."""
 
@@ -76,7 +77,7 @@ class PickScore(Tower):
 class HPSv2(Tower):
     name: Literal["hpsv2"]
     version: Literal["v2.1", "v2.0"] = "v2.1"
-    """Which published weights; a `path` of your own says itself."""
+    """Which of the published files is taken; a `path` that names a file needs no version."""
 
 
 class ImageReward(Tower):
@@ -88,7 +89,7 @@ class Http(_Reward):
 
     name: Literal["http"]
     url: str = Field(pattern=r"^https?://[^/\s]+(/\S*)?$")
-    """Gets POST {"images": [base64 PNG, ...], "prompts": [...]}, answers {"rewards": [...]}."""
+    """The server gets POST {"images": [base64 PNG, ...], "prompts": [...]} and answers {"rewards": [...]}."""
     timeout: float = Field(60.0, gt=0)
     """Seconds to wait for one answer."""
     retries: int = Field(6, ge=0)

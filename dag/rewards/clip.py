@@ -14,17 +14,23 @@ from dag.errors import RunError, UsageError
 from dag.rewards.conversion import clip_component
 from dag.rewards.pixels import CLIP_MEAN, CLIP_STD, Preprocessing
 from dag.rewards.text import Cleaning
-from dag.rewards.weights import Published, converted, locate, read_json, read_state
+from dag.rewards.weights import Published, converted, locate, read_config, read_json, read_state
 
 EMBEDDED = Path(__file__).parent.parent / "assets" / "scorer"
 DTYPES = {"fp32": torch.float32, "tf32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-_HUB_FILES = ("*.json", "merges.txt", "vocab.json", "model.safetensors", "model-*.safetensors")
-VIT_L = Published("openai/clip-vit-large-patch14", _HUB_FILES)
+# The files of a CLIP model on the hub in transformers' layout.
+HUB_FILES = ("*.json", "merges.txt", "model.safetensors", "model-*.safetensors")
+VIT_L = Published("openai/clip-vit-large-patch14", HUB_FILES)
+# What cannot be read off the shapes in a file of open_clip's ViT-H-14: heads of 80 in the vision tower, exact GELU.
+VIT_H_CONFIG = {
+    "vision_config": {"num_attention_heads": 16, "hidden_act": "gelu"},
+    "text_config": {"num_attention_heads": 16, "hidden_act": "gelu"},
+}
 
 
 @dataclass(frozen=True)
 class ClipSource:
-    """Where a CLIP model comes from and how its inputs are prepared; towers are shared by equal sources."""
+    """Where a CLIP model comes from and how its inputs are prepared; equal sources share one model."""
 
     key: str
     """The recipe's name of the weights, e.g. `hpsv2.path`, for errors."""
@@ -33,17 +39,18 @@ class ClipSource:
     """A transformers folder, an OpenAI or open_clip file, a hub id, or `embedded`; None takes the published one."""
     tokenizer: str | None = None
     """A folder or hub id with CLIP's tokenizer; None looks in the model's folder, then at OpenAI's model."""
-    config: str | Mapping[str, Any] | None = None
-    """What an OpenAI or open_clip file does not tell, as CLIPConfig or a JSON file of it; overrides `architecture`."""
+    config: str | None = None
+    """A JSON file of CLIPConfig entries for a file of an unusual architecture; it replaces `architecture`."""
     architecture: Mapping[str, Any] | None = None
-    """The published model's deviations from OpenAI's rules, in the same form."""
+    """The CLIPConfig entries of a published file that differ from OpenAI's rules and cannot be read off its shapes."""
     preprocessing: Preprocessing | None = None
-    """Its size is the model's. None takes the folder's preprocessor_config.json, or CLIP's own."""
+    """How pictures are prepared; the size is replaced by the model's. None takes the folder's preprocessor_config.json, or
+    CLIP's own."""
     dtype: str = "fp32"
 
 
 class ClipTower:
-    """Embeddings of unit length, float32 whatever the tower's precision."""
+    """A CLIP model that gives embeddings of unit length, in float32 whatever the model's precision is."""
 
     def __init__(self, source: ClipSource, device: torch.device | str = "cpu") -> None:
         self.device = torch.device(device)
@@ -54,7 +61,7 @@ class ClipTower:
         size = self.model.config.vision_config.image_size
         self.preprocessing = replace(source.preprocessing or _preprocessing(folder), size=size)
         self._texts: dict[str, Tensor] = {}
-        # exp of the trained temperature, in units of one cosine; read once, which waits for the device.
+        # exp of the trained temperature, the factor of a cosine. It is read once, since reading waits for the device.
         self.logit_scale = float(self.model.logit_scale.float().exp())
 
     def to(self, device: torch.device) -> None:
@@ -63,18 +70,21 @@ class ClipTower:
         self._texts = {text: embedding.to(device) for text, embedding in self._texts.items()}
 
     def embed_images(self, images: Tensor, *, smooth: bool = False) -> Tensor:
-        """(B, D) of (B, 3, H, W) images in [0, 1]: of their 8-bit pictures, or of the tensors, where gradients reach."""
+        """(B, D) embeddings of (B, 3, H, W) images in [0, 1].
+
+        They are those of the 8-bit pictures, or, with `smooth`, of the tensors themselves, which then get gradients.
+        """
         with torch.set_grad_enabled(smooth and torch.is_grad_enabled()):
             return self.embed_pixels(self.preprocessing.read(images.to(self.device), smooth=smooth))
 
     def embed_pixels(self, pixels: Tensor) -> Tensor:
-        """(B, D) of preprocessed (B, 3, S, S) pixels."""
+        """(B, D) embeddings of preprocessed (B, 3, S, S) pixels."""
         features = self.model.get_image_features(pixel_values=pixels.to(self.dtype)).pooler_output
         return _unit(features)
 
     @torch.no_grad()
     def embed_texts(self, texts: Sequence[str], cleaning: Cleaning | None = None) -> Tensor:
-        """(B, D); each distinct text is encoded once. `cleaning` comes before the tokenizer."""
+        """(B, D) embeddings; each distinct text is encoded once. `cleaning` is applied before the tokenizer."""
         cleaned = [text if cleaning is None else cleaning(text) for text in texts]
         new = [text for text in dict.fromkeys(cleaned) if text not in self._texts]
         if new:
@@ -88,7 +98,7 @@ class ClipTower:
 
 
 def _unit(features: Tensor) -> Tensor:
-    """Rows of unit length, in float32 or more."""
+    """The rows, scaled to unit length, in float32 or float64."""
     return functional.normalize(features.to(torch.promote_types(features.dtype, torch.float32)), dim=-1)
 
 
@@ -98,8 +108,7 @@ _shared: WeakValueDictionary[str, ClipTower] = WeakValueDictionary()
 def shared_tower(source: ClipSource, device: torch.device | str = "cpu") -> ClipTower:
     """The tower of a source, loaded once for all rewards that name the same weights, inputs and device."""
     # The key only names the source in errors; aesthetic and clip_score read one ViT-L.
-    identity = repr((source.published, source.path, source.tokenizer, source.config, source.architecture))
-    identity += repr((source.preprocessing, source.dtype, str(device)))
+    identity = repr((replace(source, key=""), str(device)))
     tower = _shared.get(identity)
     if tower is None:
         tower = _shared[identity] = ClipTower(source, device)
@@ -107,12 +116,12 @@ def shared_tower(source: ClipSource, device: torch.device | str = "cpu") -> Clip
 
 
 def feature_tower(key: str, path: str, device: torch.device | str = "cpu") -> ClipTower:
-    """The tower of `embedded`, a folder, a file or a hub id, to measure pictures with."""
-    return shared_tower(ClipSource(key, VIT_L, embedded_or(path)), device)
+    """The CLIP model of `embedded`, a folder, a file or a hub id, for measuring pictures."""
+    return shared_tower(ClipSource(key, VIT_L, path), device)
 
 
-def embedded_or(path: str) -> str:
-    """`embedded` as the folder of the scorer that ships with this package."""
+def _embedded_or(path: str | None) -> str | None:
+    """The path, with `embedded` as the folder of the scorer that ships with this package."""
     return str(EMBEDDED) if path == "embedded" else path
 
 
@@ -120,14 +129,10 @@ def _load_model(source: ClipSource, dtype: torch.dtype) -> tuple[Any, Path]:
     """(CLIPModel, the folder where a tokenizer may lie beside it)."""
     from transformers import CLIPModel
 
-    location = locate(source.key, source.path, source.published)
+    location = locate(source.key, _embedded_or(source.path), source.published)
     folder, beside = location, location
     if location.is_file():
-        overrides = source.architecture or {}
-        if isinstance(source.config, Mapping):
-            overrides = source.config
-        elif source.config is not None:
-            overrides = read_json(source.key.replace("path", "config"), Path(source.config).expanduser())
+        overrides = read_config(source.key.replace("path", "config"), source.config, source.architecture)
         beside = location.parent
         stored = converted(
             source.key,
@@ -140,7 +145,7 @@ def _load_model(source: ClipSource, dtype: torch.dtype) -> tuple[Any, Path]:
 
 
 def load_strictly(key: str, model_class: Any, folder: Path, dtype: torch.dtype, **options: Any) -> Any:
-    """A transformers model of a local folder, every weight of it found and used. Raises RunError."""
+    """A transformers model from a local folder. Raises RunError unless every weight is found and used."""
     from transformers.utils.logging import disable_progress_bar
 
     disable_progress_bar()
@@ -168,7 +173,7 @@ def _load_tokenizer(source: ClipSource, folder: Path) -> Any:
     key = source.key.replace("path", "tokenizer")
     place = folder
     if source.tokenizer is not None:
-        place = locate(key, embedded_or(source.tokenizer), VIT_L)
+        place = locate(key, _embedded_or(source.tokenizer), VIT_L)
     elif not _has_tokenizer(folder):
         names = ("tokenizer*", "vocab.json", "merges.txt", "special_tokens_map.json")
         place = locate(key, None, Published(VIT_L.repo, names))
@@ -184,7 +189,7 @@ def _has_tokenizer(folder: Path) -> bool:
 
 
 def _preprocessing(folder: Path) -> Preprocessing:
-    """What a transformers folder says of its pixels; CLIP's own constants where it says nothing."""
+    """The preprocessing that a transformers folder asks for; CLIP's own constants where it says nothing."""
     path = folder / "preprocessor_config.json"
     config = read_json("preprocessor_config.json", path) if path.is_file() else {}
     mean, std = config.get("image_mean", CLIP_MEAN), config.get("image_std", CLIP_STD)

@@ -5,11 +5,11 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from dag.rewards.registry import REWARDS
+from dag.rewards.registry import REWARDS, PixelReward
 
 
 @REWARDS.register("colourfulness")
-class Colourfulness:
+class Colourfulness(PixelReward):
     """sqrt(var rg + var yb) + 0.3 sqrt(mean(rg)^2 + mean(yb)^2) on the 0..255 scale, over 10.
 
     rg = R - G and yb = (R + G) / 2 - B are opponent colours; variances are over the pixels (biased).

@@ -1,4 +1,4 @@
-"""From the layouts that reward models were published in to transformers' own, every key accounted for.
+"""Converts the layouts in which reward models were published to transformers' own, and accounts for every key.
 
 Pure functions of state dicts. A key that is neither mapped nor known to be superfluous is an error, and so is one that
 transformers then misses (`strict` loading): a mapping that is almost right gives plausible, wrong scores.
@@ -46,7 +46,7 @@ def clip_component(key: str, state: State, config: Mapping[str, Any]) -> Compone
     """An OpenAI or open_clip state dict as (CLIPModel config, CLIPModel state).
 
     Args:
-        config: overrides of what is read off the shapes, as CLIPConfig spells it, e.g.
+        config: CLIPConfig entries that replace what the shapes imply, e.g.
             {"vision_config": {"num_attention_heads": 16, "hidden_act": "gelu"}}.
 
     Raises:
@@ -205,10 +205,10 @@ _BLIP_TEXT_CONFIG: dict[str, Any] = {
     "max_position_embeddings": 512,
     "hidden_act": "gelu",
     "layer_norm_eps": 1e-12,
-    "is_decoder": True,  # makes the cross-attention; the mask is bidirectional all the same
+    "is_decoder": True,  # it creates the cross-attention; the forward pass still asks for a bidirectional mask
     "hidden_dropout_prob": 0.0,
     "attention_probs_dropout_prob": 0.0,
-    # Of generation, which does not happen here; the defaults lie outside small vocabularies.
+    # Tokens of text generation, which does not happen here; the defaults lie outside small vocabularies.
     "bos_token_id": None,
     "eos_token_id": None,
     "pad_token_id": 0,

@@ -7,9 +7,11 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import ModuleType
 
+import torch
 from torch import Tensor
 
 from dag.errors import UsageError
+from dag.recipe.reward_sections import Custom as Section
 from dag.rewards.registry import REWARDS
 
 
@@ -17,8 +19,8 @@ from dag.rewards.registry import REWARDS
 class Custom:
     """Calls the user's function with (images (B, 3, H, W) in [0, 1], prompts); it returns (B,) float32."""
 
-    def __init__(self, path: str) -> None:
-        module_name, _, function_name = path.rpartition(":")
+    def __init__(self, section: Section, device: torch.device) -> None:
+        module_name, _, function_name = section.path.rpartition(":")
         module = _load_file(module_name) if module_name.endswith(".py") else _import(module_name)
         function = getattr(module, function_name, None)
         if not callable(function):
@@ -26,7 +28,6 @@ class Custom:
             raise UsageError(
                 f"reward.path: {module_name} has no function {function_name!r}; it has: {', '.join(known) or 'none'}"
             )
-
         self.function: Callable[[Tensor, Sequence[str]], Tensor] = function
 
     def __call__(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
@@ -34,7 +35,7 @@ class Custom:
 
 
 def _import(name: str) -> ModuleType:
-    # `python -m` and scripts differ in whether the working directory is importable; a user's module lies there.
+    # A user's module lies in the working directory, which `python -m` makes importable and a script does not.
     working_directory = str(Path.cwd())
     if working_directory not in sys.path:
         sys.path.insert(0, working_directory)

@@ -1,6 +1,6 @@
 """ImageReward v1.0 (Xu et al. 2023): a BLIP text encoder that looks at the picture, and linear layers on its [CLS]."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -8,16 +8,17 @@ import torch
 from torch import Tensor
 
 from dag.errors import UsageError
+from dag.recipe.reward_sections import ImageReward as Section
 from dag.rewards.clip import DTYPES, load_strictly
 from dag.rewards.conversion import image_reward_components
 from dag.rewards.pixels import Preprocessing
 from dag.rewards.registry import REWARDS
 from dag.rewards.tower import LinearHead, TowerReward
-from dag.rewards.weights import Published, converted, locate, read_json, read_state
+from dag.rewards.weights import Published, converted, locate, read_config, read_state
 
 PUBLISHED = Published("zai-org/ImageReward", ("ImageReward.pt",))
 TOKENIZER = Published("google-bert/bert-base-uncased", ("tokenizer*", "vocab.txt"))
-# The model's mean and sd over its authors' validation pictures: scores are standardised with them.
+# The mean and the standard deviation of the model's scores on its authors' validation pictures.
 MEAN, SD = 0.16717362830052426, 1.0333394966054072
 MAX_TOKENS = 35
 
@@ -26,29 +27,17 @@ MAX_TOKENS = 35
 class ImageReward(TowerReward):
     """(head(h_[CLS]) - MEAN) / SD, about -2..2, (B,) float32.
 
-    Args:
-        path:      `ImageReward.pt` or a folder with it, or a hub id.
-        tokenizer: folder or hub id of bert-base-uncased's tokenizer.
-        config:    {"vision": {...}, "text": {...}} BLIP settings of an unusual architecture, or a JSON file of them.
+    The section's `path` is ImageReward.pt or a folder that holds it, its `tokenizer` is bert-base-uncased's, and its
+    `config` is a JSON file {"vision": {...}, "text": {...}} of transformers' BLIP settings.
     """
 
-    def __init__(
-        self,
-        path: str | None = None,
-        tokenizer: str | None = None,
-        config: str | Mapping[str, Any] | None = None,
-        dtype: str = "fp32",
-        max_batch: int = 16,
-        device: torch.device | str = "cpu",
-    ) -> None:
+    def __init__(self, section: Section, device: torch.device) -> None:
         from transformers import BlipTextModel, BlipVisionModel
 
-        super().__init__(max_batch, dtype)
-        key, self.dtype = "image_reward.path", DTYPES[dtype]
-        overrides = config if isinstance(config, Mapping) else {}
-        if isinstance(config, str):
-            overrides = read_json("image_reward.config", Path(config).expanduser())
-        location = locate(key, path, PUBLISHED)
+        super().__init__(section)
+        key, self.dtype = "image_reward.path", DTYPES[section.dtype]
+        overrides = read_config("image_reward.config", section.config)
+        location = locate(key, section.path, PUBLISHED)
         if location.is_dir():
             raise UsageError(f"{key}: the folder {location} holds no {PUBLISHED.files[0]}; give that file")
         folder = converted(
@@ -61,13 +50,13 @@ class ImageReward(TowerReward):
         self.text = load_strictly(key, BlipTextModel, folder / "text", self.dtype, add_pooling_layer=False)
         head = read_state(key, folder / "head" / "model.safetensors")
         self.head = LinearHead(key, head, self.text.config.hidden_size)
-        self.tokenizer = _tokenizer(tokenizer, location.parent)
+        self.tokenizer = _tokenizer(section.tokenizer, location.parent)
         self.preprocessing = Preprocessing(size=self.vision.config.image_size)
         self._read: tuple[str, ...] = ()
         self._ids = self._mask = torch.empty(0)
         for module in (self.vision, self.text):
             module.eval().requires_grad_(False)
-        self.to(torch.device(device))
+        self.to(device)
 
     def to(self, device: torch.device) -> None:
         self.device, self._read = device, ()
@@ -80,7 +69,7 @@ class ImageReward(TowerReward):
         return self.score_pixels(pixels, prompts)
 
     def score_pixels(self, pixels: Tensor, prompts: Sequence[str]) -> Tensor:
-        """(B,) of preprocessed (B, 3, S, S) pixels."""
+        """(B,) scores of preprocessed (B, 3, S, S) pixels."""
         # last_hidden_state, not the pooled output: that is normalised twice.
         picture = self.vision(pixel_values=pixels.to(self.dtype)).last_hidden_state
         ids, mask = self._tokens(tuple(prompts))
@@ -95,8 +84,9 @@ class ImageReward(TowerReward):
     def _tokens(self, prompts: tuple[str, ...]) -> tuple[Tensor, Tensor]:
         """Ids (B, S) and what is added to attention (B, 1, 1, S), on the device, S = MAX_TOKENS.
 
-        Kept for the next call: a micro-batch asks for the same prompts again and again. Of a mask (B, S) transformers would
-        ask in every call whether it masks anything, which waits for the device.
+        They are kept for the next call, since a micro-batch asks for the same prompts again and again. The mask already
+        has its final form: given one of shape (B, S), transformers checks in every call whether it masks anything, which
+        waits for the device.
         """
         if prompts != self._read:
             options = {"padding": "max_length", "max_length": MAX_TOKENS, "truncation": True, "return_tensors": "pt"}

@@ -8,7 +8,7 @@ from PIL import Image
 from torch import Tensor
 
 from dag.rewards.pixels import to_bytes
-from dag.rewards.registry import REWARDS
+from dag.rewards.registry import REWARDS, PixelReward
 
 
 def jpeg_kilobytes(images: Tensor) -> Tensor:
@@ -22,7 +22,7 @@ def jpeg_kilobytes(images: Tensor) -> Tensor:
 
 
 @REWARDS.register("compressibility")
-class Compressibility:
+class Compressibility(PixelReward):
     """-kB of the JPEG: smooth pictures score high."""
 
     def __call__(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
@@ -30,7 +30,7 @@ class Compressibility:
 
 
 @REWARDS.register("incompressibility")
-class Incompressibility:
+class Incompressibility(PixelReward):
     """kB of the JPEG: detail and noise score high."""
 
     def __call__(self, images: Tensor, prompts: Sequence[str]) -> Tensor:

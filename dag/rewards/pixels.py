@@ -1,7 +1,7 @@
-"""From images to what a reward's vision tower reads: exactly as the original code does, and differentiably.
+"""What a reward's vision tower reads of images: exactly what the original code computes, or a differentiable version.
 
-Exact: 8-bit pictures, resized by Pillow on the CPU. Smooth: tensors on their device, for gradients and previews; without
-the rounding to 8 bits, and within one grey level of Pillow's resizing.
+Exact: 8-bit pictures, resized by Pillow on the CPU. Smooth: tensors on their device, for gradients and previews; they are
+not rounded to 8 bits, and differ from Pillow's resizing by at most one grey level.
 
 Legend: B images, H x W their size, S the tower's size, all pixels RGB.
 """
@@ -42,11 +42,11 @@ class Preprocessing:
     crop_rounding: Literal["half_even", "down"] = "half_even"
 
     def read(self, images: Tensor, *, smooth: bool) -> Tensor:
-        """(B, 3, S, S) by `smooth` or by `exact`."""
+        """(B, 3, S, S) pixels, by the method `smooth` or by `exact`."""
         return self.smooth(images) if smooth else self.exact(images)
 
     def exact(self, images: Tensor) -> Tensor:
-        """(B, 3, S, S) float32 on the images' device, what the original code computes from the saved pictures."""
+        """(B, 3, S, S) float32 on the images' device: what the original code computes from the saved pictures."""
         pictures = to_bytes(images)
         if self.fit == "longest":
             return self.smooth(torch.from_numpy(pictures).to(images.device).permute(0, 3, 1, 2).float() / 255)
@@ -59,7 +59,7 @@ class Preprocessing:
         return self._normalised(self._centre(pixels))
 
     def smooth(self, images: Tensor) -> Tensor:
-        """(B, 3, S, S) float, with gradients to the images; nothing is rounded to 8 bits."""
+        """(B, 3, S, S) float pixels with gradients to the images; nothing is rounded to 8 bits."""
         if self.fit == "longest":
             return self._normalised(self._padded(images))
         height, width = _shortest_side(images.shape[2], images.shape[3], self.size)
@@ -88,7 +88,7 @@ class Preprocessing:
 
 @cache
 def _channels(values: tuple[float, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
-    """(C, 1, 1); copied to a device once, not in every call."""
+    """The values as (C, 1, 1); the cache copies them to a device once, not in every call."""
     return torch.tensor(values, dtype=dtype, device=device)[:, None, None]
 
 

@@ -2,9 +2,12 @@
 
     python -m dag.rewards.serve --name aesthetic --port 8500 [--set path=... ...] [--host 127.0.0.1] [--device cuda]
 
-GET says what is served. The protocol is in `dag.rewards.wire`; a server of your own for a scorer that needs another
-environment is a page of code. Only this machine is answered unless --host says otherwise, and there is no
+GET says what is served. `dag.rewards.wire` defines the protocol, so a scorer that needs another environment can have a
+server of its own, which is a page of code. Only this machine is answered unless --host says otherwise, and there is no
 authentication: do not put it on an open network.
+
+It stays on http.server. uvicorn and starlette would save six lines, but they answer a bad Content-Length without JSON and
+wait for unfinished headers without end; waitress limits neither how long a request drips in nor how many wait.
 """
 
 import argparse
@@ -18,27 +21,26 @@ from typing import Any
 
 import torch
 
-from dag.chain.policy import Reward
 from dag.errors import RunError, UsageError
 from dag.recipe.load import parse_reward
-from dag.rewards import build_term, checked
+from dag.rewards import Reward, build_reward, checked
 from dag.rewards.wire import decode_request
 
 MAX_BODY = 256 << 20
 MAX_IMAGES = 256
 MAX_SIDE = 4096
-# Of all images of a request together: 256 of 512 x 512.
+# All images of a request together: 256 images of 512 x 512.
 MAX_PIXELS = 1 << 26
-# Requests that are read and decoded at a time.
+# Requests that are read and decoded at the same time; more are refused.
 MAX_AT_ONCE = 16
-# Digits of a length that is read as a number.
+# A Content-Length of more digits is too large, whatever the number: it is not parsed.
 _DIGITS = 12
 # Seconds a client may take to send its request.
 PATIENCE = 60
 
 
 class RewardServer(ThreadingHTTPServer):
-    """Answers in threads; the reward itself is asked by one at a time."""
+    """Requests are read and decoded in threads; the reward scores one request at a time."""
 
     daemon_threads = True
 
@@ -86,7 +88,7 @@ class _Handler(BaseHTTPRequestHandler):
                 self.server.places.release()
 
     def _body(self, length: int) -> bytes:
-        """Raises TimeoutError, which ends the connection, if it drips."""
+        """The request's body. Raises TimeoutError, which ends the connection, if the client sends it too slowly."""
         until, parts = time.monotonic() + self.timeout, []
         while length > 0 and (part := self.rfile.read1(min(length, 1 << 20))):
             if time.monotonic() > until:
@@ -106,7 +108,7 @@ class _Handler(BaseHTTPRequestHandler):
         self.wfile.write(body)
 
     def log_message(self, format: str, *args: Any) -> None:
-        """Silent: a run asks hundreds of times."""
+        """Logs nothing: a run asks hundreds of times."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -119,7 +121,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     given = parser.parse_args(arguments)
     try:
         term = parse_reward(given.name, given.set)
-        server = RewardServer((given.host, given.port), term.name, build_term(term, torch.device(given.device)))
+        server = RewardServer((given.host, given.port), term.name, build_reward(term, torch.device(given.device)))
     except (RunError, UsageError) as error:
         print(error, file=sys.stderr)
         return 2 if isinstance(error, UsageError) else 1

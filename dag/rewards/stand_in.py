@@ -1,4 +1,4 @@
-"""A reward's network with random weights, for benchmarks: the published one's work without its download."""
+"""A reward's network with random weights, for benchmarks: it does the work of the published one without a download."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -33,14 +33,14 @@ _BLIP_VISION = _tower(1024, 24, 16, image_size=224)
 
 
 class StandIn(TowerReward):
-    """The mean of what the image tower makes of each picture; a text's side, encoded once a prompt, is left out."""
+    """The mean of each picture's embedding. The text tower, which encodes each prompt only once, does no work here."""
 
-    def __init__(self, name: str, term: Tower, device: torch.device) -> None:
-        super().__init__(term.max_batch, term.dtype)
-        self.device, self.dtype = device, DTYPES[term.dtype]
+    def __init__(self, section: Tower, device: torch.device) -> None:
+        super().__init__(section)
+        self.device, self.dtype = device, DTYPES[section.dtype]
         with torch.random.fork_rng(devices=[]), device:
             torch.manual_seed(0)
-            self.towers, self.forward, size = architecture(name)
+            self.towers, self.forward, size = architecture(section.name)
         for tower in self.towers:
             tower.to(self.dtype).eval().requires_grad_(False)
         self.preprocessing = Preprocessing(mean=CLIP_MEAN, std=CLIP_STD, size=size)
@@ -56,7 +56,7 @@ class StandIn(TowerReward):
 
 
 def architecture(name: str) -> tuple[list[nn.Module], Any, int]:
-    """(the networks of a reward with the default device's initial weights, its image tower, the side it reads)."""
+    """(the networks of a reward with random weights on the default device, its image tower, the side of its pictures)."""
     return _image_reward() if name == "image_reward" else _clip(name)
 
 

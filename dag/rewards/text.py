@@ -1,4 +1,4 @@
-"""How the original code tidied prompts before CLIP's tokenizer."""
+"""What the original code of CLIP and HPSv2 does to prompts before the tokenizer."""
 
 import html
 import warnings
@@ -9,7 +9,7 @@ Cleaning = Callable[[str], str]
 
 
 def openai_cleaning(text: str) -> str:
-    """OpenAI's CLIP and HPSv2: mended Unicode (with ftfy, if it is installed), HTML entities resolved twice."""
+    """Repairs Unicode (with ftfy, if it is installed) and resolves HTML entities twice, as OpenAI's CLIP and HPSv2 do."""
     return html.unescape(html.unescape(_fix_text()(text))).strip()
 
 
@@ -20,7 +20,7 @@ def _fix_text() -> Cleaning:
     except ImportError:
         warnings.warn(
             "ftfy is not installed: about one prompt in a hundred (typographic quotes, full-width signs) is read "
-            "otherwise than by the original CLIP; pip install ftfy",
+            "differently from the original CLIP; pip install ftfy",
             stacklevel=2,
         )
         return str

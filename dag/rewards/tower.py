@@ -1,4 +1,4 @@
-"""What every reward with a neural network shares: chunks, the two pixel paths, moving between devices."""
+"""What every reward with a neural network shares: batches, the two pixel paths, moving between devices."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
@@ -8,25 +8,22 @@ import torch
 from torch import Tensor, nn
 
 from dag.errors import RunError
+from dag.recipe.reward_sections import Tower
 from dag.rewards.weights import State
 
 
 class TowerReward(ABC):
     """A reward that reads pictures with a frozen network.
 
-    Called plainly it scores 8-bit pictures as the original code does, which takes them through CPU memory. With
-    `is_preview` it scores the tensors themselves, resized on their device; with `grad=True` too, and gradients reach the
-    images and nothing else.
-
-    Args:
-        max_batch: pictures per forward pass; memory grows with it, scores do not depend on it.
-        dtype:     the recipe's name of the network's precision.
+    By default it scores 8-bit pictures as the original code does, which takes them through CPU memory. With `is_preview`
+    or `grad` it scores the tensors themselves, resized on their device. With `grad`, gradients reach the images and nothing
+    else.
     """
 
     differentiable = True
 
-    def __init__(self, max_batch: int = 16, dtype: str = "fp32") -> None:
-        self.max_batch, self.has_tf32 = max_batch, dtype == "tf32"
+    def __init__(self, section: Tower) -> None:
+        self.max_batch, self.has_tf32 = section.max_batch, section.dtype == "tf32"
 
     def __call__(
         self, images: Tensor, prompts: Sequence[str], *, grad: bool = False, is_preview: bool = False
@@ -44,7 +41,7 @@ class TowerReward(ABC):
 
     @abstractmethod
     def score(self, images: Tensor, prompts: Sequence[str], *, smooth: bool) -> Tensor:
-        """(B,) float32 of at most `max_batch` pictures, read `smooth`ly or exactly (`dag.rewards.pixels`)."""
+        """(B,) float32 scores of at most `max_batch` pictures; `dag.rewards.pixels` says what `smooth` is."""
 
     @abstractmethod
     def to(self, device: torch.device) -> None:
@@ -53,7 +50,7 @@ class TowerReward(ABC):
 
 @contextmanager
 def _tf32(is_on: bool) -> Iterator[None]:
-    """Inside, a GPU's float32 matrix products read their factors with the 10 bits of mantissa that TF32 has."""
+    """Inside, a GPU multiplies float32 matrices in TF32, which keeps 10 bits of the factors' mantissa."""
     if not (is_on and torch.cuda.is_available()):
         yield
         return
@@ -66,12 +63,12 @@ def _tf32(is_on: bool) -> Iterator[None]:
 
 
 class LinearHead(nn.Module):
-    """Linear layers with nothing between them, as LAION's aesthetic predictor and ImageReward end. Float32.
+    """Linear layers with nothing between them, the last part of LAION's aesthetic predictor and of ImageReward. Float32.
 
     Args:
         state: `layers.N.weight`, `layers.N.bias` of the published file; the numbers skip its dropouts.
         key:   the recipe's name of the file, for errors.
-        width: of the embedding that comes in.
+        width: the width of the embedding that comes in.
     """
 
     def __init__(self, key: str, state: State, width: int) -> None:
@@ -79,8 +76,8 @@ class LinearHead(nn.Module):
         numbers = sorted({int(name.split(".")[1]) for name in state if _is_layer(name)})
         expected = {f"layers.{number}.{kind}" for number in numbers for kind in ("weight", "bias")}
         if not numbers or set(state) != expected:
-            odd = sorted(set(state) ^ expected)[:3]
-            raise RunError(f"{key}: expected layers.N.weight and layers.N.bias alone; odd: {odd or 'no layer'}")
+            wrong = sorted(set(state) ^ expected)[:3]
+            raise RunError(f"{key}: expected layers.N.weight and layers.N.bias alone; wrong: {wrong or 'no layer'}")
         shapes = [tuple(state[f"layers.{number}.weight"].shape) for number in numbers]
         if [width, *(rows for rows, _ in shapes)] != [*(columns for _, columns in shapes), 1]:
             raise RunError(f"{key}: layers {shapes} do not lead from the embedding's {width} numbers to one")
@@ -91,7 +88,7 @@ class LinearHead(nn.Module):
         self.requires_grad_(False)
 
     def forward(self, features: Tensor) -> Tensor:
-        """(B, D) in any dtype to (B,)."""
+        """(B,) scores of (B, D) features of any dtype."""
         return self.layers(features.to(next(self.parameters()).dtype)).squeeze(-1)
 
 

@@ -1,4 +1,4 @@
-"""Where a reward's weights come from, and reading them without running anything: a local path first, the hub second."""
+"""Where a reward's weights come from (a local path or the hub), and reading them without running code from them."""
 
 import json
 import os
@@ -19,7 +19,7 @@ from dag import hub
 from dag.errors import RunError, UsageError
 
 State = dict[str, Tensor]
-# Of converted folders; raised whenever a conversion changes.
+# The version of the conversions; raised whenever one of them changes, so that old folders are made anew.
 _FORMAT = 1
 _HUB_ID = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
 
@@ -30,7 +30,7 @@ class Published:
 
     repo: str
     files: tuple[str, ...]
-    """One name for a single file, patterns for a folder."""
+    """The name of a single file, or the patterns of a folder's files."""
 
     @property
     def is_file(self) -> bool:
@@ -46,8 +46,8 @@ def locate(key: str, path: str | None, published: Published) -> Path:
             one.
 
     Raises:
-        UsageError: nothing is there.
-        RunError:   the hub does not give it.
+        UsageError: nothing is there, and the path is no hub id.
+        RunError:   the hub cannot deliver it.
     """
     if path is not None:
         local = Path(path).expanduser()
@@ -90,6 +90,7 @@ def read_state(key: str, path: Path) -> State:
 
 
 def read_json(key: str, path: Path) -> dict[str, Any]:
+    """The object in a JSON file. Raises UsageError."""
     try:
         data = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
@@ -99,19 +100,26 @@ def read_json(key: str, path: Path) -> dict[str, Any]:
     return data
 
 
+def read_config(key: str, path: str | None, default: Mapping[str, Any] | None = None) -> Mapping[str, Any]:
+    """What a recipe's `config` file says of an architecture; `default`, or nothing, where the recipe names no file."""
+    return (default or {}) if path is None else read_json(key, Path(path).expanduser())
+
+
 Component = tuple[dict[str, Any], State]
 """A transformers config and the weights that belong to it."""
 
 
-def converted(key: str, source: Path, convert: Callable[[], dict[str, Component]], recipe: Mapping[str, Any]) -> Path:
+def converted(key: str, source: Path, convert: Callable[[], dict[str, Component]], settings: Mapping[str, Any]) -> Path:
     """The folder of a file's components in transformers format, converted once and kept beside the file.
 
-    `recipe` is what the conversion depends on besides the file; if it or the file's size or time has changed, the
-    conversion is made anew. Where the file's folder cannot be written, a temporary one is used. The folder appears
-    complete or not at all.
+    Where the file's folder cannot be written, a temporary one is used. The folder appears complete or not at all.
+
+    Args:
+        settings: what the conversion depends on besides the file. If they or the file's size or time have changed, the
+            conversion is made anew.
     """
     stat = source.stat()
-    stamp = {"format": _FORMAT, "name": source.name, "bytes": stat.st_size, "mtime_ns": stat.st_mtime_ns, **recipe}
+    stamp = {"format": _FORMAT, "name": source.name, "bytes": stat.st_size, "mtime_ns": stat.st_mtime_ns, **settings}
     folder = source.with_name(f"{source.name}.transformers")
     if _stamp_of(folder) == stamp:
         return folder

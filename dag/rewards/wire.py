@@ -1,4 +1,4 @@
-"""How a reward is asked over HTTP: JSON with base64 PNG, never a pickle.
+"""The protocol of rewards over HTTP: JSON with base64 PNG, never a pickle.
 
 POST {"images": ["iVBORw0...", ...], "prompts": ["a cat", ...]}   ->   200 {"rewards": [5.1, ...]}
                                                                    or  4xx / 5xx {"error": "why"}
@@ -20,12 +20,12 @@ from dag.rewards.pixels import to_bytes
 
 
 def encode_request(images: Tensor, prompts: Sequence[str]) -> bytes:
-    """(B, 3, H, W) images in [0, 1] as 8-bit PNGs, with their prompts."""
+    """The body that asks for the scores of (B, 3, H, W) images in [0, 1]; they are sent as 8-bit PNGs."""
     return json.dumps({"images": [_png(picture) for picture in to_bytes(images)], "prompts": list(prompts)}).encode()
 
 
 def decode_request(body: bytes, max_images: int, max_side: int, max_pixels: int = 1 << 62) -> tuple[Tensor, list[str]]:
-    """((B, 3, H, W) float32 images in [0, 1], prompts). Raises ValueError in words for the client."""
+    """((B, 3, H, W) float32 images in [0, 1], prompts) of a body. Raises ValueError, whose text is meant for the client."""
     try:
         data = json.loads(body)
     except (ValueError, RecursionError):
@@ -54,7 +54,7 @@ def decode_request(body: bytes, max_images: int, max_side: int, max_pixels: int 
 
 
 def decode_response(body: bytes, count: int) -> Tensor:
-    """(count,) float32. Raises ValueError if the body is anything else."""
+    """The (count,) float32 scores of a server's answer. Raises ValueError if the body is anything else."""
     try:
         rewards = json.loads(body)["rewards"]
         values = torch.tensor([float(value) for value in rewards], dtype=torch.float32)
@@ -66,7 +66,7 @@ def decode_response(body: bytes, count: int) -> Tensor:
 
 
 def error_of(body: bytes) -> str:
-    """The `error` of a refusal, or the beginning of whatever came instead."""
+    """The `error` text of a refusal, or the beginning of the body if it has none."""
     try:
         data: Any = json.loads(body)
         return str(data["error"])
@@ -76,13 +76,13 @@ def error_of(body: bytes) -> str:
 
 def _png(picture: np.ndarray) -> str:
     buffer = io.BytesIO()
-    # The least compression: the wire is short, and deflating costs more than the reward.
+    # The least compression: the wire is short, and compressing harder takes longer than scoring.
     Image.fromarray(picture).save(buffer, "PNG", compress_level=1)
     return base64.b64encode(buffer.getvalue()).decode()
 
 
 def _opened(number: int, text: str) -> Image.Image:
-    """Only PNG, and only its header: its size is looked at before anything is decoded."""
+    """The picture, of which only the PNG header is read: its size is checked before anything is decoded."""
     try:
         return Image.open(io.BytesIO(base64.b64decode(text, validate=True)), formats=["PNG"])
     except (binascii.Error, OSError, SyntaxError, Image.DecompressionBombError):
@@ -90,7 +90,7 @@ def _opened(number: int, text: str) -> Image.Image:
 
 
 def _decoded(number: int, image: Image.Image) -> np.ndarray:
-    """(H, W, 3) uint8"""
+    """The picture's pixels, (H, W, 3) uint8."""
     try:
         return np.array(image.convert("RGB"))
     except (OSError, SyntaxError):

@@ -212,9 +212,9 @@ def watched(process: int, run: Path, minute: float) -> str:
 def fuzz(folder: Path, examples: int) -> int:
     """The property tests of test_fuzz.py with so many examples each; an exception ends it with its example."""
     from helpers import fuzz as targets
+    from helpers.tiny_rewards import reward_of
     from hypothesis import HealthCheck, given, settings
 
-    from dag.rewards import build_reward
     from dag.rewards.serve import RewardServer
 
     many = settings(max_examples=examples, deadline=None, database=None, suppress_health_check=list(HealthCheck))
@@ -224,7 +224,7 @@ def fuzz(folder: Path, examples: int) -> int:
         )
     )()
     many(given(targets.DAMAGE)(lambda damaged: targets.try_checkpoint(damaged, folder / "checkpoints")))()
-    with RewardServer(("127.0.0.1", 0), "colourfulness", build_reward("colourfulness")) as server:
+    with RewardServer(("127.0.0.1", 0), "colourfulness", reward_of("colourfulness")) as server:
         many(given(targets.REQUESTS)(lambda body: targets.try_request(body, server)))()
     for name, count in sorted(targets.SEEN.items()):
         print(f"| {name} | {count} |")

@@ -25,7 +25,7 @@ from dag.costs.train_step import LITERAL
 from dag.errors import RunError, UsageError
 from dag.recipe import Recipe
 from dag.recipe.load import load, parse_reward
-from dag.rewards import build_term, checked
+from dag.rewards import build_reward, checked
 from dag.rewards.stand_in import StandIn
 
 ROOT = Path(__file__).parents[2]
@@ -441,11 +441,11 @@ def test_on_a_gpu_the_difference_is_told(trial: Callable[..., list[trial_run.Row
 
 def test_a_random_reward_is_the_network_without_its_weights() -> None:
     term, pictures = parse_reward("image_text", ["path=random", "max_batch=2"]), torch.rand(3, 3, 64, 64)
-    reward, again = (build_term(term, torch.device("cpu")) for _ in range(2))
+    reward, again = (build_reward(term, torch.device("cpu")) for _ in range(2))
     assert isinstance(reward, StandIn)
     values = checked("image_text", reward, pictures, ["a cat"] * 3)
     assert torch.equal(values, checked("image_text", again, pictures, ["a cat"] * 3))
-    real = build_term(parse_reward("image_text", []), torch.device("cpu"))
+    real = build_reward(parse_reward("image_text", []), torch.device("cpu"))
     assert not torch.allclose(values, checked("image_text", real, pictures, ["a cat"] * 3))
 
 

@@ -69,7 +69,7 @@ def test_a_reward_of_files_costs_one_copy_each_way(make_recipe: MakeRecipe) -> N
     found = rehearse(small(make_recipe, **ONE_PASS, reward={"name": "compressibility"}))
     assert found.transition.host_copies == {
         "dag/rewards/pixels.py:to_bytes": 1,
-        "dag/rewards/__init__.py:total": 1,
+        "dag/rewards/reward_sum.py:total": 1,
     }
 
 

@@ -70,7 +70,7 @@ def test_kernel_distance_is_its_sum_over_pairs() -> None:
     assert kernel_distance(a, b) == pytest.approx(within_a + within_b - 2 * between, rel=1e-9)
 
 
-def test_kernel_distance_is_zero_in_the_mean_for_one_law() -> None:
+def test_kernel_distance_is_zero_in_the_mean_for_one_distribution() -> None:
     values = [kernel_distance(rows(40, 4, seed), rows(40, 4, 1000 + seed)) for seed in range(100)]
     assert abs(np.mean(values)) < 3 * np.std(values) / 10
     assert kernel_distance(rows(40, 4), rows(40, 4, 1) + 1) > max(values)

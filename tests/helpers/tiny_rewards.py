@@ -1,4 +1,4 @@
-"""Small random reward networks as files in the layouts of the published ones, and the options that load them."""
+"""Rewards by name and options, and small random networks as files in the layouts of the published ones."""
 
 import json
 from pathlib import Path
@@ -6,12 +6,15 @@ from typing import Any
 
 import torch
 from helpers.original_rewards import State, random_clip, random_head, random_image_reward
+from pydantic import TypeAdapter
 
+from dag.recipe import RewardTerm
+from dag.rewards import build_reward
 from dag.rewards.clip import EMBEDDED
 
 VOCABULARY = len(json.loads((EMBEDDED / "tokenizer.json").read_text(encoding="utf-8"))["model"]["vocab"])
 WORDS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "a", "photo", "of", "cat", "two", "dog", "cats", "dogs", "&"]
-# What published files do not tell and these small networks do otherwise: heads of 8.
+# What published files do not tell, and what is different in these small networks: heads of 8.
 HEADS = {"vision_config": {"num_attention_heads": 4}, "text_config": {"num_attention_heads": 2}}
 GELU = {tower: {**section, "hidden_act": "gelu"} for tower, section in HEADS.items()}
 BLIP = {
@@ -46,6 +49,16 @@ def image_reward_state() -> State:
     return random_image_reward(3, len(WORDS) + 2)
 
 
+def section_of(name: str, **options: Any) -> Any:
+    """The section that a recipe's `reward: {name: ..., option: ...}` becomes."""
+    return TypeAdapter(RewardTerm).validate_python({"name": name, **options})
+
+
+def reward_of(name: str, **options: Any) -> Any:
+    """A recipe's reward on the CPU."""
+    return build_reward(section_of(name, **options), torch.device("cpu"))
+
+
 def saved(state: Any, path: Path) -> str:
     torch.save(state, path)
     return str(path)
@@ -53,7 +66,10 @@ def saved(state: Any, path: Path) -> str:
 
 def options_of(name: str, folder: Path) -> dict[str, Any]:
     """What a recipe would write to load the small network of a reward; makes its files. {} where it needs none."""
-    clip = {"tokenizer": "embedded", "config": GELU if name in ("pickscore", "hpsv2") else HEADS}
+    architecture = BLIP if name == "image_reward" else GELU if name in ("pickscore", "hpsv2") else HEADS
+    config = folder / "config.json"
+    config.write_text(json.dumps(architecture), encoding="utf-8")
+    clip = {"tokenizer": "embedded", "config": str(config)}
     if name == "aesthetic":
         files = {"path": saved(clip_state(), folder / "clip.pt"), "head": saved(head_state(), folder / "head.pth")}
         return files | clip
@@ -63,7 +79,7 @@ def options_of(name: str, folder: Path) -> dict[str, Any]:
         return {"path": saved({"state_dict": clip_state()}, folder / "hps.pt"), **clip}
     if name == "image_reward":
         path = saved(image_reward_state(), folder / "ImageReward.pt")
-        return {"path": path, "tokenizer": _bert_tokenizer(folder), "config": BLIP}
+        return {"path": path, "tokenizer": _bert_tokenizer(folder), "config": str(config)}
     return {}
 
 

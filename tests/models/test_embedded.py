@@ -113,11 +113,11 @@ def test_pictures_show_what_was_asked_for(embedded: Recipe) -> None:
 @pytest.mark.slow
 def test_the_scorer_prefers_the_right_prompt(embedded: Recipe) -> None:
     """For pictures of the embedded model, the prompt they were drawn from beats another animal's more often than not."""
-    from dag.rewards import build_reward
+    from helpers.tiny_rewards import reward_of
 
     parts = parts_of(embedded)
     images = generate(parts.policy, parts.text, list(range(45)), 0, embedded.sampler)
-    reward, prompts = build_reward("image_text"), list(parts.prompts)
+    reward, prompts = reward_of("image_text"), list(parts.prompts)
     right, wrong = reward(images, prompts), reward(images, prompts[7:] + prompts[:7])
     assert float((right > wrong).float().mean()) > 0.75
 

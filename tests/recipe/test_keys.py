@@ -43,9 +43,9 @@ def test_a_shipped_recipe_says_what_it_is_for(path: Path) -> None:
 
 
 @pytest.mark.parametrize("small", sorted((ROOT / "recipes").glob("*_24gb.yaml")), ids=lambda path: path.stem)
-def test_the_card_changes_how_an_update_is_computed_and_nothing_else(small: Path) -> None:
-    cards = [small.with_name(small.name.replace("_24gb", f"_{card}gb")) for card in (12, 48)]
-    for other in filter(Path.exists, cards):
+def test_the_gpu_changes_how_an_update_is_computed_and_nothing_else(small: Path) -> None:
+    others = [small.with_name(small.name.replace("_24gb", f"_{gib}gb")) for gib in (12, 48)]
+    for other in filter(Path.exists, others):
         theirs, ours = load(other), load(small)
         same_memory = {
             "memory": ours.memory,
@@ -82,7 +82,7 @@ def test_names_in_recipes_are_the_registered_ones() -> None:
 def test_the_reader_tells_sections_apart() -> None:
     source = """
 from dag.recipe import Recipe, Train as Config
-from dag.recipe.reward_sections import Compressibility, Custom
+from dag.recipe.reward_sections import Compressibility, Custom, ClipScore as Section
 def f(config: Recipe, terms: list[Compressibility | Custom]):
     train, rate = config.train, config.flow.learning_rate
     other.epochs
@@ -95,6 +95,9 @@ class A:
         return self.options.clip_norm
 def chosen(recipe: Recipe) -> Config: ...
 chosen(x).epochs
+class B:
+    def __init__(self, section: Section):
+        self.scale = section.scale
 """
     assert fields_read(source) == {
         ("Recipe", "train"),
@@ -103,6 +106,8 @@ chosen(x).epochs
         ("Train", "clip_norm"),
         ("Train", "epochs"),
         ("Custom", "path"),
+        ("ClipScore", "scale"),
+        ("ImageText", "scale"),
     }
 
 

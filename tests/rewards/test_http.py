@@ -13,11 +13,12 @@ from typing import Any
 
 import pytest
 import torch
+from helpers.tiny_rewards import reward_of, section_of
 from torch import Tensor
 
 from dag.errors import RunError
-from dag.rewards import build_reward
 from dag.rewards import serve as serving
+from dag.rewards.http import Http
 from dag.rewards.pixels import to_bytes
 from dag.rewards.serve import RewardServer
 from dag.rewards.wire import decode_request, decode_response, encode_request
@@ -121,9 +122,9 @@ def test_a_malformed_answer_is_explained(body: bytes) -> None:
 
 
 def test_a_served_reward_scores_as_at_home(images: Tensor, start: Callable[..., str]) -> None:
-    home = build_reward("compressibility")
+    home = reward_of("compressibility")
     url = start(reward_server("compressibility", home))
-    remote = build_reward("http", url=url, max_batch=2)
+    remote = reward_of("http", url=url, max_batch=2)
     rounded = torch.from_numpy(to_bytes(images)).permute(0, 3, 1, 2) / 255
     assert torch.equal(remote(images, PROMPTS), home(rounded, PROMPTS))
     assert json.loads(_get(url))["name"] == "compressibility"
@@ -137,7 +138,7 @@ def _get(url: str) -> bytes:
 
 def test_prompts_reach_the_reward(images: Tensor, start: Callable[..., str]) -> None:
     url = start(reward_server("length", lambda pictures, prompts: torch.tensor([float(len(p)) for p in prompts])))
-    assert build_reward("http", url=url)(images, PROMPTS).tolist() == [5.0, 7.0, 0.0]
+    assert reward_of("http", url=url)(images, PROMPTS).tolist() == [5.0, 7.0, 0.0]
 
 
 def test_a_reward_that_fails_on_the_server_is_named_and_not_asked_again(
@@ -151,7 +152,7 @@ def test_a_reward_that_fails_on_the_server_is_named_and_not_asked_again(
 
     url = start(reward_server("mine", broken))
     with pytest.raises(RunError, match=r"refused: 500 reward mine returned nan for prompt 'a cat'"):
-        build_reward("http", url=url)(images, PROMPTS)
+        reward_of("http", url=url)(images, PROMPTS)
     assert calls == [3]
 
 
@@ -165,7 +166,7 @@ def test_a_reward_that_fails_on_the_server_is_named_and_not_asked_again(
     ],
 )
 def test_the_server_survives_what_is_no_request(start: Callable[..., str], send: dict[str, Any], status: int) -> None:
-    server = reward_server("colourfulness", build_reward("colourfulness"))
+    server = reward_server("colourfulness", reward_of("colourfulness"))
     url = start(server)
     for _ in range(2):
         connection = http.client.HTTPConnection("127.0.0.1", server.server_port, timeout=10)
@@ -178,7 +179,7 @@ def test_the_server_survives_what_is_no_request(start: Callable[..., str], send:
 
 def test_a_client_that_sends_nothing_is_dropped(start: Callable[..., str], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(serving._Handler, "timeout", 0.2)
-    server = reward_server("colourfulness", build_reward("colourfulness"))
+    server = reward_server("colourfulness", reward_of("colourfulness"))
     url = start(server)
     connection = http.client.HTTPConnection("127.0.0.1", server.server_port, timeout=10)
     connection.putrequest("POST", "/")
@@ -194,7 +195,8 @@ GOOD = (200, b'{"rewards": [1, 2, 3]}')
 
 def remote_of(url: str, retries: int = 3) -> tuple[Any, list[float]]:
     pauses: list[float] = []
-    return build_reward("http", url=url, retries=retries, timeout=5.0, sleep=pauses.append), pauses
+    section = section_of("http", url=url, retries=retries, timeout=5.0)
+    return Http(section, torch.device("cpu"), sleep=pauses.append), pauses
 
 
 @pytest.mark.parametrize("bad", [None, (503, b"busy"), (502, b""), (429, b"{}")])
@@ -207,7 +209,7 @@ def test_an_outage_is_bridged(images: Tensor, start: Callable[..., str], bad: tu
 @pytest.mark.parametrize("bad", [(400, b'{"error": "no"}'), (500, b"oops"), (200, b"{}"), (200, b'{"rewards": [1]}')])
 def test_a_refusal_ends_at_once(images: Tensor, start: Callable[..., str], bad: tuple[int, bytes]) -> None:
     remote, pauses = remote_of(start(answering(bad, GOOD)))
-    with pytest.raises(RunError, match=r"refused|otherwise than agreed"):
+    with pytest.raises(RunError, match=r"refused|broke the protocol"):
         remote(images, PROMPTS)
     assert pauses == []
 
@@ -229,7 +231,7 @@ def test_a_slow_server_is_not_waited_for_for_ever(images: Tensor, start: Callabl
         return torch.zeros(len(pictures))
 
     url = start(reward_server("slow", slow))
-    remote = build_reward("http", url=url, retries=0, timeout=0.1)
+    remote = reward_of("http", url=url, retries=0, timeout=0.1)
     with pytest.raises(RunError, match="timed out"):
         remote(images, PROMPTS)
 
@@ -240,11 +242,11 @@ def test_the_command_serves_and_says_where(images: Tensor) -> None:
         assert process.stdout is not None
         try:
             url = process.stdout.readline().split(" at ")[1].strip()
-            found = build_reward("http", url=url)(images, PROMPTS)
+            found = reward_of("http", url=url)(images, PROMPTS)
         finally:
             process.terminate()
     rounded = torch.from_numpy(to_bytes(images)).permute(0, 3, 1, 2) / 255
-    torch.testing.assert_close(found, build_reward("image_text", scale=1)(rounded, PROMPTS))
+    torch.testing.assert_close(found, reward_of("image_text", scale=1)(rounded, PROMPTS))
 
 
 @pytest.mark.parametrize(

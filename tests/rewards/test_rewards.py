@@ -7,13 +7,12 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from helpers.tiny_rewards import options_of
+from helpers.tiny_rewards import options_of, reward_of
 from PIL import Image
 
-from dag import rewards
 from dag.errors import RunError, UsageError
 from dag.recipe.load import parse_reward
-from dag.rewards import REWARDS, RewardSum, build_reward, checked
+from dag.rewards import REWARDS, RewardSum, checked, reward_sum
 
 PROMPTS = ["a cat", "a dog", "a red star"]
 
@@ -31,7 +30,7 @@ def test_every_reward_keeps_the_contract(name: str, images: torch.Tensor, tmp_pa
     if name == "custom":
         (tmp_path / "brightness.py").write_text("def score(images, prompts):\n    return images.mean((1, 2, 3))\n")
         options = {"path": f"{tmp_path / 'brightness.py'}:score"}
-    reward, before = build_reward(name, **options), images.clone()
+    reward, before = reward_of(name, **options), images.clone()
     values = checked(name, reward, images, PROMPTS)
     assert values.shape == (3,)
     assert values.dtype == torch.float32
@@ -43,7 +42,7 @@ def test_every_reward_keeps_the_contract(name: str, images: torch.Tensor, tmp_pa
 
 def test_unknown_rewards_list_the_known() -> None:
     with pytest.raises(ValueError, match="known: aesthetic"):
-        build_reward("beauty")
+        REWARDS["beauty"]
 
 
 def test_jpeg_size_is_pillows_at_quality_95(images: torch.Tensor) -> None:
@@ -53,13 +52,13 @@ def test_jpeg_size_is_pillows_at_quality_95(images: torch.Tensor) -> None:
         pixels = (image * 255).round().byte().permute(1, 2, 0).numpy()
         Image.fromarray(pixels).save(buffer, format="JPEG", quality=95)
         sizes.append(len(buffer.getvalue()) / 1000)
-    assert build_reward("incompressibility")(images, PROMPTS).tolist() == pytest.approx(sizes)
-    assert build_reward("compressibility")(images, PROMPTS).tolist() == pytest.approx([-size for size in sizes])
+    assert reward_of("incompressibility")(images, PROMPTS).tolist() == pytest.approx(sizes)
+    assert reward_of("compressibility")(images, PROMPTS).tolist() == pytest.approx([-size for size in sizes])
 
 
 def test_flat_pictures_compress_better_than_noise(images: torch.Tensor) -> None:
     flat = torch.full_like(images, 0.5)
-    reward = build_reward("compressibility")
+    reward = reward_of("compressibility")
     assert bool((reward(flat, PROMPTS) > reward(images, PROMPTS)).all())
 
 
@@ -69,10 +68,10 @@ def test_colourfulness_by_its_definition(images: torch.Tensor) -> None:
     rg, yb = red - green, 0.5 * (red + green) - blue
     spread = np.sqrt(rg.var((1, 2)) + yb.var((1, 2)))
     offset = np.sqrt(rg.mean((1, 2)) ** 2 + yb.mean((1, 2)) ** 2)
-    found = build_reward("colourfulness")(images, PROMPTS)
+    found = reward_of("colourfulness")(images, PROMPTS)
     torch.testing.assert_close(found.double(), torch.from_numpy((spread + 0.3 * offset) / 10), rtol=1e-5, atol=1e-5)
     grey = images[:, :1].expand(-1, 3, -1, -1)
-    assert float(build_reward("colourfulness")(grey, PROMPTS).abs().max()) < 1e-4
+    assert float(reward_of("colourfulness")(grey, PROMPTS).abs().max()) < 1e-4
 
 
 def test_image_text_is_the_clip_models_own_cosine(images: torch.Tensor) -> None:
@@ -88,12 +87,12 @@ def test_image_text_is_the_clip_models_own_cosine(images: torch.Tensor) -> None:
     with torch.no_grad():
         output = model(input_ids=tokens.input_ids, attention_mask=tokens.attention_mask, pixel_values=pixels)
     expected = 100 * output.logits_per_image.diagonal() / model.logit_scale.exp()
-    torch.testing.assert_close(build_reward("image_text")(images, PROMPTS), expected.detach(), rtol=1e-4, atol=1e-3)
+    torch.testing.assert_close(reward_of("image_text")(images, PROMPTS), expected.detach(), rtol=1e-4, atol=1e-3)
 
 
 def test_image_text_names_a_missing_folder() -> None:
     with pytest.raises(UsageError, match=r"there is no file or folder \./nope"):
-        build_reward("image_text", path="./nope")
+        reward_of("image_text", path="./nope")
 
 
 @pytest.mark.parametrize(
@@ -103,7 +102,7 @@ def test_image_text_names_a_missing_folder() -> None:
 def test_custom_reward_errors(tmp_path: Path, source: str, message: str) -> None:
     (tmp_path / "mine.py").write_text(source)
     with pytest.raises(UsageError, match=message):
-        build_reward("custom", path=f"{tmp_path / 'mine.py'}:score")
+        reward_of("custom", path=f"{tmp_path / 'mine.py'}:score")
 
 
 def test_broken_results_name_reward_sample_and_prompt(images: torch.Tensor) -> None:
@@ -116,7 +115,6 @@ def test_broken_results_name_reward_sample_and_prompt(images: torch.Tensor) -> N
 
 def test_repeated_rewards_are_summed_apart(tmp_path: Path, images: torch.Tensor) -> None:
     from dag.recipe.reward_sections import Colourfulness, Compressibility
-    from dag.rewards import RewardSum
 
     terms: list[Any] = [
         Colourfulness(name="colourfulness", weight=2.0),
@@ -128,14 +126,14 @@ def test_repeated_rewards_are_summed_apart(tmp_path: Path, images: torch.Tensor)
     torch.testing.assert_close(total, 0.5 * parts["colourfulness"] + parts["compressibility"])
 
 
-def told(*values: float) -> Any:
-    return rewards._Told("mine", torch.tensor(values), ["a cat"] * len(values), list(range(7, 7 + len(values))))
+def answer(*values: float) -> Any:
+    return reward_sum._Answer("mine", torch.tensor(values), ["a cat"] * len(values), list(range(7, 7 + len(values))))
 
 
 def test_what_waited_on_the_device_is_checked_with_the_final_picture() -> None:
     reward = RewardSum([parse_reward("colourfulness", [])], torch.device("cpu"))
     images = torch.rand(1, 3, 16, 16)
-    reward._unchecked = [told(1.0, 2.0), told(3.0, float("nan")), told(float("inf"))]
+    reward._unchecked = [answer(1.0, 2.0), answer(3.0, float("nan")), answer(float("inf"))]
     reward.total(images, ["a cat"], [1], is_preview=True)
     with pytest.raises(RunError, match="reward mine returned nan for sample 8, prompt 'a cat'"):
         reward.total(images, ["a cat"], [1])
@@ -144,9 +142,9 @@ def test_what_waited_on_the_device_is_checked_with_the_final_picture() -> None:
 
 
 def test_previews_that_nobody_ends_are_checked_now_and_then(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(rewards, "_MOST_UNCHECKED", 2)
+    monkeypatch.setattr(reward_sum, "_MOST_UNCHECKED", 2)
     reward = RewardSum([parse_reward("colourfulness", [])], torch.device("cpu"))
-    reward._unchecked = [told(1.0), told(float("nan"))]
+    reward._unchecked = [answer(1.0), answer(float("nan"))]
     with pytest.raises(RunError, match="returned nan"):
         reward.total(torch.rand(1, 3, 16, 16), ["a cat"], is_preview=True)
 
@@ -168,8 +166,8 @@ def test_tf32_is_set_for_the_network_alone(monkeypatch: pytest.MonkeyPatch) -> N
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     seen = []
     for dtype in ("fp32", "tf32"):
-        reward = rewards.build_reward("image_text", dtype=dtype)
-        original = reward.score  # type: ignore[attr-defined]
+        reward = reward_of("image_text", dtype=dtype)
+        original = reward.score
 
         def score(*given: Any, original: Any = original, **options: Any) -> Any:
             seen.append(torch.get_float32_matmul_precision())

@@ -18,13 +18,13 @@ from helpers.original_rewards import (
     random_head,
     random_image_reward,
 )
-from helpers.tiny_rewards import HEADS, clip_state, head_state, image_reward_state, options_of, saved
+from helpers.tiny_rewards import clip_state, head_state, image_reward_state, options_of, reward_of, saved
 from torch import Tensor
 from torch.nn.functional import gelu
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from dag.errors import RunError, UsageError
-from dag.rewards import REWARDS, build_reward
+from dag.rewards import REWARDS
 from dag.rewards.pixels import to_bytes
 
 PROMPTS = [
@@ -59,12 +59,12 @@ def clip_ids(reward: Any, texts: list[str]) -> Tensor:
 
 
 def aesthetic(folder: Path, **options: Any) -> Case:
-    reward = build_reward("aesthetic", **options_of("aesthetic", folder) | options)
+    reward = reward_of("aesthetic", **options_of("aesthetic", folder) | options)
     return reward, lambda pixels: linear_head(head_state(), clip_image(clip_state(), pixels, 4, quick_gelu))
 
 
 def clip_case(name: str, activation: Callable[[Tensor], Tensor], factor: float, folder: Path, **options: Any) -> Case:
-    reward: Any = build_reward(name, **options_of(name, folder) | options)
+    reward = reward_of(name, **options_of(name, folder) | options)
     state = clip_state()
     texts = clip_text(state, clip_ids(reward, PROMPTS), 2, activation)
     return reward, lambda pixels: factor * (clip_image(state, pixels, 4, activation) * texts).sum(-1)
@@ -76,7 +76,7 @@ hpsv2 = partial(clip_case, "hpsv2", gelu, 1.0)
 
 
 def blip(folder: Path, **options: Any) -> Case:
-    reward: Any = build_reward("image_reward", **options_of("image_reward", folder) | options)
+    reward = reward_of("image_reward", **options_of("image_reward", folder) | options)
     tokens = reward.tokenizer(PROMPTS, padding="max_length", max_length=35, truncation=True, return_tensors="pt")
     inputs = (tokens.input_ids, tokens.attention_mask)
     return reward, lambda pixels: image_reward(image_reward_state(), pixels, *inputs, vision_heads=3, text_heads=2)
@@ -207,10 +207,8 @@ def test_half_precision_moves_scores_a_little(tmp_path: Path, images: Tensor, dt
 
 def test_rewards_that_name_the_same_weights_share_them(tmp_path: Path) -> None:
     first, _ = aesthetic(tmp_path)
-    second: Any = build_reward("clip_score", path=str(tmp_path / "clip.pt"), tokenizer="embedded", config=HEADS)
-    third: Any = build_reward(
-        "clip_score", path=str(tmp_path / "clip.pt"), tokenizer="embedded", config=HEADS, dtype="bf16"
-    )
+    options = options_of("clip_score", tmp_path)
+    second, third = reward_of("clip_score", **options), reward_of("clip_score", **options, dtype="bf16")
     assert first.tower is second.tower
     assert first.tower is not third.tower
 
@@ -224,8 +222,9 @@ def test_a_conversion_is_kept_beside_the_file_and_made_anew_when_that_changes(tm
     again, _ = clip_score(tmp_path)
     assert torch.equal(again(images, PROMPTS), before)
     del again
+    options = options_of("clip_score", tmp_path)
     saved(clip_state(seed=2), tmp_path / "clip.pt")
-    reread: Any = build_reward("clip_score", path=str(tmp_path / "clip.pt"), tokenizer="embedded", config=HEADS)
+    reread = reward_of("clip_score", **options)
     assert not torch.equal(reread(images, PROMPTS), before)
     assert weights.stat().st_mtime_ns > made
     assert [path.name for path in tmp_path.iterdir() if path.name.startswith(".")] == []
@@ -234,7 +233,7 @@ def test_a_conversion_is_kept_beside_the_file_and_made_anew_when_that_changes(tm
 def test_a_transformers_folder_and_the_original_file_score_alike(tmp_path: Path, images: Tensor) -> None:
     from_file, _ = hpsv2(tmp_path)
     folder = tmp_path / "hps.pt.transformers/model"
-    from_folder: Any = build_reward("hpsv2", path=str(folder), tokenizer="embedded")
+    from_folder = reward_of("hpsv2", path=str(folder), tokenizer="embedded")
     assert torch.equal(from_file(images, PROMPTS), from_folder(images, PROMPTS))
 
 
@@ -266,15 +265,16 @@ def test_texts_are_encoded_once(tmp_path: Path, images: Tensor, monkeypatch: pyt
 def test_a_file_with_other_keys_is_refused(tmp_path: Path, spoil: Callable[[State], object], message: str) -> None:
     state = clip_state()
     spoil(state)
-    path = saved(state, tmp_path / "clip.pt")
+    options = options_of("clip_score", tmp_path)
+    saved(state, tmp_path / "clip.pt")
     with pytest.raises(RunError, match=message):
-        build_reward("clip_score", path=path, tokenizer="embedded", config=HEADS)
+        reward_of("clip_score", **options)
 
 
 def test_an_unknown_key_of_image_reward_is_refused(tmp_path: Path) -> None:
     state = random_image_reward(3, 20) | {"blip.visual_encoder.blocks.0.odd.weight": torch.zeros(1)}
     with pytest.raises(RunError, match=r"blocks\.0\.odd\.weight is not a key of ImageReward\.pt"):
-        build_reward("image_reward", path=saved(state, tmp_path / "ImageReward.pt"))
+        reward_of("image_reward", path=saved(state, tmp_path / "ImageReward.pt"))
 
 
 class Payload:
@@ -291,7 +291,7 @@ def test_a_file_that_is_no_data_is_refused_unread(
     path = tmp_path / "weights.pt"
     path.write_bytes(content) if isinstance(content, bytes) else torch.save(content, path)
     with pytest.raises(RunError, match=r"clip_score\.path: .*weights\.pt"):
-        build_reward("clip_score", path=str(path))
+        reward_of("clip_score", path=str(path))
     assert "never" not in capsys.readouterr().out
 
 
@@ -302,7 +302,7 @@ def test_a_head_that_does_not_fit_is_refused(tmp_path: Path, state: State) -> No
     options = options_of("aesthetic", tmp_path)
     saved(state, tmp_path / "head.pth")
     with pytest.raises(RunError, match=r"aesthetic\.head"):
-        build_reward("aesthetic", **options)
+        reward_of("aesthetic", **options)
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -312,9 +312,9 @@ def test_published_weights_out_of_reach_say_how_to_give_a_local_path(
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
     with pytest.raises(RunError, match=rf"^{name}\.path: .* or give a local file or folder as {name}\.path$"):
-        build_reward(name)
+        reward_of(name)
     with pytest.raises(UsageError, match=rf"^{name}\.path: there is no file or folder \./nope"):
-        build_reward(name, path="./nope")
+        reward_of(name, path="./nope")
 
 
 def test_the_cases_are_all_the_towers() -> None:

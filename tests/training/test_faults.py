@@ -423,7 +423,7 @@ def test_commands_end_in_one_line_where_a_gpu_is_full(
     (tmp_path / "run").mkdir()
     (tmp_path / "run/run.json").touch()
     monkeypatch.chdir(tmp_path)
-    for name in (works, "build_term"):
+    for name in (works, "build_reward"):
         monkeypatch.setattr(
             module, name, raising(RuntimeError("cuDNN error: CUDNN_STATUS_ALLOC_FAILED")), raising=False
         )

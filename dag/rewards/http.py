@@ -10,48 +10,36 @@ import torch
 from torch import Tensor
 
 from dag.errors import RunError
+from dag.recipe.reward_sections import Http as Section
 from dag.rewards.registry import REWARDS
 from dag.rewards.wire import decode_response, encode_request, error_of
 
 _LONGEST_PAUSE = 30.0
-# The server is there but not yet, or no longer, able: worth another attempt.
+# The server is there but cannot answer at the moment: worth another attempt.
 _TRANSIENT = {429, 502, 503, 504}
 
 
 @REWARDS.register("http")
-class Remote:
-    """Scores by a server that speaks `dag.rewards.wire`; an outage shorter than the retries goes unnoticed.
+class Http:
+    """The scores of a server that speaks `dag.rewards.wire`; outages shorter than the retries do no harm.
 
     Args:
-        url:       where to POST.
-        timeout:   seconds for one answer.
-        retries:   attempts after a failed one, with pauses of 1, 2, 4, ... at most 30 seconds.
-        max_batch: pictures per request.
-        sleep:     waits between attempts.
+        sleep: waits between attempts; tests replace it.
     """
 
-    def __init__(
-        self,
-        url: str,
-        timeout: float = 60.0,
-        retries: int = 6,
-        max_batch: int = 16,
-        sleep: Callable[[float], object] = time.sleep,
-    ) -> None:
-        self.url, self.timeout, self.retries, self.max_batch, self.sleep = url, timeout, retries, max_batch, sleep
+    def __init__(self, section: Section, device: torch.device, sleep: Callable[[float], object] = time.sleep) -> None:
+        self.section, self.sleep = section, sleep
 
     def __call__(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
         """(B,) float32 on the CPU. Raises RunError if the server refuses or stays away."""
-        starts = range(0, len(images), self.max_batch)
-        parts = [
-            self._ask(images[start : start + self.max_batch], prompts[start : start + self.max_batch])
-            for start in starts
-        ]
+        size = self.section.max_batch
+        parts = [self._ask(images[i : i + size], prompts[i : i + size]) for i in range(0, len(images), size)]
         return torch.cat(parts) if parts else torch.zeros(0)
 
     def _ask(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
+        url, attempts = self.section.url, self.section.retries + 1
         body = encode_request(images, prompts)
-        for attempt in range(self.retries + 1):
+        for attempt in range(attempts):
             if attempt > 0:
                 self.sleep(min(_LONGEST_PAUSE, 2.0 ** (attempt - 1)))
             try:
@@ -59,15 +47,15 @@ class Remote:
             except urllib.error.HTTPError as error:
                 reason = f"{error.code} {error_of(error.read())}"
                 if error.code not in _TRANSIENT:
-                    raise RunError(f"reward http: {self.url} refused: {reason}") from None
+                    raise RunError(f"reward http: {url} refused: {reason}") from None
             except (OSError, http.client.HTTPException) as error:
                 # Refused, reset, timed out, cut off: all of them may be a server that is being restarted.
                 reason = str(getattr(error, "reason", None) or error) or type(error).__name__
             except ValueError as error:
-                raise RunError(f"reward http: {self.url} answered otherwise than agreed: {error}") from None
-        raise RunError(f"reward http: {self.url} gave no answer in {self.retries + 1} attempts; the last: {reason}")
+                raise RunError(f"reward http: {url} broke the protocol: {error}") from None
+        raise RunError(f"reward http: {url} gave no answer in {attempts} attempts; the last: {reason}")
 
     def _post(self, body: bytes) -> bytes:
-        request = urllib.request.Request(self.url, body, {"Content-Type": "application/json"})
-        with urllib.request.urlopen(request, timeout=self.timeout) as answer:
+        request = urllib.request.Request(self.section.url, body, {"Content-Type": "application/json"})
+        with urllib.request.urlopen(request, timeout=self.section.timeout) as answer:
             return answer.read()

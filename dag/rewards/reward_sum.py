@@ -1,0 +1,192 @@
+"""The rewards of a recipe: made from their sections, added with their weights, and every value checked."""
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from dag.errors import RunError, UsageError
+from dag.recipe.reward_sections import RewardTerm, Tower
+from dag.rewards.registry import REWARDS, Reward
+from dag.rewards.stand_in import StandIn
+from dag.rewards.tower import TowerReward
+from dag.run.gpu import is_out_of_memory
+
+# At most so many previews wait for their check.
+_MOST_UNCHECKED = 256
+
+
+def build_reward(term: RewardTerm, device: torch.device) -> Reward:
+    """The reward of a section; its network is on `device`, or on the CPU if the section says so."""
+    if isinstance(term, Tower):
+        device = torch.device("cpu") if term.device == "cpu" else device
+        if term.path == "random":
+            return StandIn(term, device)
+    return REWARDS[term.name](term, device)
+
+
+class RewardSum:
+    """sum_i weight_i * reward_i, each part checked under its own name.
+
+    Args:
+        device: the policy's device, where the sums are.
+        build:  makes the reward of a section; forecasts replace it to avoid downloads.
+    """
+
+    def __init__(
+        self,
+        terms: Sequence[RewardTerm],
+        device: torch.device,
+        build: Callable[[RewardTerm, torch.device], Reward] = build_reward,
+    ) -> None:
+        self.device = device
+        self.parts = [(term.name, term.weight, build(term, device)) for term in terms]
+        self.offloaded = [
+            reward
+            for term, (_, _, reward) in zip(terms, self.parts, strict=True)
+            if isinstance(term, Tower) and term.offload and term.device != "cpu" and isinstance(reward, TowerReward)
+        ]
+        self._unchecked: list[_Answer] = []
+        self._move(torch.device("cpu"))
+
+    @contextmanager
+    def at_work(self) -> Iterator[None]:
+        """Inside, offloaded networks are on the device; afterwards they are on the CPU again."""
+        self._move(self.device)
+        try:
+            yield
+        finally:
+            self._move(torch.device("cpu"))
+
+    def _move(self, device: torch.device) -> None:
+        for reward in self.offloaded:
+            reward.to(device)
+
+    def total(
+        self,
+        images: Tensor,
+        prompts: Sequence[str],
+        sample_ids: Sequence[int] | None = None,
+        *,
+        is_preview: bool = False,
+    ) -> Tensor:
+        """(B,) float32 weighted sum on the policy's device.
+
+        Args:
+            is_preview: the images are pictures of x0_hat. Networks read them on their device, and values there are checked
+                together with those of the next final pictures, so that the CPU need not wait for the device in between.
+        """
+        total = torch.zeros(len(prompts), device=self.device)
+        for (_, weight, _), values in zip(
+            self.parts, self._parts(images, prompts, sample_ids, is_preview), strict=True
+        ):
+            total = total + weight * values.to(self.device, non_blocking=True)
+        if not is_preview or len(self._unchecked) >= _MOST_UNCHECKED:
+            self.check()
+        return total
+
+    def detailed(
+        self, images: Tensor, prompts: Sequence[str], sample_ids: Sequence[int] | None = None
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """(total (B,), {name: unweighted part (B,)}), float32 on the CPU; a name that occurs again gets #2, #3, ..."""
+        parts: dict[str, Tensor] = {}
+        total = torch.zeros(len(prompts))
+        found = self._parts(images, prompts, sample_ids, is_preview=False)
+        self.check()
+        for (name, weight, _), values in zip(self.parts, found, strict=True):
+            values = values.cpu()
+            total = total + weight * values
+            repeated = sum(key.split("#")[0] == name for key in parts)
+            parts[f"{name}#{repeated + 1}" if repeated else name] = values
+        return total, parts
+
+    def _parts(
+        self, images: Tensor, prompts: Sequence[str], sample_ids: Sequence[int] | None, is_preview: bool
+    ) -> list[Tensor]:
+        """(B,) values of each part, on the device where they were computed; those on a GPU are checked later, by `check`."""
+        found = []
+        for name, _, reward in self.parts:
+            values = scored(name, reward, images, prompts, sample_ids, is_preview)
+            answer = _Answer(name, values, list(prompts), None if sample_ids is None else list(sample_ids))
+            if values.device.type == "cpu":
+                answer.check()
+            else:
+                self._unchecked.append(answer)
+            found.append(values)
+        return found
+
+    def check(self) -> None:
+        """Checks the values that were left unchecked, waiting for the device once. Raises RunError for one that is not finite."""
+        unchecked, self._unchecked = self._unchecked, []
+        if unchecked and not bool(torch.stack([answer.values.isfinite().all() for answer in unchecked]).all()):
+            for answer in unchecked:
+                answer.check()
+
+
+@dataclass(frozen=True)
+class _Answer:
+    """What a reward returned for a batch, and what an error names of the batch."""
+
+    name: str
+    values: Tensor
+    prompts: Sequence[str]
+    sample_ids: Sequence[int] | None
+
+    def check(self) -> None:
+        """Raises RunError, naming the reward, the sample and the prompt, unless all values are finite."""
+        values = self.values.cpu()
+        if not bool(values.isfinite().all()):
+            row = int((~values.isfinite()).nonzero()[0])
+            where = f"sample {self.sample_ids[row]}, " if self.sample_ids else ""
+            raise RunError(
+                f"reward {self.name} returned {float(values[row])} for {where}prompt {self.prompts[row]!r}; "
+                "rewards must be finite"
+            )
+
+
+def checked(
+    name: str, reward: Reward, images: Tensor, prompts: Sequence[str], sample_ids: Sequence[int] | None = None
+) -> Tensor:
+    """The reward's values (B,) float32 on the CPU, all finite. Raises what `scored` raises, and RunError for other values."""
+    values = scored(name, reward, images, prompts, sample_ids).cpu()
+    _Answer(name, values, prompts, sample_ids).check()
+    return values
+
+
+def scored(
+    name: str,
+    reward: Reward,
+    images: Tensor,
+    prompts: Sequence[str],
+    sample_ids: Sequence[int] | None = None,
+    is_preview: bool = False,
+) -> Tensor:
+    """The reward's values (B,) float32, on the device where it computed them.
+
+    Raises:
+        RunError: the reward raised, or returned anything but B float32 numbers; names the reward, the sample and the prompt.
+        torch.OutOfMemoryError: a GPU ran out of memory, whatever error said so; the caller can ask for fewer at a time.
+    """
+    options = {"is_preview": True} if is_preview and isinstance(reward, TowerReward) else {}
+    try:
+        with torch.no_grad():
+            values = reward(images, prompts, **options)
+    except (RunError, UsageError):
+        raise
+    except Exception as error:
+        if is_out_of_memory(error):
+            raise torch.OutOfMemoryError(str(error)) from None
+        first = f"sample {sample_ids[0]}, " if sample_ids else ""
+        raise RunError(
+            f"reward {name} raised {type(error).__name__}: {error} (batch of {len(prompts)}, first: {first}prompt {prompts[0]!r})"
+        ) from error
+    if not isinstance(values, Tensor) or values.shape != (len(prompts),):
+        found = f"shape {tuple(values.shape)}" if isinstance(values, Tensor) else type(values).__name__
+        raise RunError(
+            f"reward {name} returned {found}; expected a tensor of shape ({len(prompts)},), one number per image"
+        )
+    if values.dtype != torch.float32:
+        raise RunError(f"reward {name} returned dtype {values.dtype}; expected torch.float32")
+    return values.detach()
