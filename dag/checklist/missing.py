@@ -54,8 +54,8 @@ def _measured(stage: Stage, chosen: list[Stage], folders: list[Path]) -> Iterato
 
 def _sayings(root: Path) -> Iterator[str]:
     """file:line of every line of the documents and recipes that says so."""
-    files = [root / "README.md", root / "kernels" / "README.md", *sorted((root / "recipes").rglob("*.yaml"))]
-    for file in filter(Path.is_file, files):
+    patterns = [f"{folder}/**/{name}" for folder in ("dag", "kernels", "recipes") for name in ("README.md", "*.yaml")]
+    for file in (root / "README.md", *(file for pattern in patterns for file in sorted(root.glob(pattern)))):
         for number, line in enumerate(file.read_text(encoding="utf-8").splitlines(), start=1):
             if _SAYS_SO in line:
                 yield f"  {file.relative_to(root)}:{number}: {line.strip()[:110]}"

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-README = "README.md"
+README, COSTS, RECIPES = "README.md", "dag/costs/README.md", "recipes/README.md"
 _RECIPES = "each recipe's line `# Hardware:`"
 
 
@@ -114,24 +114,25 @@ def _on_a_cpu() -> dict[str, tuple[str, ...]]:
 def _with_commands(commands: dict[str, tuple[str, ...]]) -> list[Stage]:
     """Every stage, told once for both machines."""
 
-    def training(name: str, what: str, share: float, place: str, others: str = "") -> Stage:
-        where = (README, place)
+    def training(name: str, what: str, share: float, file: str, words: str, others: str = "") -> Stage:
+        where = (file, words)
         return _stage(name, what, commands[name], "training.csv", share, shown=_TRAINING, place=where, others=others)
 
     kernels = ("dag_kernels.bench", "--checklist", "{folder}")
     return [
         training("lora_24gb", "aesthetic_24gb.yaml and the published amount of work, lever by lever, under 24 GiB", 130,
-                 "each with the ones above", "the table of recipes and their peaks"),
-        training("full_24gb", "full_finetune_24gb.yaml under 24 GiB", 40, "`full_finetune_24gb.yaml`", _RECIPES),
-        training("lora_12gb", "aesthetic_12gb.yaml under 12 GiB", 40, "`aesthetic_12gb.yaml`", _RECIPES),
+                 COSTS, "each with the ones above", "the table of peaks in README.md"),
+        training("full_24gb", "full_finetune_24gb.yaml under 24 GiB", 40, RECIPES, "`full_finetune_24gb.yaml`", _RECIPES),
+        training("lora_12gb", "aesthetic_12gb.yaml under 12 GiB", 40, RECIPES, "`aesthetic_12gb.yaml`", _RECIPES),
         _stage("trial", "train_dag.py: evaluation, checkpoint, SIGTERM, --resume, LoRA", commands["trial"], "run.csv", 85,
                shown=_TRIAL, place=(README, "**State of this version.**")),
-        training("levers", "aesthetic_24gb.yaml with one lever changed at a time", 95, "**Levers**"),
+        training("levers", "aesthetic_24gb.yaml with one lever changed at a time", 95, COSTS, "## Levers"),
         _stage("profile", "ten kernels that take most of a training step, and the GPU's idle share",
-               commands["profile"], "profile.csv", 35, shown=_PROFILE, place=(README, "**Levers**")),
+               commands["profile"], "profile.csv", 35, shown=_PROFILE, place=(COSTS, "## Levers")),
         Stage("kernels", "fused kernels: times, tests, registers (kernels.md)", kernels, "kernels.csv", 100,
               shown=_KERNELS, place=("kernels/README.md", "measured on a GPU"), notes="kernels.md"),
-        training("lora_48gb", "aesthetic_48gb.yaml under 48 GiB", 25, "the same for 48 GB", _RECIPES),
-        training("paper", "paper/aesthetic.yaml", 25, "`paper/*.yaml`", _RECIPES),
-        training("largest_reward", "hpsv2_24gb.yaml, the largest reward, under 24 GiB", 25, "hpsv2,pickscore", _RECIPES),
+        training("lora_48gb", "aesthetic_48gb.yaml under 48 GiB", 25, RECIPES, "`aesthetic_48gb.yaml`", _RECIPES),
+        training("paper", "paper/aesthetic.yaml", 25, RECIPES, "`paper/aesthetic.yaml`", _RECIPES),
+        training("largest_reward", "hpsv2_24gb.yaml, the largest reward, under 24 GiB", 25, RECIPES, "`hpsv2_24gb.yaml`",
+                 _RECIPES),
     ]  # fmt: skip

@@ -478,7 +478,7 @@ def test_what_is_missing_and_where_it_goes(tmp_path: Path, capsys: pytest.Captur
     assert stage["paper"].endswith(f"1 of 1 rows on mine in {mine}")
     assert stage["lora_12gb"].endswith("not measured"), "a row with an error measures nothing"
     assert stage["lora_24gb"].endswith("not measured")
-    assert "goes to README.md at '`aesthetic_12gb.yaml`', each recipe's line `# Hardware:`" in told
+    assert "goes to recipes/README.md at '`aesthetic_12gb.yaml`', each recipe's line `# Hardware:`" in told
     assert "2 of 10 stages are measured" in told
     assert told.endswith("  README.md:2: | not measured |\n  recipes/a.yaml:1: # Time: not measured.\n")
 

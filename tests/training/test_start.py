@@ -99,9 +99,9 @@ def test_a_mac_takes_its_cpu_and_says_so(tmp_path: Path) -> None:
 
 
 def test_the_launcher_is_quiet_when_it_is_told_everything() -> None:
-    """As the README says; without these it lists the defaults it took, and goes on all the same."""
+    """As dag/run/README.md says; without these it lists the defaults it took, and goes on all the same."""
     told = "--num_processes 1 --num_machines 1 --mixed_precision no --dynamo_backend no"
-    assert told in (ROOT / "README.md").read_text(encoding="utf-8")
+    assert told in (ROOT / "dag/run/README.md").read_text(encoding="utf-8")
     launch, script = ("-m", "accelerate.commands.launch"), ("train_dag.py", "--help")
     plain, quiet = (start(*launch, *words, *script) for words in ((), told.split()))
     assert (quiet.returncode, quiet.stderr) == (0, "")
