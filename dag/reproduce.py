@@ -27,7 +27,7 @@ from dag.evaluation.reproduce import check, reproduce
 from dag.evaluation.studies import STUDIES
 
 
-def _cards() -> list[str]:
+def _gpus() -> list[str]:
     """The GPUs that this process may use, as CUDA_VISIBLE_DEVICES names them."""
     named = os.environ.get("CUDA_VISIBLE_DEVICES")
     return (
@@ -70,13 +70,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         planned = [
             (out.resolve() / name, replace(study, given=words, distances=distances)) for name, study in studies.items()
         ]
-        cards = _cards()
+        gpus = _gpus()
         for folder, study in planned:
-            check(study, folder, given.seeds or study.seeds, given.jobs, cards, check_budget)
+            check(study, folder, given.seeds or study.seeds, given.jobs, gpus, check_budget)
         problems = []
         for folder, study in planned:
             try:
-                failed = reproduce(study, folder, given.seeds or study.seeds, given.jobs, cards)
+                failed = reproduce(study, folder, given.seeds or study.seeds, given.jobs, gpus)
                 problems += [f"{case.folder.name} failed and is missing in the figures" for case in failed]
             except RunError as error:
                 problems.append(f"{folder.name}: {error}")

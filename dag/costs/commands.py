@@ -33,7 +33,7 @@ def train_step(given: argparse.Namespace, device: torch.device) -> Iterator[Row]
     work = [*cases(given.recipe, given.set, given.trajectories, given.ablation), *variants(given)]
     literal = None
     if given.literal:
-        # Before the cap: the published loop may use the whole card.
+        # Before the cap: the published loop may use the complete GPU.
         literal = _measured(LITERAL, published(given), device, given)
         yield _with_ratio(literal, literal)
     if given.cap_gib is not None:
@@ -43,7 +43,7 @@ def train_step(given: argparse.Namespace, device: torch.device) -> Iterator[Row]
 
 
 def _measured(label: str, recipe: Recipe, device: torch.device, given: argparse.Namespace) -> Row:
-    """A row; with `error` in place of its figures where the card is too small for it, or something broke."""
+    """A row; with `error` in place of its figures where the GPU is too small for it, or something broke."""
     row: Row = {"label": label}
     try:
         with out_of_memory_ends("out of GPU memory"), deterministic(recipe.deterministic):

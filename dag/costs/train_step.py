@@ -56,7 +56,7 @@ def measure(label: str, recipe: Recipe, device: torch.device, repeats: int, is_p
         **{name: round(size / GIB, 4) for name, size in (memory | counted).items()},
     }
     if is_predicted and label != LITERAL:
-        # At the micro-batch that it came down to, where the card was too small for the recipe's.
+        # At the micro-batch that it came down to, where the GPU was too small for the recipe's.
         train = recipe.train.model_copy(update={"micro_batch": components.learner.updates.micro_batch})
         row["predicted_gib"] = round(_predicted(recipe.model_copy(update={"train": train})), 4)
     return row
@@ -146,6 +146,6 @@ def _synchronise() -> None:
 
 
 def _peak(meter: PhaseMeter, device: torch.device) -> dict[str, int]:
-    """Of the last epoch; a process's resident memory on a CPU says little about a card, and is left out."""
+    """Of the last epoch; a process's resident memory on a CPU says little about a GPU, and is left out."""
     meter.read()
     return {"peak_allocated_gib": meter.in_use, "peak_reserved_gib": meter.held} if device.type == "cuda" else {}

@@ -1,4 +1,4 @@
-"""The curve of a run: what rows of metrics.jsonl say about reward, diversity and fidelity along training, and its picture."""
+"""The curve of a run: what rows of metrics.jsonl say about reward, diversity and noun_top1 along training, and its picture."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -58,7 +58,7 @@ def line(row: dict[str, Any], epochs: int) -> str:
     ):
         if row.get(key) is not None:
             parts.append(f"{label} {row[key]:.4g}")
-    for key, label in (("diversity", "diversity"), ("fidelity_top1", "fidelity")):
+    for key, label in (("diversity", "diversity"), ("noun_top1", "noun_top1")):
         if row.get(key) is not None:
             parts.append(f"{label} {row[key]:.3f}")
     seconds = sum(value for key, value in row.items() if key.startswith("seconds_"))
@@ -66,7 +66,7 @@ def line(row: dict[str, Any], epochs: int) -> str:
 
 
 def draw_curves(rows: Sequence[dict[str, Any]], path: Path) -> None:
-    """Reward against trajectories with its spread, the fixed evaluation, and diversity and fidelity if measured."""
+    """Reward against trajectories with its spread, the fixed evaluation, and diversity and noun_top1 if measured."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -81,7 +81,7 @@ def draw_curves(rows: Sequence[dict[str, Any]], path: Path) -> None:
     _plot_measured(left, rows, "eval_reward_mean", "fixed evaluation")
     left.set(xlabel="trajectories", ylabel="reward")
     left.legend(fontsize=8)
-    for key, label in (("diversity", "diversity within a prompt"), ("fidelity_top1", "judged noun right")):
+    for key, label in (("diversity", "diversity within a prompt"), ("noun_top1", "noun_top1")):
         _plot_measured(right, rows, key, label)
     right.set(xlabel="trajectories", ylim=(0, None))
     if right.lines:

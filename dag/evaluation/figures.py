@@ -53,7 +53,7 @@ def summary(lines: Sequence[Line]) -> list[dict[str, Any]]:
             "eval_reward": _mean([final["eval_reward_mean"] for final in finals]),
             "equal_reward": level,
         }
-        for key in ("diversity", "fidelity_top1"):
+        for key in ("diversity", "noun_top1"):
             row[key] = _mean([final.get(key) for final in finals])
             row[f"{key}_at_equal_reward"] = _mean(
                 [None if level is None else at_reward(run, level, key) for run in line.runs]
@@ -126,7 +126,7 @@ def draw(lines: Sequence[Line], folder: Path) -> list[Path]:
         # A rollout is drawn before its own updates.
         "reward_by_updates": lambda axis: _curves(axis, lines, "optimizer_step", 1, "optimizer updates before"),
         "reward_against_diversity": lambda axis: _trade_off(axis, lines, "diversity", "diversity within a prompt"),
-        "reward_against_fidelity": lambda axis: _trade_off(axis, lines, "fidelity_top1", "judged noun right"),
+        "reward_against_noun_top1": lambda axis: _trade_off(axis, lines, "noun_top1", "noun_top1"),
         "time_and_memory": lambda axis: _costs(axis, lines),
     }
     # Where the colours are used up, the next dash begins.

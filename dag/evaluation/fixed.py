@@ -78,7 +78,7 @@ class Evaluator:
         return torch.arange(-(-count // size) * size).clamp(max=count - 1)
 
     def measure(self, images: Tensor, reward: RewardSum) -> EvaluationResult:
-        """Reward, diversity and fidelity of the pictures (N, 3, H, W)."""
+        """Reward, diversity and noun_top1 of the pictures (N, 3, H, W)."""
         values, parts = reward.detailed(images, self.prompts, self.sample_id.tolist())
         metrics = {
             "eval_reward_mean": float(values.mean()),
@@ -89,5 +89,5 @@ class Evaluator:
         if self.tower is not None:
             metrics["diversity"] = within_prompt_diversity(self.tower.embed_images(images).cpu(), self.per_prompt)
         if self.judge is not None:
-            metrics["fidelity_top1"], metrics["fidelity_top5"] = noun_accuracy(self.judge, images, self.prompts)
+            metrics["noun_top1"], metrics["noun_top5"] = noun_accuracy(self.judge, images, self.prompts)
         return EvaluationResult(images, self.prompts, values, metrics)

@@ -56,7 +56,7 @@ class Measure:
         """Figures of every model's pictures (N, 3, H, W), BASE and BASE_AGAIN among them.
 
         Gains are over BASE, which drew the same seeds. Distances are from BASE_AGAIN, which did not: from pictures of the
-        same seeds the distance of a hardly changed model would be far below that of two samples of one law, which is what
+        same seeds the distance of a hardly changed model would be far below that of two samples of one distribution, which is what
         the row of BASE tells.
         """
         features = {name: self._features(images) for name, images in pictures.items()}

@@ -20,7 +20,7 @@ from dag.recipe import Recipe
 from dag.run.gpu import free_memory, out_of_memory_ends, this_device
 
 
-def reproduce(study: Study, folder: Path, seeds: int, jobs: int, cards: Sequence[str] = ()) -> list[Case]:
+def reproduce(study: Study, folder: Path, seeds: int, jobs: int, gpus: Sequence[str] = ()) -> list[Case]:
     """Everything that is missing of a study: tuning, runs, evaluation, figures.
 
     Returns:
@@ -31,11 +31,11 @@ def reproduce(study: Study, folder: Path, seeds: int, jobs: int, cards: Sequence
     """
     tuned = tuning_cases(study, folder)
     # A setting that breaks is no choice; one that was stopped by something else has not been tried.
-    broken = run_missing(tuned, jobs, cards)
+    broken = run_missing(tuned, jobs, gpus)
     if unknown := [case for case, code in broken.items() if code != DIVERGED]:
         raise RunError(f"{len(unknown)} settings could not be tried; see {unknown[0].log}")
     cases = cases_of(study, folder, seeds, best_settings(tuned))
-    failed = run_missing(cases, jobs, cards)
+    failed = run_missing(cases, jobs, gpus)
     done = [case for case in cases if case not in failed]
     if not done:
         raise RunError(f"every run failed; see {cases[0].log}")
@@ -63,7 +63,7 @@ def _judged(study: Study, cases: Sequence[Case], folder: Path) -> list[dict[str,
         )
     shown = {BASE, *(case.folder.name for case in cases if case.seed == 0)}
     if device.type == "cuda":
-        # The next study's runs are other processes on the same card.
+        # The next study's runs are other processes on the same GPU.
         free_memory()
     verdict.write(file.parent, data, {name: images for name, images in drawn.items() if name in shown})
     return data["models"]
@@ -131,7 +131,7 @@ def _strengths(recipe: Recipe) -> dict[str, float | None]:
 def _tried(case: Case) -> dict[str, Any]:
     """A setting of the tuning stage; one that broke has no figures."""
     setting = {"method": case.method.name, **_strengths(case.recipe())}
-    ended = ("reward_last_quarter", "eval_reward", "diversity", "fidelity_top1")
+    ended = ("reward_last_quarter", "eval_reward", "diversity", "noun_top1")
     if not case.is_complete():
         return {**setting, **dict.fromkeys(ended)}
     rows = case.rows()
@@ -140,7 +140,7 @@ def _tried(case: Case) -> dict[str, Any]:
         "reward_last_quarter": ends(rows)[1],
         "eval_reward": final["eval_reward_mean"],
         "diversity": final.get("diversity"),
-        "fidelity_top1": final.get("fidelity_top1"),
+        "noun_top1": final.get("noun_top1"),
     }
 
 
@@ -163,7 +163,7 @@ def check(
     folder: Path,
     seeds: int,
     jobs: int,
-    cards: Sequence[str],
+    gpus: Sequence[str],
     check_budget: Callable[[Recipe], object],
 ) -> None:
     """What would otherwise end the study after hours.
@@ -174,8 +174,8 @@ def check(
     _refuse_fixed(study)
     cases = [*tuning_cases(study, folder), *cases_of(study, folder, seeds, {})]
     recipes = [case.recipe() for case in cases]
-    if cards and jobs > len(cards) and any(recipe.memory.budget_gib is not None for recipe in recipes):
-        raise UsageError(f"--jobs {jobs}: these runs need a GPU each, and there are {len(cards)}")
+    if gpus and jobs > len(gpus) and any(recipe.memory.budget_gib is not None for recipe in recipes):
+        raise UsageError(f"--jobs {jobs}: these runs need a GPU each, and there are {len(gpus)}")
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:

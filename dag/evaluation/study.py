@@ -174,7 +174,7 @@ def best_settings(tuned: Sequence[Case]) -> dict[str, Setting | None]:
 
         def worth(case: Case) -> tuple[float, float]:
             rows = case.rows()
-            kept = evaluated(rows)[-1].get("fidelity_top1")
+            kept = evaluated(rows)[-1].get("noun_top1")
             return (min(_FIDELITY_KEPT, 1.0 if kept is None else kept), ends(rows)[1])
 
         chosen[name] = max(mine, key=worth).setting
@@ -184,11 +184,11 @@ def best_settings(tuned: Sequence[Case]) -> dict[str, Setting | None]:
 # -- running ------------------------------------------------------------------------------------------------------
 
 
-def run_missing(cases: Sequence[Case], jobs: int, cards: Sequence[str] = ()) -> dict[Case, int]:
+def run_missing(cases: Sequence[Case], jobs: int, gpus: Sequence[str] = ()) -> dict[Case, int]:
     """Train every case that is not complete, `jobs` at a time, each in a process of its own with its share of the cores.
 
     Args:
-        cards: GPUs as CUDA_VISIBLE_DEVICES names them, dealt to the jobs in turn; empty leaves the environment alone.
+        gpus: GPUs as CUDA_VISIBLE_DEVICES names them, dealt to the jobs in turn; empty leaves the environment alone.
 
     Raises:
         UsageError: a folder holds another recipe's run.
@@ -205,7 +205,7 @@ def run_missing(cases: Sequence[Case], jobs: int, cards: Sequence[str] = ()) -> 
     children: set[subprocess.Popen[bytes]] = set()
     stopping = threading.Event()
     failed: dict[Case, int] = {}
-    free = _dealt(cards, jobs)
+    free = _dealt(gpus, jobs)
 
     def work(case: Case) -> None:
         if stopping.is_set():
@@ -217,12 +217,12 @@ def run_missing(cases: Sequence[Case], jobs: int, cards: Sequence[str] = ()) -> 
 
     def train(case: Case, lock: int) -> None:
         _say(case, "resumed" if _has_begun(case) else "started")
-        with case.log.open("ab") as log, _taken(free) as card:
+        with case.log.open("ab") as log, _taken(free) as gpu:
             child = subprocess.Popen(
                 _command(case),
                 stdout=log,
                 stderr=subprocess.STDOUT,
-                env={**os.environ, "OMP_NUM_THREADS": str(threads), **card},
+                env={**os.environ, "OMP_NUM_THREADS": str(threads), **gpu},
                 # The lock lives as long as the child, should this process be killed.
                 pass_fds=[lock],
             )
@@ -255,22 +255,22 @@ def _say(case: Case, text: str) -> None:
     print(f"{case.folder.name}: {text}\n", end="", flush=True)
 
 
-def _dealt(cards: Sequence[str], jobs: int) -> "queue.SimpleQueue[dict[str, str]]":
+def _dealt(gpus: Sequence[str], jobs: int) -> "queue.SimpleQueue[dict[str, str]]":
     """What each job adds to its environment."""
     free: queue.SimpleQueue[dict[str, str]] = queue.SimpleQueue()
     for job in range(jobs):
-        free.put({"CUDA_VISIBLE_DEVICES": cards[job % len(cards)]} if cards else {})
+        free.put({"CUDA_VISIBLE_DEVICES": gpus[job % len(gpus)]} if gpus else {})
     return free
 
 
 @contextmanager
 def _taken(free: "queue.SimpleQueue[dict[str, str]]") -> Iterator[dict[str, str]]:
     """One of them, for as long as a job runs, however it ends."""
-    card = free.get()
+    gpu = free.get()
     try:
-        yield card
+        yield gpu
     finally:
-        free.put(card)
+        free.put(gpu)
 
 
 def _has_begun(case: Case) -> bool:

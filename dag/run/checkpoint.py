@@ -139,8 +139,8 @@ def _drop(folder: Path, keep: int, written: Position) -> None:
 
 
 def _make_room(folder: Path) -> None:
-    """All but the newest one that is really whole."""
-    good = newest_whole(folder)
+    """All but the newest one that is really complete."""
+    good = newest_complete(folder)
     for path in candidates(folder):
         if path != good:
             with suppress(OSError):
@@ -180,7 +180,7 @@ def _reason(error: Exception) -> str:
 
 
 def _still_good(folder: Path) -> str:
-    good = newest_whole(folder)
+    good = newest_complete(folder)
     return f"; {good.name} is complete, --resume goes on from there" if good else ""
 
 
@@ -209,7 +209,7 @@ def flaw(folder: Path, is_thorough: bool = True) -> str | None:
         manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
         if manifest["format"] != FORMAT:
             return f"has format {manifest['format']!r}; this version reads {FORMAT}"
-        files = {name: (int(told["bytes"]), str(told["sha256"])) for name, told in manifest["files"].items()}
+        files = {name: (int(known["bytes"]), str(known["sha256"])) for name, known in manifest["files"].items()}
     except FileNotFoundError:
         return f"{MANIFEST} is missing"
     except (OSError, ValueError, TypeError, KeyError, AttributeError, OverflowError, RecursionError):
@@ -229,7 +229,7 @@ def flaw(folder: Path, is_thorough: bool = True) -> str | None:
     return None if STATE in files else f"{STATE} is missing"
 
 
-def newest_whole(folder: Path) -> Path | None:
+def newest_complete(folder: Path) -> Path | None:
     """The newest without a flaw."""
     return next((path for path in candidates(folder) if flaw(path) is None), None)
 

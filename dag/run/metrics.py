@@ -18,6 +18,10 @@ def finite(value: Any) -> Any:
     return [finite(item) for item in value] if isinstance(value, list) else value
 
 
+# Keys that earlier versions called otherwise.
+_RENAMED = {"fidelity_top1": "noun_top1", "fidelity_top5": "noun_top5"}
+
+
 class MetricsFile:
     """Appends rows to `path`; each is on disk before `write` returns."""
 
@@ -39,9 +43,11 @@ class MetricsFile:
         return complete + newline
 
     def read(self) -> list[dict[str, Any]]:
-        return [json.loads(line) for line in self.text().splitlines() if line]
+        """The rows so far, under today's names."""
+        rows = [json.loads(line) for line in self.text().splitlines() if line]
+        return [{_RENAMED.get(key, key): value for key, value in row.items()} for row in rows]
 
     def restore(self, text: str) -> None:
-        """Go back to what `text` told; what came after it will be written again."""
+        """Go back to what `text` returned; the rows after it will be written again."""
         with durable.replacing(self.path) as temporary:
             temporary.write_text(text, encoding="utf-8")

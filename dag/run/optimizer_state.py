@@ -19,7 +19,7 @@ def numbers_of(optimizer: torch.optim.Optimizer) -> dict[str, Any]:
 
 
 def restore(optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor], numbers: dict[str, Any]) -> None:
-    """Put back what `tensors_of` and `numbers_of` told of an optimizer over the same parameters."""
+    """Put back what `tensors_of` and `numbers_of` gave of an optimizer over the same parameters."""
     values = {**numbers["state"], **tensors}
     states = {int(index): state for index, state in _nested(values).items()}
     current = optimizer.state_dict()["param_groups"]

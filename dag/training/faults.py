@@ -91,8 +91,8 @@ def dump(folder: Path, name: str, rows: list[dict[str, Any]], states: dict[str, 
     """Write folder/name.json and, if there are states, name.safetensors; returns the former."""
     folder.mkdir(parents=True, exist_ok=True)
     # JSON has no word for what is not finite.
-    told = [{key: value if finite(value) == value else repr(value) for key, value in row.items()} for row in rows]
-    durable.write_json(folder / f"{name}.json", {"transitions": told})
+    stored = [{key: value if finite(value) == value else repr(value) for key, value in row.items()} for row in rows]
+    durable.write_json(folder / f"{name}.json", {"transitions": stored})
     if states:
         save_file(states, folder / f"{name}.safetensors")
     return folder / f"{name}.json"
@@ -105,8 +105,8 @@ def not_finite(trajectories: Trajectories) -> str | None:
         tables["the forward-looking reward"] = trajectories.x0_hat_reward
     for name, table in tables.items():
         if not bool(table.isfinite().all()):
-            odd = (~table.isfinite()).nonzero()
-            row, k = odd[0].tolist()
+            bad = (~table.isfinite()).nonzero()
+            row, k = bad[0].tolist()
             at = "" if name == "reward" else f" at step {k}"
             return f"{name} of sample {int(trajectories.sample_id[row])}{at} is {float(table[row, k])}"
     return None

@@ -312,7 +312,7 @@ class Trainer:
         return ""
 
     def _last_good(self) -> str:
-        good = checkpoint.newest_whole(self.run.checkpoints)
+        good = checkpoint.newest_complete(self.run.checkpoints)
         return f"; the last checkpoint is {good.name}" if good else ""
 
     # -- progress ------------------------------------------------------------------------------------------------

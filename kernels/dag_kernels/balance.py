@@ -22,7 +22,7 @@ BLOCK = 256
 
 
 @triton.jit
-def _loss(
+def detailed_balance_fwd_kernel(
     log_F, log_pf, log_pb, log_F_next, log_looking, log_looking_next, log_reward, is_terminal, scale, weight, result,
     num_rows, huber,
     HAS_LOOKING: tl.constexpr, HAS_END: tl.constexpr, HAS_SCALE: tl.constexpr, HAS_WEIGHT: tl.constexpr,
@@ -75,7 +75,7 @@ class _DetailedBalance(torch.autograd.Function):
         given = [columns[0] if c is None else c.contiguous() for c in options]
         result = torch.empty((4 if detach_next else 5, rows), dtype=torch.float32, device=log_F.device)
         launch(
-            _loss, (triton.cdiv(rows, BLOCK),), result,
+            detailed_balance_fwd_kernel, (triton.cdiv(rows, BLOCK),), result,
             *columns, *given, result, rows, 0.0 if huber is None else float(huber),
             HAS_LOOKING=log_looking is not None, HAS_END=is_terminal is not None, HAS_SCALE=scale is not None,
             HAS_WEIGHT=weight is not None, HAS_HUBER=huber is not None, DETACH_NEXT=detach_next, BLOCK=BLOCK,

@@ -106,26 +106,26 @@ def checklist(out: Path, device: torch.device) -> int:
     out.mkdir(parents=True, exist_ok=True)
     (out / "kernels.csv").unlink(missing_ok=True)
     parts = {"times": _times, "tests": _tests, "compiled times": _compiled_times, "registers and spills": _registers}
-    told, failed = dict.fromkeys(parts, "not measured: it was not reached"), []
+    results, failed = dict.fromkeys(parts, "not measured: it was not reached"), []
     for name, part in parts.items():
-        _write(out / "kernels.md", device, told)
+        _write(out / "kernels.md", device, results)
         try:
-            is_good, told[name] = part(out, device)
+            is_good, results[name] = part(out, device)
         except Exception as error:
-            is_good, told[name] = False, f"FAILED: {type(error).__name__}: {error}"
-        print(f"{name}: {told[name]}", flush=True)
+            is_good, results[name] = False, f"FAILED: {type(error).__name__}: {error}"
+        print(f"{name}: {results[name]}", flush=True)
         if not is_good:
-            failed.append(f"{name}: {told[name]}")
-    _write(out / "kernels.md", device, told)
+            failed.append(f"{name}: {results[name]}")
+    _write(out / "kernels.md", device, results)
     for text in failed:
         print(f"error: {text}", file=sys.stderr, flush=True)
     print("These are the kernels alone: the project's README names the command for everything that wants a GPU.")
     return 1 if failed else 0
 
 
-def _write(path: Path, device: torch.device, told: dict[str, str]) -> None:
+def _write(path: Path, device: torch.device, results: dict[str, str]) -> None:
     here = ", ".join(f"{name} {value}" for name, value in environment(device).items() if value)
-    lines = [f"- {name}: {text}" for name, text in told.items()]
+    lines = [f"- {name}: {text}" for name, text in results.items()]
     temporary = path.with_name(f".tmp-{path.name}")
     temporary.write_text("\n".join([f"# Kernels: {here}\n", *lines]) + "\n", encoding="utf-8")
     os.replace(temporary, path)

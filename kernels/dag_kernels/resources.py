@@ -32,20 +32,38 @@ def kernels() -> Iterator[tuple[str, Any, dict[str, str], dict[str, Any], int]]:
     options = {"GUIDED": True, "HAS_REFERENCE": True, "HAS_OLD": True, "BLOCK": transition.BLOCK}
     common = latents | {"table": "*fp32", "k": "*i64"}
     forward, backward = {"result": "*fp32"}, {"upstream": "*fp32", "gradient": "*LATENT"}
-    yield "transition forward", transition._forward, common | forward | sizes, options, transition.NUM_WARPS
-    yield "transition backward", transition._backward, common | backward | sizes, options, transition.NUM_WARPS
+    yield (
+        "transition forward",
+        transition.transition_log_probs_fwd_kernel,
+        common | forward | sizes,
+        options,
+        transition.NUM_WARPS,
+    )
+    yield (
+        "transition backward",
+        transition.transition_log_probs_bwd_kernel,
+        common | backward | sizes,
+        options,
+        transition.NUM_WARPS,
+    )
 
     step = dict.fromkeys(("x_t", "output"), "*LATENT") | {"table": "*fp32", "sample_id": "*i64"}
     step |= {"x_next": "*LATENT", "x0_hat": "*fp32", "result": "*fp32", "seed": "i64"}
     step |= dict.fromkeys(("k", "num_samples", "D", "stride_t", "stride_output"), "i32") | {"guidance": "fp32"}
-    yield "sampling step", sampling._step, step, {"GUIDED": True, "BLOCK": sampling.BLOCK}, transition.NUM_WARPS
+    yield (
+        "sampling step",
+        sampling.sampling_step_fwd_kernel,
+        step,
+        {"GUIDED": True, "BLOCK": sampling.BLOCK},
+        transition.NUM_WARPS,
+    )
 
     columns = ("log_F", "log_pf", "log_pb", "log_F_next", "log_looking", "log_looking_next", "log_reward")
     loss = dict.fromkeys(columns, "*fp32") | {"is_terminal": "*i1"}
     loss |= dict.fromkeys(("scale", "weight", "result"), "*fp32") | {"num_rows": "i32", "huber": "fp32"}
     switches = ("HAS_LOOKING", "HAS_END", "HAS_SCALE", "HAS_WEIGHT", "HAS_HUBER")
     options = dict.fromkeys(switches, True) | {"DETACH_NEXT": False, "BLOCK": balance.BLOCK}
-    yield "balance", balance._loss, loss, options, 4
+    yield "balance", balance.detailed_balance_fwd_kernel, loss, options, 4
 
 
 def measure(architectures: tuple[int, ...] = ARCHITECTURES, dtypes: tuple[str, ...] = LATENT_DTYPES) -> list[Row]:

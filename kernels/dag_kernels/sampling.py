@@ -53,7 +53,7 @@ def normals(seed, sample, k, first, BLOCK: tl.constexpr):
 
 # Seed and step are run-time values: compiling anew for a seed of 1 or a step divisible by 16 would help nobody.
 @triton.jit(do_not_specialize=["seed", "k"])
-def _step(
+def sampling_step_fwd_kernel(
     x_t, output, table, sample_id, x_next, x0_hat, result,
     seed, k, num_samples, D, stride_t, stride_output, guidance,
     GUIDED: tl.constexpr, BLOCK: tl.constexpr,
@@ -105,7 +105,7 @@ def sampling_step(
     # Triton passes integers as signed: the same 64 bits.
     signed = seed - (1 << 64) if seed >= 1 << 63 else seed
     launch(
-        _step, (len(x_t),), result,
+        sampling_step_fwd_kernel, (len(x_t),), result,
         x_t, output, table, sample_id, x_next, x0_hat, result,
         signed, k, len(x_t), x_t[0].numel(), x_t.stride(0), output.stride(0), float(guidance_scale),
         GUIDED=len(output) == 2 * len(x_t), BLOCK=BLOCK, num_warps=NUM_WARPS,

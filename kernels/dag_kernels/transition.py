@@ -48,7 +48,7 @@ def log_density(squares, std, D):
 
 
 @triton.jit
-def _forward(
+def transition_log_probs_fwd_kernel(
     x_t, x_next, output, reference, old, table, k, result,
     num_samples, D, stride_t, stride_next, stride_output, stride_reference, stride_old, guidance,
     GUIDED: tl.constexpr, HAS_REFERENCE: tl.constexpr, HAS_OLD: tl.constexpr, BLOCK: tl.constexpr,
@@ -85,7 +85,7 @@ def _forward(
 
 
 @triton.jit
-def _backward(
+def transition_log_probs_bwd_kernel(
     x_t, x_next, output, reference, old, table, k, upstream, gradient,
     num_samples, D, stride_t, stride_next, stride_output, stride_reference, stride_old, guidance,
     GUIDED: tl.constexpr, HAS_REFERENCE: tl.constexpr, HAS_OLD: tl.constexpr, BLOCK: tl.constexpr,
@@ -122,7 +122,7 @@ class _TransitionLogProbs(torch.autograd.Function):
         ctx.guidance_scale = float(guidance_scale)
         result = torch.empty((4, len(x_t)), dtype=torch.float32, device=x_t.device)
         pointers, sizes, options = _launch(tensors, ctx.guidance_scale)
-        launch(_forward, (len(x_t),), result, *pointers, result, *sizes, **options)
+        launch(transition_log_probs_fwd_kernel, (len(x_t),), result, *pointers, result, *sizes, **options)
         return result
 
     @staticmethod
@@ -131,7 +131,16 @@ class _TransitionLogProbs(torch.autograd.Function):
         gradient = empty_alike(output)
         pointers, sizes, options = _launch(ctx.saved_tensors, ctx.guidance_scale)
         grid = (len(x_t), triton.cdiv(x_t[0].numel(), BLOCK))
-        launch(_backward, grid, gradient, *pointers, upstream.contiguous(), gradient, *sizes, **options)
+        launch(
+            transition_log_probs_bwd_kernel,
+            grid,
+            gradient,
+            *pointers,
+            upstream.contiguous(),
+            gradient,
+            *sizes,
+            **options,
+        )
         return None, None, gradient, None, None, None, None, None
 
 

@@ -73,7 +73,7 @@ def test_diversity_is_read_where_a_reward_is_first_reached() -> None:
     assert at_reward(rows, 0.5, "diversity") == pytest.approx(0.9), "reached before training"
     assert at_reward(rows, 3.5, "diversity") == pytest.approx(0.8 + (0.1 - 0.8) * 0.75)
     assert at_reward(rows, 4.5, "diversity") is None
-    assert at_reward(rows, 2.0, "fidelity_top1") is None
+    assert at_reward(rows, 2.0, "noun_top1") is None
 
 
 def test_a_summary_compares_methods_where_all_of_them_have_been() -> None:
@@ -116,7 +116,7 @@ def test_what_was_not_measured_is_not_drawn(tmp_path: Path) -> None:
     rows = rows_of((1, 0.9), (2, 0.8))
     drawn = {path.stem for path in draw([Line("a", (rows, rows))], tmp_path)}
     assert "reward_against_diversity" in drawn
-    assert "reward_against_fidelity" not in drawn
+    assert "reward_against_noun_top1" not in drawn
     assert all((tmp_path / f"{name}.svg").exists() for name in drawn)
 
 
@@ -271,7 +271,7 @@ def test_tuning_takes_the_highest_reward_among_those_that_keep_the_subject(monke
 
     def read(case: Any) -> list[dict[str, Any]]:
         reward, kept = rows[case.setting.learning_rate]
-        return [{"reward_mean": reward, "eval_reward_mean": reward, "fidelity_top1": kept}]
+        return [{"reward_mean": reward, "eval_reward_mean": reward, "noun_top1": kept}]
 
     monkeypatch.setattr("dag.evaluation.study.Case.rows", read)
     monkeypatch.setattr("dag.evaluation.study.Case.is_complete", lambda case: case.setting.learning_rate in rows)
@@ -369,7 +369,7 @@ def test_a_setting_that_was_not_tried_is_not_passed_over(
     assert "1 settings could not be tried" in capsys.readouterr().err
 
 
-def test_jobs_share_the_cards(
+def test_jobs_share_the_gpus(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     say = "import os, sys; print(os.environ['CUDA_VISIBLE_DEVICES']); sys.exit(1)"
@@ -377,7 +377,7 @@ def test_jobs_share_the_cards(
     cases = cases_of(STUDY, tmp_path, 2, {})
     assert set(run_missing(cases, 2, ("3", "GPU-7")).values()) == {1}
     assert {case.log.read_text().strip() for case in cases} == {"3", "GPU-7"}
-    monkeypatch.setattr(reproduce, "_cards", lambda: ["0"])
+    monkeypatch.setattr(reproduce, "_gpus", lambda: ["0"])
     options = ["figure3", "--scale", "paper", "--jobs", "2", "--out", str(tmp_path / "o")]
     assert reproduce.main(options) == 2
     assert "these runs need a GPU each, and there are 1" in capsys.readouterr().err

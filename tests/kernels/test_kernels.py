@@ -13,6 +13,7 @@ from dag_kernels.verify import check, in_double, run
 from torch import Tensor
 
 from dag.errors import UsageError
+from dag.models import families
 from dag.recipe import Recipe
 from dag.training import build
 
@@ -286,9 +287,9 @@ class Unlaunchable:
 def test_triton_that_cannot_launch_ends_in_one_line_before_anything_is_loaded(
     make_recipe: Callable[..., Recipe], monkeypatch: pytest.MonkeyPatch, untried: None
 ) -> None:
-    monkeypatch.setattr(transition, "_forward", Unlaunchable())
-    for name in ("RewardSum", "StableDiffusion"):
-        monkeypatch.setattr(build, name, lambda *anything: pytest.fail("loaded"))
+    monkeypatch.setattr(transition, "transition_log_probs_fwd_kernel", Unlaunchable())
+    for owner, name in ((build, "RewardSum"), (families, "load")):
+        monkeypatch.setattr(owner, name, lambda *anything: pytest.fail("loaded"))
     recipe = make_recipe().model_copy(update={"kernels": "triton"})
     with pytest.raises(UsageError) as found:
         build.build(recipe, DEVICE)
