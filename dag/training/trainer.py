@@ -209,16 +209,18 @@ class Trainer:
 
         Where a GPU runs out of memory, `halve` hears why and a new iterator continues from the state.
         """
-        while True:
-            try:
-                with closing(steps()) as running:
-                    for _ in running:
-                        self._safe_point()
-                return
-            except TooManyRowsError as error:
-                why = first_line(error)
-            # Not inside, where the traceback would hold the tensors that were too many.
+        while (why := self._shortage(steps())) is not None:
             halve(why)
+
+    def _shortage(self, steps: Steps) -> str | None:
+        """Go through `steps`; why a GPU ran out of memory, or None. What returns holds none of the tensors that were too many."""
+        try:
+            with closing(steps):
+                for _ in steps:
+                    self._safe_point()
+        except TooManyRowsError as error:
+            return first_line(error)
+        return None
 
     def _safe_point(self) -> None:
         if self.state is not None:
