@@ -101,7 +101,7 @@ class Policy(Protocol):
         ...
 
     def blank_prompt(self) -> None:
-        """Keep an uninitialised embedding of the empty prompt, in place of `encode`; for memory forecasts, which compute nothing."""
+        """Keep an uninitialised embedding of the empty prompt, instead of calling `encode`; for forecasts on the meta device."""
         ...
 
     def prompt_warnings(self, prompts: Sequence[str]) -> list[str]:

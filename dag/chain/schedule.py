@@ -49,7 +49,7 @@ class FinalStep:
 
 @dataclass(frozen=True)
 class Schedule:
-    """The coefficients of every transition, (T,) each, with o the network output; float64 on the CPU until `.to` makes them float32."""
+    """The coefficients of every transition, (T,) each; o is the network output. Float64 on the CPU; `to` makes them float32."""
 
     timesteps: Tensor
     """(T,) int64, in sampling order."""
@@ -222,7 +222,7 @@ class Schedule:
         guidance_scale: float = 1.0,
         chain_dtype: torch.dtype = torch.float32,
     ) -> SampledStep:
-        """x_next ~ P_F with counter-based noise, x0_hat and both log-probs, without gradients. Arguments and result as in
+        """x_next ~ P_F with counter-based noise, x0_hat and both log-probs. Arguments and result as in
         `dag_kernels.reference.sampling_step`."""
         return self.kernels.sampling_step(x_t, output, self.table, k, seed, sample_id, guidance_scale, chain_dtype)
 
