@@ -213,16 +213,21 @@ class Trainer:
 
         If a GPU runs out of memory, call `halve` with the reason, and continue from the state with new `steps()`.
         """
-        while True:
-            try:
-                with closing(steps()) as running:
-                    for _ in running:
-                        self._safe_point()
-                return
-            except TooManyRowsError as error:
-                why = first_line(error)
-            # Not in the except block: there the traceback would keep the tensors that filled the memory.
+        while (why := self._shortage(steps())) is not None:
             halve(why)
+
+    def _shortage(self, steps: Steps) -> str | None:
+        """Go through the steps; returns why a GPU ran out of memory, or None.
+
+        Returning leaves the except block, where the traceback would keep the tensors that filled the memory.
+        """
+        try:
+            with closing(steps):
+                for _ in steps:
+                    self._safe_point()
+        except TooManyRowsError as error:
+            return first_line(error)
+        return None
 
     def _safe_point(self) -> None:
         """Count a safe point of the epoch, and save or stop there if it is time."""
