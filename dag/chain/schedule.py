@@ -158,7 +158,7 @@ class Schedule:
         return len(self.timesteps)
 
     def to(self, device: torch.device | str) -> Self:
-        """The same table on `device`, coefficients in float32."""
+        """This schedule with its tensors on `device`, coefficients in float32."""
         moved: dict[str, Any] = {}
         for field in fields(self):
             value = getattr(self, field.name)
@@ -191,7 +191,7 @@ class Schedule:
         """log P_F(x_next | x_t) of the step k. Gradients reach `model_output` alone.
 
         Args:
-            x_t, x_next:  (B, C, H, W), data: the stored states.
+            x_t, x_next:  (B, C, H, W), the stored states.
             model_output: (B, C, H, W), after guidance.
             k:            int or (B,) int64.
             reduction:    "sum" over C, H, W is the true density; "mean" is the published code's scale, 1/D of it.

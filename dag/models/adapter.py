@@ -115,7 +115,7 @@ class TrainedWeights:
         if not off:
             yield
             return
-        # peft's own switch walks the whole network and changes which weights need a gradient.
+        # Not peft's own switch: it goes through the complete network and changes which weights need a gradient.
         for layer in self.layers:
             layer._disable_adapters = True
         try:

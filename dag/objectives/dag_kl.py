@@ -37,7 +37,7 @@ class KLDivergence(BatchFree):
         self.config, self.kernels = config, kernels
 
     def advantages(self, residuals: Tensor, residual_scale: Tensor, running_mean: Tensor) -> Tensor:
-        """(N, T) advantages from the residuals (N, T) at the sampling-time policy, like their scales and running means.
+        """(N, T) advantages from the residuals (N, T), which are those of the sampling-time policy.
 
         With `baseline: per_step` or `mixed` the N trajectories are all of the update's, so that advantages do not depend on
         how it is cut into micro-batches. `mixed` averages over all steps too, as the published code does within a shuffled

@@ -81,7 +81,7 @@ def flat(data: Any, prefix: str = "") -> dict[str, Any]:
 
 
 def parse_reward(name: str, overrides: typing.Sequence[str]) -> RewardTerm:
-    """One reward by its name and `key=value` options, checked as in a recipe. Raises UsageError."""
+    """The section of a reward from its name and `key=value` options, checked as in a recipe. Raises UsageError."""
     data: dict[str, Any] = {"reward": {"name": name}}
     for override in overrides:
         _apply_override(data["reward"], override)
@@ -97,7 +97,7 @@ def _apply_override(data: dict[str, Any], override: str) -> None:
         raise UsageError(f"--set {override}: write key.sub=value")
     try:
         value = yaml.load(raw, _Loader)
-    except Exception:  # as in load
+    except Exception:  # not only YAMLError, as in `load`
         raise UsageError(f"--set {override}: the value is not YAML") from None
     *parents, last = key.strip().split(".")
     node: Any = data

@@ -70,7 +70,7 @@ class ImageReward(TowerReward):
 
     def score_pixels(self, pixels: Tensor, prompts: Sequence[str]) -> Tensor:
         """(B,) scores of preprocessed (B, 3, S, S) pixels."""
-        # last_hidden_state, not the pooled output: that is normalised twice.
+        # Not the pooled output, to which transformers applies the final layer norm a second time.
         picture = self.vision(pixel_values=pixels.to(self.dtype)).last_hidden_state
         ids, mask = self._tokens(tuple(prompts))
         hidden = self.text(

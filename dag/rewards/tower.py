@@ -1,4 +1,4 @@
-"""What every reward with a neural network shares: batches, the two pixel paths, moving between devices."""
+"""The base of the rewards with a neural network: batches, exact or smooth pixels, moving between devices."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence

@@ -89,7 +89,7 @@ class ClippedOptimizer:
         return norm
 
     def check(self, suspects: Suspects | None = None) -> None:
-        """Raises NotFiniteError after several skipped updates in a row."""
+        """Raises NotFiniteError after more than _MAX_SKIPPED_UPDATES skipped updates in a row; `suspects` are its transitions."""
         if self.skipped > _MAX_SKIPPED_UPDATES:
             raise NotFiniteError(
                 f"the {self.name}'s gradient was not finite {self.skipped} times in a row; lower its learning rate or beta",
