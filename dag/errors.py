@@ -1,4 +1,4 @@
-"""How a run ends early: what the user wrote is wrong, what the run met is wrong, or it was told to stop."""
+"""The errors that end a program early, and the exit code of each."""
 
 import signal
 import sys
@@ -11,7 +11,7 @@ class UsageError(Exception):
 
 
 class RunError(Exception):
-    """The run met something it cannot go on with: a model, a reward or a disk. Exit code 1."""
+    """A model, a reward, a disk or a GPU failed, so that the run cannot continue. Exit code 1."""
 
 
 class DivergedError(RunError):
@@ -19,10 +19,11 @@ class DivergedError(RunError):
 
 
 class StoppedError(Exception):
-    """A signal ended the run after it had saved. Exit code 128 + its number.
+    """A signal ended the run after it had saved. Exit code 128 + the signal's number.
 
     Args:
-        saved: what to call the checkpoint; None if there was nothing to save yet.
+        number: the signal's number.
+        saved:  the checkpoint's name for the message; None if there was nothing to save yet.
     """
 
     def __init__(self, number: int, saved: str | None) -> None:
@@ -34,7 +35,7 @@ class StoppedError(Exception):
 
 
 def exit_code(error: UsageError | RunError | StoppedError) -> int:
-    """Tells the error in one line; returns what the command ends with."""
+    """Print the error in one line on stderr; returns the exit code."""
     if isinstance(error, StoppedError):
         print(error, file=sys.stderr)
         return 128 + error.number

@@ -1,4 +1,4 @@
-"""Objectives: pure functions of a `Transition`, chosen by the recipe's `objective.name`."""
+"""Objectives: from a `Transition` to a loss. The recipe's `objective.name` chooses one."""
 
 import importlib
 import pkgutil

@@ -1,4 +1,4 @@
-"""What a run is asked for: the schema of a recipe, how a file is read, its prompts. Imports no torch."""
+"""Recipes: their schema, how a file is read and checked, and their prompts. Imports no torch."""
 
 from dag.recipe.reward_sections import RewardTerm, Tower
 from dag.recipe.schema import (
