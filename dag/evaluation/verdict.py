@@ -1,4 +1,4 @@
-"""What `dag.evaluate` writes: the report in Markdown and JSON, and the same prompts and seeds from every model side by side."""
+"""What `dag.evaluate` writes: the report in Markdown and JSON, and a sheet of pictures from every model."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -43,7 +43,11 @@ def table(data: dict[str, Any]) -> str:
 
 
 def sheet(drawn: dict[str, Tensor], task_prompts: Sequence[str], images_per_prompt: int) -> Any:
-    """The same prompts and seeds from every model, side by side."""
+    """Pictures of every model side by side, drawn from the same prompts and seeds.
+
+    Args:
+        drawn: pictures (P * n, 3, H, W) by model.
+    """
     columns = min(images_per_prompt, _SHOWN_IMAGES)
     rows = [
         prompt * images_per_prompt + column
@@ -58,8 +62,9 @@ def sheet(drawn: dict[str, Tensor], task_prompts: Sequence[str], images_per_prom
 
 
 def write(folder: Path, data: dict[str, Any], drawn: dict[str, Tensor]) -> None:
+    """Write evaluation.md, pictures.png and evaluation.json into `folder`, which is made if need be."""
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "evaluation.md").write_text(table(data) + "\n", encoding="utf-8")
     sheet(drawn, data["prompts"], data["images_per_prompt"]).save(folder / "pictures.png")
-    # Last: where it is, the rest is.
+    # Written last: where this file exists, the others do too.
     durable.write_json(folder / "evaluation.json", data)
