@@ -128,7 +128,7 @@ def draw(lines: Sequence[Line], folder: Path) -> list[Path]:
 
     kinds: dict[str, Callable[[Any], None]] = {
         "reward_by_trajectories": lambda axis: _curves(axis, lines, "trajectories", 0, "trajectories"),
-        # An epoch's trajectories are sampled before its updates: its reward belongs to the updates of the epoch before.
+        # An epoch's trajectories are sampled before its updates: its reward belongs to the updates made so far.
         "reward_by_updates": lambda axis: _curves(axis, lines, "optimizer_step", 1, "optimizer updates before"),
         "reward_against_diversity": lambda axis: _trade_off(axis, lines, "diversity", "diversity within a prompt"),
         "reward_against_noun_top1": lambda axis: _trade_off(axis, lines, "noun_top1", "noun_top1"),

@@ -29,7 +29,7 @@ class EvaluationResult:
     reward: Tensor
     """(N,) float32, the weighted sum of the recipe's rewards."""
     metrics: dict[str, float]
-    """Means over the images, by their keys in metrics.jsonl."""
+    """What was measured, by key of metrics.jsonl."""
 
 
 class Evaluator:
