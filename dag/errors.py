@@ -1,8 +1,11 @@
-"""How a run ends early: what the user wrote is wrong, what the run met is wrong, or it was told to stop."""
+"""How a program ends early: a mistake of the user, a failure of the run, a signal, or a reader of its output that is gone."""
 
+import os
 import signal
 import sys
+from collections.abc import Callable
 
+# Exit code of a run whose numbers are no longer finite.
 DIVERGED = 3
 
 
@@ -11,7 +14,7 @@ class UsageError(Exception):
 
 
 class RunError(Exception):
-    """The run met something it cannot go on with: a model, a reward or a disk. Exit code 1."""
+    """The run cannot go on: a model, a reward or a disk failed. Exit code 1."""
 
 
 class DivergedError(RunError):
@@ -19,10 +22,11 @@ class DivergedError(RunError):
 
 
 class StoppedError(Exception):
-    """A signal ended the run after it had saved. Exit code 128 + its number.
+    """A signal ended the run after it had saved. Exit code 128 + the signal's number.
 
     Args:
-        saved: what to call the checkpoint; None if there was nothing to save yet.
+        number: the signal.
+        saved:  the checkpoint's name in the message; None if there was nothing to save yet.
     """
 
     def __init__(self, number: int, saved: str | None) -> None:
@@ -34,7 +38,7 @@ class StoppedError(Exception):
 
 
 def exit_code(error: UsageError | RunError | StoppedError) -> int:
-    """Tells the error in one line; returns what the command ends with."""
+    """Print the error as one line to stderr; returns the program's exit code."""
     if isinstance(error, StoppedError):
         print(error, file=sys.stderr)
         return 128 + error.number
@@ -42,3 +46,16 @@ def exit_code(error: UsageError | RunError | StoppedError) -> int:
     if isinstance(error, DivergedError):
         return DIVERGED
     return 2 if isinstance(error, UsageError) else 1
+
+
+def quiet_on_broken_pipe(main: Callable[[], int]) -> int:
+    """Run a program's `main` and return its exit code, or 128 + SIGPIPE if the reader of stdout is gone, as with `| head`."""
+    try:
+        try:
+            return main()
+        finally:
+            sys.stdout.flush()  # here, where the error can be caught, and not when Python exits
+    except BrokenPipeError:
+        # What is still buffered goes nowhere; else Python would fail to write it at exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 128 + signal.SIGPIPE
