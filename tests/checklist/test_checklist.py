@@ -29,7 +29,7 @@ from dag.rewards import build_reward, checked
 from dag.rewards.stand_in import StandIn
 
 ROOT = Path(__file__).parents[2]
-HERE = {"gpu": "a card, 24.0 GiB", "commit": "abc"}
+HERE = {"gpu": "a GPU, 24.0 GiB", "commit": "abc"}
 # A stage: `python -m stub_stage WORD FOLDER NAME`. Keeps count of its starts.
 STUB = """
 import os, subprocess, sys, time
@@ -45,7 +45,7 @@ if word == "error":
     row("second", error="out of memory")
 if word == "raises" and len(counter.read_text()) == 1:
     print("halfway")
-    raise RuntimeError("the card fell off\\nand more is said\\n")
+    raise RuntimeError("the GPU fell off\\nand more is said\\n")
 if word == "hangs" and len(counter.read_text()) == 1:
     child = subprocess.Popen(["sleep", "300"])
     (Path(os.environ["STUB_COUNTS"]) / "pids").write_text(f"{os.getpid()} {child.pid}")
@@ -101,15 +101,15 @@ def test_stages_that_end_in_every_way(tmp_path: Path, counts: Path, capsys: pyte
     out = tmp_path / "out"
     chosen = [stub("good"), stub("partly", "error"), stub("broken", "raises"), stub("afterwards")]
     assert runner.run(out, 10, True, chosen) == 1
-    told = lines_of(out)
-    assert re.fullmatch(r"done in \d+ s, 2 rows", told["good"])
-    assert re.fullmatch(r"done in \d+ s, 3 rows, of which 1 could not be measured", told["partly"])
-    assert told["broken"] == ("FAILED: RuntimeError: the card fell off (1 row; logs.txt, after `==== broken`)"), (
+    said = lines_of(out)
+    assert re.fullmatch(r"done in \d+ s, 2 rows", said["good"])
+    assert re.fullmatch(r"done in \d+ s, 3 rows, of which 1 could not be measured", said["partly"])
+    assert said["broken"] == ("FAILED: RuntimeError: the GPU fell off (1 row; logs.txt, after `==== broken`)"), (
         "its error, and the row it had before"
     )
-    assert told["afterwards"].startswith("done"), "a stage that fails stops no other"
+    assert said["afterwards"].startswith("done"), "a stage that fails stops no other"
     text = (out / "summary.md").read_text()
-    assert text.startswith("# Checklist: a card, 24.0 GiB\n")
+    assert text.startswith("# Checklist: a GPU, 24.0 GiB\n")
     assert "| second |  | out of memory |" in text
     assert "Traceback" in (out / "logs.txt").read_text()
     assert text in capsys.readouterr().out
@@ -136,9 +136,9 @@ def test_a_stage_that_overruns_is_killed_with_what_it_started(
     monkeypatch.setattr(runner, "LEAST_SECONDS", 3.0)
     out, chosen = tmp_path / "out", [stub("slow", "hangs", 20), stub("late", share=3)]
     assert runner.run(out, 12 / 60, True, chosen) == 1
-    told = lines_of(out)
-    assert told["slow"] == "FAILED: over its 10 s (1 row; logs.txt, after `==== slow`)"
-    assert re.fullmatch(r"not measured: [012] s were left for it; the same command goes on from here", told["late"])
+    said = lines_of(out)
+    assert said["slow"] == "FAILED: over its 10 s (1 row; logs.txt, after `==== slow`)"
+    assert re.fullmatch(r"not measured: [012] s were left for it; the same command goes on from here", said["late"])
     assert not (counts / "late").exists()
     for process in map(int, (counts / "pids").read_text().split()):
         wait_for(lambda process=process: not is_alive(process))  # type: ignore[misc]
@@ -170,18 +170,18 @@ def test_killed_in_the_middle(tmp_path: Path, counts: Path, number: signal.Signa
     elif is_alive(child):
         os.kill(child, signal.SIGKILL)  # the stage's own, of which a killed stage could tell nobody
         wait_for(lambda: not is_alive(child))
-    told = lines_of(out)
-    assert told["good"].startswith("done")
+    said = lines_of(out)
+    assert said["good"].startswith("done")
     assert re.fullmatch(r"not measured: it began with \d+ s and did not end \(.*it is still running, or was killed\)",
-                        told["slow"])  # fmt: skip
-    assert told["never"] == "not measured: it was not reached"
+                        said["slow"])  # fmt: skip
+    assert said["never"] == "not measured: it was not reached"
     assert labels(out, "slow") == ["first"]
     assert runner.run(out, 10, True, chosen) == 0
     assert (counts / "good").read_text() == "x"
     assert labels(out, "slow") == ["first", "last"]
 
 
-@pytest.mark.parametrize("changed", [{"gpu": "another card"}, {"commit": "def"}, {"torch": "3.0"}], ids=str)
+@pytest.mark.parametrize("changed", [{"gpu": "another GPU"}, {"commit": "def"}, {"torch": "3.0"}], ids=str)
 def test_another_machine_or_version_is_refused(
     tmp_path: Path,
     counts: Path,
@@ -469,26 +469,26 @@ def test_what_is_missing_and_where_it_goes(tmp_path: Path, capsys: pytest.Captur
     (root / "README.md").write_text("| peak |\n| not measured |\n")
     (root / "recipes" / "a.yaml").write_text("# Time: not measured.\n")
     rows = [{"stage": "full_24gb", "label": "one pass"}, {"stage": "lora_12gb", "label": "x", "error": "too small"}]
-    measured(root / missing.RESULTS / "card", "a card", rows)
+    measured(root / missing.RESULTS / "GPU", "a GPU", rows)
     mine = measured(tmp_path / "mine", "mine", [{"stage": "paper", "label": "stored"}])
     assert missing.show(mine, root) == 0
-    told = capsys.readouterr().out
-    stage = {line.split()[0]: line for line in told.splitlines() if not line.startswith(" ") and line}
-    assert stage["full_24gb"].endswith(f"1 of 1 rows on a card in {root / missing.RESULTS / 'card'}")
+    said = capsys.readouterr().out
+    stage = {line.split()[0]: line for line in said.splitlines() if not line.startswith(" ") and line}
+    assert stage["full_24gb"].endswith(f"1 of 1 rows on a GPU in {root / missing.RESULTS / 'GPU'}")
     assert stage["paper"].endswith(f"1 of 1 rows on mine in {mine}")
     assert stage["lora_12gb"].endswith("not measured"), "a row with an error measures nothing"
     assert stage["lora_24gb"].endswith("not measured")
-    assert "goes to recipes/README.md at '`aesthetic_12gb.yaml`', each recipe's line `# Hardware:`" in told
-    assert "2 of 10 stages are measured" in told
-    assert told.endswith("  README.md:2: | not measured |\n  recipes/a.yaml:1: # Time: not measured.\n")
+    assert "goes to recipes/README.md at '`aesthetic_12gb.yaml`', each recipe's line `# Hardware:`" in said
+    assert "2 of 10 stages are measured" in said
+    assert said.endswith("  README.md:2: | not measured |\n  recipes/a.yaml:1: # Time: not measured.\n")
 
 
 def test_a_cpus_checklist_measures_no_gpu(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     mine = measured(tmp_path / "mine", None, [{"stage": "paper", "label": "stored"}])
     assert bench.main(["missing", str(mine)]) == 0
-    told = capsys.readouterr().out
-    assert told.startswith(f"{mine} is of a machine without a GPU: it measures nothing here\n")
-    assert re.search(r"^paper +not measured$", told, re.MULTILINE)
+    said = capsys.readouterr().out
+    assert said.startswith(f"{mine} is of a machine without a GPU: it measures nothing here\n")
+    assert re.search(r"^paper +not measured$", said, re.MULTILINE)
 
 
 def test_a_summary_without_rows(tmp_path: Path) -> None:

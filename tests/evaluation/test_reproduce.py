@@ -257,8 +257,8 @@ def test_a_failed_run_is_named_and_the_others_go_on(tmp_path: Path, capsys: pyte
     reward.write_text("def score(images, prompts):\n    raise ValueError('no')\n")
     broken = Method("broken", "tiny_cpu_ddpo.yaml", (f"reward={{name: custom, path: '{reward}:score'}}",))
     study = Study("t", "q", (broken,), SHORT)
-    whole = Method("whole", "tiny_cpu_ddpo.yaml")
-    cases = cases_of(replace(study, methods=(broken, whole)), tmp_path / "study", 1, {})
+    working = Method("working", "tiny_cpu_ddpo.yaml")
+    cases = cases_of(replace(study, methods=(broken, working)), tmp_path / "study", 1, {})
     assert run_missing(cases, 1) == {cases[0]: 1}
     assert cases[1].is_complete()
     log = tmp_path / "study" / "broken-s0.log"
@@ -273,7 +273,7 @@ def test_tuning_takes_the_highest_reward_among_those_that_keep_the_subject(monke
         reward, kept = rows[case.setting.learning_rate]
         return [{"reward_mean": reward, "eval_reward_mean": reward, "noun_top1": kept}]
 
-    monkeypatch.setattr("dag.evaluation.study.Case.rows", read)
+    monkeypatch.setattr("dag.evaluation.study.Case.metrics", read)
     monkeypatch.setattr("dag.evaluation.study.Case.is_complete", lambda case: case.setting.learning_rate in rows)
     tuned = tuning_cases(STUDY, Path("x"))
     assert best_settings(tuned) == {"dag_db": Setting(0.001)}

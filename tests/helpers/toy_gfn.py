@@ -1,6 +1,6 @@
-"""Diffusion chains in one or two dimensions whose data law, target and optimum are known in closed form.
+"""Diffusion chains in one or two dimensions whose data distribution, target and optimum are known in closed form.
 
-The model is exact: its data law is a Gaussian mixture, so the score is a formula. The policy is that score
+The model is exact: its data distribution is a Gaussian mixture, so the score is a formula. The policy is that score
 plus a learnt table, one per step, of normalised radial basis functions; the flow is such a table too. What is
 under test (the chain's coefficients and densities, the residual, the objectives) comes from `dag`; here are
 the mixtures, the tables, a training loop and an independent reference.
@@ -21,7 +21,7 @@ from dag.objectives import Objective
 from dag.objectives.transition import Transition, residual_table
 
 
-class Law(Protocol):
+class Density(Protocol):
     """Something with a log density, perhaps not normalised."""
 
     def log_prob(self, x: Tensor) -> Tensor:
@@ -42,7 +42,7 @@ class Mixture:
         return self._log_joint(x, torch.ones(())).logsumexp(1)
 
     def eps(self, x: Tensor, alpha_bar: Tensor) -> Tensor:
-        """The optimal noise prediction, -sqrt(1 - ab) score(x) of this law noised to `alpha_bar`, (N, D)."""
+        """The optimal noise prediction, -sqrt(1 - ab) score(x) of this distribution noised to `alpha_bar`, (N, D)."""
         posterior = self._log_joint(x, alpha_bar).softmax(1)
         pull = x - alpha_bar.sqrt() * (posterior @ self.means)
         return (1 - alpha_bar).sqrt() * pull / noised_variance(self.sd, alpha_bar)
@@ -60,7 +60,7 @@ class Mixture:
 
 @dataclass(frozen=True)
 class Bowl:
-    """log R = slope x - (x - centre)^2 / 2 in one dimension: a reward that a pretrained model's law is tilted by."""
+    """log R = slope x - (x - centre)^2 / 2 in one dimension: a reward that a pretrained model's distribution is tilted by."""
 
     slope: float
     centre: float
@@ -77,7 +77,7 @@ def noised_variance(sd: float, alpha_bar: Tensor) -> Tensor:
 def toy_schedule(mode_sd: float, steps: int = 16) -> Schedule:
     """`steps` transitions with log-SNR linear in [-5, 5].
 
-    The mean of a DDPM step is exact for any data law. Its variance is replaced by the exact one for a single
+    The mean of a DDPM step is exact for any data distribution. Its variance is replaced by the exact one for a single
     mode of `mode_sd`, so that only the Gaussian shape of a step keeps a trained policy from its target.
     """
     alpha_bars = torch.linspace(-5, 5, steps + 1, dtype=torch.float64).sigmoid()
@@ -110,7 +110,7 @@ class Rollout:
     features: Tensor
     """(T, N, J) basis functions of every state but the last."""
     exact_eps: Tensor
-    """(T, N, D) the data law's noise prediction."""
+    """(T, N, D) the data distribution's noise prediction."""
     log_looking: Tensor
     """(T, N) alpha_bar * log R(x0_hat), with the x0_hat of the policy that sampled."""
     log_reward: Tensor
@@ -142,10 +142,10 @@ class ToyGFN:
     """The pretrained chain with a learnt residual and flow, for S seeds that share nothing but the loop.
 
     `policy` (T, S, J, D) is added to the noise prediction, `flow` (T, S, J, 1) is log F~; both start at zero. The target
-    is the reward, or with `has_prior` the data law times the reward.
+    is the reward, or with `has_prior` the data distribution times the reward.
     """
 
-    def __init__(self, data: Mixture, reward: Law, centres: Tensor, seeds: int, has_prior: bool = False) -> None:
+    def __init__(self, data: Mixture, reward: Density, centres: Tensor, seeds: int, has_prior: bool = False) -> None:
         self.data, self.reward, self.centres, self.has_prior = data, reward, centres, has_prior
         self.schedule = toy_schedule(data.sd).to("cpu")  # in float32, like the states
         self.seeds, self.dims = seeds, data.means.shape[1]
@@ -253,7 +253,7 @@ class ToyGFN:
         return log_F.view(self.seeds, count).mean(1)
 
     def _lookup(self, table: Tensor, features: Tensor) -> Tensor:
-        """(T, N, D') values of a table (T, S, J, D') at features (T, N, J)."""
+        """The values (T, N, D') of a table (T, S, J, D') at features (T, N, J)."""
         T, N, J = features.shape
         return (features.view(T, self.seeds, N // self.seeds, J) @ table).flatten(1, 2)
 
@@ -266,17 +266,17 @@ def clip_per_seed(table: Tensor, norm: float = 1.0) -> None:
 
 
 GRID = torch.linspace(-5, 5, 1001, dtype=torch.float64)
-"""Where laws in one dimension are tabulated, as probabilities (1001,) float64 of its points."""
+"""The points on which distributions in one dimension are tabulated, as probabilities (1001,) float64."""
 
 
 @dataclass(frozen=True)
 class Fit:
-    """How far a law in one dimension is from another."""
+    """The distance of a distribution in one dimension from another."""
 
     left: float
-    """The law's mass below zero."""
+    """The distribution's mass below zero."""
     kl: float
-    """KL(law || other) of histograms with bins of 0.1, in nats."""
+    """KL(distribution || other) of histograms with bins of 0.1, in nats."""
     w1: float
     """Wasserstein-1 distance."""
 
@@ -284,41 +284,41 @@ class Fit:
         return f"left mass {self.left:.3f}  KL {self.kl:.4f}  W1 {self.w1:.3f}"
 
 
-def fit(law: Tensor, other: Tensor) -> Fit:
-    """Compare two laws on GRID."""
-    p, q = (values[:-1].view(-1, 10).sum(1) for values in (law, other))
+def fit(distribution: Tensor, other: Tensor) -> Fit:
+    """Compare two distributions on GRID."""
+    p, q = (values[:-1].view(-1, 10).sum(1) for values in (distribution, other))
     return Fit(
-        left=float(law[: len(GRID) // 2].sum()),
+        left=float(distribution[: len(GRID) // 2].sum()),
         kl=float((torch.xlogy(p, p) - torch.xlogy(p, q)).sum()),
-        w1=float((law.cumsum(0) - other.cumsum(0)).abs().sum() * (GRID[1] - GRID[0])),
+        w1=float((distribution.cumsum(0) - other.cumsum(0)).abs().sum() * (GRID[1] - GRID[0])),
     )
 
 
-def on_grid(*factors: Law) -> Tensor:
-    """The product of one-dimensional densities as a law on GRID."""
+def on_grid(*factors: Density) -> Tensor:
+    """The product of one-dimensional densities as a distribution on GRID."""
     points = GRID.float()[:, None]
     return torch.stack([factor.log_prob(points).double() for factor in factors]).sum(0).softmax(0)
 
 
 def histogram(samples: Tensor) -> Tensor:
-    """Samples (n,) as a law on GRID, each at its nearest point."""
+    """Samples (n,) as a distribution on GRID, each at its nearest point."""
     spacing = GRID[1] - GRID[0]
     nearest = ((samples.double() - GRID[0]) / spacing).round().clamp(0, len(GRID) - 1).long()
     return torch.bincount(nearest, minlength=len(GRID)).double() / len(samples)
 
 
-def best_gaussian_steps(reward: Law, schedule: Schedule, prior: Mixture | None = None) -> tuple[Tensor, float]:
+def best_gaussian_steps(reward: Density, schedule: Schedule, prior: Mixture | None = None) -> tuple[Tensor, float]:
     """The best policy with steps N(mu_k(x), sigma_k^2), by dynamic programming.
 
-    Returns its law on GRID and the mean of log F_0 over the initial noise.
+    Returns its distribution on GRID and the mean of log F_0 over the initial noise.
 
-    Detailed balance cannot hold exactly where the posterior F' P_B / F of a step is not Gaussian. What DAG's
-    updates then leave at rest minimises KL(P_F || F' P_B / F) in each step: backwards from log F_T = log R,
+    Detailed balance cannot hold exactly where the posterior F' P_B / F of a step is not Gaussian. The fixed point of DAG's
+    updates then minimises KL(P_F || F' P_B / F) in each step; going backwards from log F_T = log R,
 
         log F_k(x) = max_mu E_{x' ~ N(mu, sigma_k^2)}[log F_{k+1}(x') + log P_B(x | x') - log P_F(x')].
 
-    mu is searched on GRID; nothing of `dag` but the noise levels and sigma enters. With the data law as a prior, whose
-    chain has steps N(m_k(x), sigma_k^2), log P_B above is the log-prob of that step.
+    mu is searched on GRID; of `dag` only the noise levels and sigma are used. With the data distribution as a prior, whose
+    chain has steps N(m_k(x), sigma_k^2), the log-probability of that step takes the place of log P_B.
     """
     log_F = reward.log_prob(GRID.float()[:, None]).double()
     kernels = []
@@ -334,7 +334,7 @@ def best_gaussian_steps(reward: Law, schedule: Schedule, prior: Mixture | None =
             gain = step @ log_F - 0.5 * ((GRID - mean[:, None]) / sigma).square()
         log_F, best = gain.max(1)
         kernels.append(step[best])
-    initial = law = (-0.5 * GRID.square()).softmax(0)
+    initial = distribution = (-0.5 * GRID.square()).softmax(0)
     for kernel in reversed(kernels):
-        law = law @ kernel
-    return law, float(initial @ log_F)
+        distribution = distribution @ kernel
+    return distribution, float(initial @ log_F)

@@ -128,10 +128,10 @@ def test_the_checklist_tells_how_each_part_ended(
     monkeypatch.setattr(bench, "_tests", breaks)
     monkeypatch.setattr(bench, "_registers", lambda out, device: (True, "none spills"))
     assert bench.checklist(tmp_path / "out", CPU) == 1
-    told = (tmp_path / "out" / "kernels.md").read_text()
-    assert "- times: not measured: there is no GPU" in told
-    assert "- tests: FAILED: OSError: no such program" in told
-    assert "- registers and spills: none spills" in told
+    said = (tmp_path / "out" / "kernels.md").read_text()
+    assert "- times: not measured: there is no GPU" in said
+    assert "- tests: FAILED: OSError: no such program" in said
+    assert "- registers and spills: none spills" in said
     last = capsys.readouterr().out.splitlines()[-1]
     assert "README" in last
     assert "dag" not in last.replace("dag_kernels", "")

@@ -175,13 +175,13 @@ def test_alike_copies_only_what_differs() -> None:
 def test_a_row_does_not_depend_on_its_batch(spec: OpSpec) -> None:
     """Bit for bit: sums are taken in a fixed order, noise belongs to the sample."""
     inputs = spec.make(3, (4, 9, 9), torch.float32, DEVICE, 5)
-    whole = fused(spec)(**inputs)
+    complete = fused(spec)(**inputs)
     row = {n: v[1:2] if isinstance(v, Tensor) and len(v) == 3 else v for n, v in inputs.items()}
     if "output" in inputs:
         row["output"] = inputs["output"][1::3]
     alone = fused(spec)(**row)
     for name, value in alone._asdict().items():
-        assert value is None or torch.equal(value[0], getattr(whole, name)[1]), name
+        assert value is None or torch.equal(value[0], getattr(complete, name)[1]), name
 
 
 def test_the_sampled_steps_log_probs_are_the_transitions() -> None:

@@ -207,11 +207,11 @@ def test_determinism_is_switched_and_switched_back(monkeypatch: pytest.MonkeyPat
 def test_a_deterministic_run_is_on_a_cpu_the_same_run(make_recipe: MakeRecipe, tmp_path: Path) -> None:
     """From before the model is loaded to the end, and not beyond."""
     (tmp_path / "mine.py").write_text(
-        "import torch\ndef tell():\n"
+        "import torch\ndef show():\n"
         f"    with open({str(tmp_path / 'seen')!r}, 'a') as file:\n"
         "        print(torch.are_deterministic_algorithms_enabled(), file=file)\n"
-        "def score(images, prompts):\n    tell()\n    return images.mean((1, 2, 3))\n"
-        "tell()\n"
+        "def score(images, prompts):\n    show()\n    return images.mean((1, 2, 3))\n"
+        "show()\n"
     )
     sections: dict[str, Any] = {"reward": {"name": "custom", "path": f"{tmp_path / 'mine.py'}:score"}}
     sections |= {"train": {"epochs": 1, "rollout": "one_pass"}, "evaluation": {"every": 9}}
@@ -274,7 +274,7 @@ def xformers(make_recipe: MakeRecipe, monkeypatch: pytest.MonkeyPatch) -> Callab
 
 
 @pytest.mark.parametrize(
-    ("error", "told"),
+    ("error", "reason"),
     [
         (NotImplementedError(TOO_NEW), TOLD),
         (ValueError("unsupported head size\nand more"), "unsupported head size"),
@@ -284,11 +284,11 @@ def xformers(make_recipe: MakeRecipe, monkeypatch: pytest.MonkeyPatch) -> Callab
     ids=lambda value: type(value).__name__,
 )
 def test_xformers_that_cannot_run_is_one_line(
-    xformers: Callable[[Exception | None], str], error: Exception, told: str
+    xformers: Callable[[Exception | None], str], error: Exception, reason: str
 ) -> None:
     with pytest.raises(UsageError) as refused:
         xformers(error)
-    expected = f"memory.attention=xformers does not run here ({told}); use auto, PyTorch's own attention"
+    expected = f"memory.attention=xformers does not run here ({reason}); use auto, PyTorch's own attention"
     assert str(refused.value) == expected
 
 

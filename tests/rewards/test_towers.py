@@ -111,12 +111,12 @@ def test_scores_are_the_originals(make: Callable[..., Case], tmp_path: Path, ima
 
 @every_case
 def test_a_batch_may_be_cut_anywhere(make: Callable[..., Case], tmp_path: Path, images: Tensor) -> None:
-    whole, _ = make(tmp_path)
+    at_once, _ = make(tmp_path)
     (tmp_path / "other").mkdir()
     cut, _ = make(tmp_path / "other", max_batch=2)
-    torch.testing.assert_close(whole(images, PROMPTS), cut(images, PROMPTS), rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(at_once(images, PROMPTS), cut(images, PROMPTS), rtol=1e-5, atol=1e-6)
     with pytest.raises(ValueError, match="5 images but 2 prompts"):
-        whole(images, PROMPTS[:2])
+        at_once(images, PROMPTS[:2])
 
 
 @every_case

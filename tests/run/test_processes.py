@@ -104,7 +104,7 @@ def same_gradients(ours: dict[str, torch.Tensor], theirs: dict[str, torch.Tensor
 
 def check_disturbances(two: Path, name: str) -> None:
     """A stop, a failure and an exhausted memory of the second process reached both, and the runs went on."""
-    first, second = json.loads((two / "told.json").read_text())
+    first, second = json.loads((two / "outcome.json").read_text())
     assert first["stopped"] == second["stopped"]
     assert first["stopped"][0] == signal.SIGINT
     assert first["stopped"][1].startswith("epoch_0001_")
@@ -116,11 +116,11 @@ def check_disturbances(two: Path, name: str) -> None:
 
 
 def test_shares_must_be_equal() -> None:
-    world = Processes()
-    world.size = 3
-    world.check_shares(trajectories=12, updates=2)
+    processes = Processes()
+    processes.size = 3
+    processes.check_shares(trajectories=12, updates=2)
     with pytest.raises(UsageError, match=r"4 trajectories an update cannot be dealt out to 3 processes equally"):
-        world.check_shares(trajectories=8, updates=2)
+        processes.check_shares(trajectories=8, updates=2)
 
 
 def test_another_number_of_processes_needs_a_checkpoint_between_epochs(make_recipe: MakeRecipe, tmp_path: Path) -> None:
