@@ -119,7 +119,7 @@ class _Loop:
         training = OnePass(self.learner, self.meter)
         for _ in training.steps(self._state(), self.batch, self.scorer, on_rows=self.gpu.mark):
             pass
-        return self._between(self.gpu.marks[self.T - 1 :], stride)
+        return self._between(self._second_micro_batch(), stride)
 
     def stored(self, stride: int) -> tuple[Counts, Counts]:
         """Counts with stored chains, of sampling, scoring and training together: (a transition, what a tile adds once)."""
@@ -141,7 +141,9 @@ class _Loop:
         self.gpu.mark()
         seen, reward, _ = score_tile(self.policy, drawn, score, on_image=self.gpu.mark)
         if recipe.forward_looking is not None:
-            total = total + Counts(*_scaled(marks[2] - marks[1], 1 / stride))
+            # The marks are the start, the first picture, the second: the first one may also do work that is done only once.
+            second_picture = marks[2] - marks[1]
+            total = total + Counts(*_scaled(second_picture, 1 / stride))
         marks.clear()
         state.store.put(drawn.chain)
         state.sampled.append(assemble(drawn, seen, reward, tile, recipe.seed, recipe.sampler))
@@ -149,8 +151,12 @@ class _Loop:
         training = StoredTraining(self.learner, self.meter)
         for _ in training.steps(state, state.rollout(), score, on_rows=self.gpu.mark):
             pass
-        trained, once = self._between(marks[self.T - 1 :], stride)
+        trained, once = self._between(self._second_micro_batch(), stride)
         return total + trained, per_tile + once
+
+    def _second_micro_batch(self) -> Sequence[Counts]:
+        """The marks from the end of the first micro-batch on: training marks the counts after each of its T transitions."""
+        return self.gpu.marks[self.T - 1 :]
 
     def _between(self, marks: Sequence[Counts], stride: int) -> tuple[Counts, Counts]:
         """(mean transition of one period of `stride`, what the first transition has beyond that).

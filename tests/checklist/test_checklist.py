@@ -1,4 +1,4 @@
-"""The checklist: what it leaves behind however it ends, with stages that stand for the dear ones; and its real commands."""
+"""The checklist: what it leaves behind however it ends (with stub stages, which take no time), and its real commands."""
 
 import csv
 import json
@@ -30,7 +30,7 @@ from dag.rewards.stand_in import StandIn
 
 ROOT = Path(__file__).parents[2]
 HERE = {"gpu": "a GPU, 24.0 GiB", "commit": "abc"}
-# A stage: `python -m stub_stage WORD FOLDER NAME`. Keeps count of its starts.
+# The program of a stub stage, `python -m stub_stage WORD FOLDER NAME`. It counts its starts; WORD says how it behaves.
 STUB = """
 import os, subprocess, sys, time
 from pathlib import Path
@@ -56,7 +56,7 @@ row("last", ms_total=2.5)
 
 @pytest.fixture
 def counts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A folder that counts how often each stub began."""
+    """A folder with a file for each stub stage, which holds an x for each time that it started."""
     (tmp_path / "stubs").mkdir()
     (tmp_path / "stubs" / "stub_stage.py").write_text(STUB)
     (tmp_path / "counts").mkdir()
@@ -73,7 +73,7 @@ def stub(name: str, word: str = "rows", share: float = 60.0) -> Stage:
 
 
 def lines_of(folder: Path) -> dict[str, str]:
-    """{stage: what summary.md says of it}."""
+    """The line of each stage in summary.md, by the stage's name."""
     text = (folder / "summary.md").read_text()
     return dict(re.findall(r"^- (\w+): (.*)$", text, re.MULTILINE))
 
@@ -132,7 +132,7 @@ def test_what_is_done_is_not_run_again(tmp_path: Path, counts: Path) -> None:
 def test_a_stage_that_overruns_is_killed_with_what_it_started(
     tmp_path: Path, counts: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Its rows stay; the time goes on; a stage for which too little is left does not begin."""
+    """The rows of the killed stage stay. A stage for which too little time is left is not started."""
     monkeypatch.setattr(runner, "LEAST_SECONDS", 3.0)
     out, chosen = tmp_path / "out", [stub("slow", "hangs", 20), stub("late", share=3)]
     assert runner.run(out, 12 / 60, True, chosen) == 1
@@ -146,7 +146,7 @@ def test_a_stage_that_overruns_is_killed_with_what_it_started(
 
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM], ids=lambda number: number.name)
 def test_killed_in_the_middle(tmp_path: Path, counts: Path, number: signal.Signals) -> None:
-    """Readable, it says what is missing, nothing goes on in the background, and the same command goes on from there."""
+    """The folder is readable and says what is missing, no process is left, and the same command continues from there."""
     out, chosen = tmp_path / "out", [stub("good"), stub("slow", "hangs"), stub("never")]
     program = f"""
         import sys
@@ -168,7 +168,7 @@ def test_killed_in_the_middle(tmp_path: Path, counts: Path, number: signal.Signa
     if number == signal.SIGTERM:
         wait_for(lambda: not is_alive(child))
     elif is_alive(child):
-        os.kill(child, signal.SIGKILL)  # the stage's own, of which a killed stage could tell nobody
+        os.kill(child, signal.SIGKILL)  # the process that the stage started, which the runner's death does not end
         wait_for(lambda: not is_alive(child))
     said = lines_of(out)
     assert said["good"].startswith("done")
@@ -234,7 +234,7 @@ EVERY = [(has_gpu, stage) for has_gpu in (True, False) for stage in stages.stage
 
 @pytest.mark.parametrize(("has_gpu", "stage"), EVERY, ids=lambda value: getattr(value, "name", str(value)))
 def test_a_stages_command_is_one(has_gpu: bool, stage: Stage, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Also on a GPU: its options exist, its recipes load with every override, and rows go where the summary looks."""
+    """With and without a GPU: the options exist, the recipes load with every override, rows go where the summary looks."""
     monkeypatch.chdir(ROOT)
     module, *words = stage.command
     if module == "dag_kernels.bench":
@@ -285,7 +285,7 @@ QUICK = ["--recipe", str(ROOT / "recipes/tiny_cpu.yaml"), "--repeats", "1"]
 def test_a_row_that_breaks_does_not_end_the_others(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Whatever it raises; each row is on the disk before the next begins."""
+    """This holds for every exception; and each row is on the disk before the next is measured."""
     result, breaking = tmp_path / "rows.csv", {"one pass": ValueError("no such engine"), "a=1": RunError("too small")}
     seen: list[int] = []
 
@@ -354,7 +354,7 @@ def test_a_profile_of_the_step(tmp_path: Path) -> None:
 
 # -- the trial run ------------------------------------------------------------------------------------------------
 
-# `train_dag.py` without training: what it leaves, and one fault.
+# A program in place of `train_dag.py` that trains nothing: it leaves the files of a run, with one fault.
 TRAINED = """
 import json, signal, sys, time
 from pathlib import Path
@@ -390,7 +390,7 @@ sys.exit(1 if fault == "exits 1" else 0)
 
 @pytest.fixture
 def trial(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., list[trial_run.Row]]:
-    """The trial with `train_dag.py` replaced by one that has a fault."""
+    """A function that makes the trial with a program in place of `train_dag.py` that has a fault."""
     (tmp_path / "trained.py").write_text(TRAINED)
 
     def run(fault: str, device: str = "cpu") -> list[trial_run.Row]:
@@ -453,7 +453,7 @@ def test_a_random_reward_is_the_network_without_its_weights() -> None:
 
 
 def measured(folder: Path, gpu: str | None, rows: list[dict[str, str]]) -> Path:
-    """A checklist's folder."""
+    """Write the folder of a checklist that ran on `gpu`."""
     folder.mkdir(parents=True)
     (folder / "checklist.json").write_text(json.dumps({"machine": {"gpu": gpu}, "stages": {}}))
     with (folder / "training.csv").open("w") as file:
@@ -492,6 +492,6 @@ def test_a_cpus_checklist_measures_no_gpu(tmp_path: Path, capsys: pytest.Capture
 
 
 def test_a_summary_without_rows(tmp_path: Path) -> None:
-    """Also of a folder in which nothing has begun."""
+    """A folder in which no stage has started has a summary too."""
     here = Checklist(tmp_path, [stub("one")])
     assert "- one: not measured: it was not reached" in here.summary()

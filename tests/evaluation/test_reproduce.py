@@ -1,4 +1,4 @@
-"""Studies on the embedded model: every run once, what is missing and nothing else, figures from what was measured."""
+"""Studies on the embedded model: only missing runs are run, and figures are drawn from what was measured."""
 
 import csv
 import fcntl
@@ -52,7 +52,7 @@ LONGER = replace(STUDY, methods=STUDY.methods[1:], overrides=(*STUDY.overrides, 
 
 
 def rows_of(*points: tuple[float, float]) -> list[dict[str, Any]]:
-    """Rows with a fixed evaluation of (reward, diversity), and rollouts of the same reward after the first."""
+    """Rows of metrics.jsonl whose fixed evaluations have (reward, diversity); rollouts, from epoch 1 on, have that reward."""
     return [
         {
             "epoch": epoch,
@@ -139,7 +139,7 @@ def test_every_run_of_every_study_has_a_valid_recipe_and_a_folder_of_its_own(sca
 
 @pytest.mark.parametrize("name", ["unregularised", "regularised"])
 def test_a_comparison_differs_in_the_objective_alone(name: str) -> None:
-    """Same trajectories and updates, as many settings tried, and the same learning rates among them."""
+    """The methods have the same trajectories and updates, and try equally many settings with the same learning rates."""
     study = reproduce.STUDIES["tiny"]["comparison"][name]
     for tried in zip(*(method.tried for method in study.methods), strict=True):
         settings = {method.name: setting for method, setting in zip(study.methods, tried, strict=True)}
@@ -158,7 +158,7 @@ def test_a_comparison_differs_in_the_objective_alone(name: str) -> None:
 
 @pytest.fixture(scope="module")
 def done(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A study that has run: its folder."""
+    """The folder of a study that has run."""
     out = tmp_path_factory.mktemp("study")
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(reproduce.STUDIES["tiny"], "comparison", {"short": STUDY})
@@ -172,7 +172,7 @@ def again(done: Path, monkeypatch: pytest.MonkeyPatch, *options: str) -> int:
 
 
 def metrics(run: Path) -> list[dict[str, Any]]:
-    """Without what no two runs share."""
+    """The rows of a run's metrics.jsonl, without times and memory."""
     rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     return [{k: v for k, v in row.items() if not k.startswith(("seconds", "memory", "peak"))} for row in rows]
 

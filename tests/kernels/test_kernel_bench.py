@@ -1,4 +1,4 @@
-"""The kernels' benchmark without a GPU: which rows it has, what becomes of one that breaks, and the file they go to."""
+"""The kernels' benchmark without a GPU: its rows, a row that fails, and the CSV file."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -14,7 +14,7 @@ CPU = torch.device("cpu")
 
 @pytest.fixture
 def stopwatch(monkeypatch: pytest.MonkeyPatch) -> list[Callable[[], object]]:
-    """What only a GPU tells is replaced; holds the calls that were timed, each of which has run once."""
+    """Replaces the measurements that need a GPU; holds the calls that were timed, each of which has run once."""
     pytest.importorskip("triton")
     timed: list[Callable[[], object]] = []
 
@@ -36,7 +36,7 @@ def rows_of(name: str) -> list[timing.Row]:
 
 
 def test_about_forty_rows() -> None:
-    """Small enough for a few minutes: one dtype, and the compiled form at two shapes alone."""
+    """Few enough rows for a few minutes: one dtype, and the compiled reference at two shapes only."""
     modes = {name: 2 if spec.gradients else 1 for name, spec in OPS.items()}
     count = sum(count * (3 if compiled else 2) for count in modes.values() for _, _, compiled in timing.CASES)
     assert count == 40
@@ -87,7 +87,7 @@ def test_a_row_that_breaks_does_not_end_the_others(stopwatch: list[Any], monkeyp
 
 
 def test_every_compiled_row_is_compiled(stopwatch: list[Any], monkeypatch: pytest.MonkeyPatch) -> None:
-    """PyTorch compiles a function for some shapes and then runs it eagerly without a word; more shapes than that here."""
+    """PyTorch compiles a function for a limited number of shapes, then silently runs it eagerly; here are more shapes."""
     monkeypatch.undo()
     for name, stub in (("_peak_mib", lambda call: 1.0), ("_launches", lambda call: 1)):
         monkeypatch.setattr(timing, name, stub)

@@ -54,7 +54,7 @@ def test_the_first_command_prints_our_lines_alone(tmp_path: Path) -> None:
     assert [line for line in done.stdout.splitlines() if not line.startswith(OURS)] == []
 
 
-# Importing a library's home, to which tests/test_layering.py confines it: so every command begins with one of these.
+# The only folders that import these libraries (see tests/test_layering.py), and code that imports them.
 HOMES = {
     "dag.models": "import dag.models.sd",
     "dag.rewards": "import dag.score; from transformers import CLIPModel",
@@ -65,7 +65,7 @@ train = recipe.Train(epochs=1, trajectories=2, updates=1)
 optimizer.build_optimizer([torch.nn.Parameter(torch.ones(1))], 1.0, train, "adamw8bit")
 """,
 }
-# What bitsandbytes says when it is imported, on the CPUs where it looks for PyPI's kernels; and so here on any.
+# What bitsandbytes logs on some CPUs, where it looks for PyPI's package `kernels`; the test makes it appear on any CPU.
 COMPLAINT = "logging.getLogger('bitsandbytes.backends.cpu.ops').warning('Failed to load')"
 
 
