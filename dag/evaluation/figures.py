@@ -87,18 +87,21 @@ def _sd(values: Sequence[float]) -> float | None:
 
 
 def markdown(table: Sequence[dict[str, Any]]) -> str:
+    """The rows as a Markdown table; all have the columns of the first one."""
     names = list(table[0])
     lines = ["| " + " | ".join(names) + " |", "|---" * len(names) + "|"]
     return "\n".join([*lines, *("| " + " | ".join(_cell(row[name]) for name in names) + " |" for row in table)])
 
 
 def _cell(value: Any) -> str:
+    """A value of a table as text: "" for None, numbers with four significant digits."""
     if value is None:
         return ""
     return f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
 def write_csv(rows: Sequence[dict[str, Any]], path: Path) -> None:
+    """Write the rows as CSV; a row may lack columns of others."""
     names = list(dict.fromkeys(name for row in rows for name in row))
     with path.open("w", newline="", encoding="utf-8") as file:
         writer = csv.DictWriter(file, names)

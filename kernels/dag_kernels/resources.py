@@ -15,6 +15,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from dag_kernels.table import markdown
+
 ARCHITECTURES = (80, 86, 89, 90, 100, 120)
 LATENT_DTYPES = ("fp16", "fp32")
 RECORDED = Path(__file__).parent / "results" / "resources.json"
@@ -117,20 +119,12 @@ def _ptxas(ptx: str, architecture: int) -> dict[str, int]:
     return {"registers": int(registers[1]), "spilled_bytes": sum(map(int, spills))}
 
 
-def table(rows: list[Row]) -> str:
-    """The rows as a Markdown table."""
-    names = ("kernel", "dtype", "sm", "registers", "spilled_bytes", "shared_bytes")
-    lines = [" | ".join(names), " | ".join("---" for _ in names)]
-    lines += [" | ".join(str(row[name]) for name in names) for row in rows]
-    return "\n".join(f"| {line} |" for line in lines)
-
-
 def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m dag_kernels.resources")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the rows there")
     arguments = parser.parse_args()
     rows = measure()
-    print(table(rows))
+    print(markdown(rows, ("kernel", "dtype", "sm", "registers", "spilled_bytes", "shared_bytes")))
     if arguments.json is not None:
         arguments.json.write_text(json.dumps(rows, indent=0) + "\n", encoding="utf-8")
     return 0

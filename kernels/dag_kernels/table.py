@@ -41,7 +41,7 @@ def markdown(rows: Iterable[Mapping[str, Any]], columns: Iterable[str]) -> str:
     """The rows as a Markdown table of these columns, without columns that are empty in every row."""
     rows = list(rows)
     shown = [name for name in columns if any(row.get(name) not in (None, "") for row in rows)]
-    lines = [shown, ["---"] * len(shown), *([str(row.get(name) or "") for name in shown] for row in rows)]
+    lines = [shown, ["---"] * len(shown), *([_cell(row.get(name)) for name in shown] for row in rows)]
     return "\n".join("| " + " | ".join(cell.replace("|", "/") for cell in line) + " |" for line in lines)
 
 
