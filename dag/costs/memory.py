@@ -43,6 +43,7 @@ class Forecast:
 
     @property
     def peak(self) -> int:
+        """The highest peak of all phases."""
         return max(self.phases.values())
 
 

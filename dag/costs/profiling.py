@@ -64,7 +64,7 @@ def _is_kernel(event: Any) -> bool:
 
 
 def _span(event: Any) -> tuple[float, float]:
-    """(start, end) of an event in microseconds."""
+    """The span (start, end) of an event in microseconds."""
     return event.time_range.start, event.time_range.end
 
 

@@ -44,10 +44,12 @@ class Rehearsed:
 
     @property
     def launches(self) -> int:
+        """Kernel launches of one transition."""
         return self.transition.kernels.total()
 
     @property
     def host_copies(self) -> int:
+        """Copies between host and device in one transition."""
         return self.transition.host_copies.total()
 
 
@@ -159,7 +161,7 @@ class _Loop:
         return self.gpu.marks[self.T - 1 :]
 
     def _between(self, marks: Sequence[Counts], stride: int) -> tuple[Counts, Counts]:
-        """(mean transition of one period of `stride`, what the first transition has beyond that).
+        """Counts (of the mean transition in one period of `stride`, of what the first transition has beyond that).
 
         Args:
             marks: the counts before the first of T transitions and after each.

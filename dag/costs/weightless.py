@@ -68,6 +68,7 @@ class Weightless:
 
     @property
     def flow(self) -> StateFlow | None:
+        """The learnt state flow; None for objectives without one."""
         return None if self.learner.flow_fit is None else self.learner.flow_fit.flow
 
     def batch(self, count: int) -> Batch:

@@ -23,7 +23,7 @@ def evaluated(rows: Rows) -> list[dict[str, Any]]:
 
 
 def ends(rows: Rows) -> tuple[float, float]:
-    """(mean reward of the first epoch, mean reward over the last quarter of the epochs) of the sampled trajectories."""
+    """Mean reward of the sampled trajectories: (of the first epoch, over the last quarter of the epochs)."""
     rewards = [row["reward_mean"] for row in trained(rows)]
     last = rewards[-max(1, len(rewards) // 4) :]
     return rewards[0], sum(last) / len(last)

@@ -132,6 +132,7 @@ class Judge(nn.Module):
         self.head = nn.Linear(2 * channels[-1], sum(self.sizes))
 
     def forward(self, images: Tensor) -> Verdict:
+        """The logits for images (B, 3, 64, 64) in [0, 1]."""
         features = self.blocks(images * 2 - 1)
         pooled = torch.cat([features.mean((2, 3)), features.amax((2, 3))], dim=1)
         return Verdict(*self.head(pooled).split(self.sizes, dim=1))

@@ -37,6 +37,7 @@ class Setting:
 
     @property
     def name(self) -> str:
+        """The setting's part of a run folder's name."""
         return f"lr{self.learning_rate}" + ("" if self.pretrained_kl is None else f"-kl{self.pretrained_kl}")
 
     @property
@@ -117,6 +118,7 @@ class Case:
         return self.folder.with_name(f"{self.folder.name}.log")
 
     def recipe(self) -> Recipe:
+        """The run's recipe, with all overrides."""
         return load(self.file, self.overrides)
 
     def metrics(self) -> list[dict[str, Any]]:
@@ -153,7 +155,7 @@ def tuning_cases(study: Study, folder: Path) -> list[Case]:
 
 
 def case(study: Study, method: Method, folder: Path, seed: int, setting: Setting | None) -> Case:
-    """One run, in a folder of `folder` that is named after method, setting and seed."""
+    """Make a run whose folder, inside `folder`, is named after method, setting and seed."""
     name = method.name + ("" if setting is None else f"-{setting.name}") + f"-s{seed}"
     return Case(method, seed, setting, study, folder / name)
 

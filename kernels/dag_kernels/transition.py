@@ -147,7 +147,7 @@ class _TransitionLogProbs(torch.autograd.Function):
 def _launch(
     tensors: tuple[Tensor | None, ...], guidance_scale: float
 ) -> tuple[list[Tensor], list[int | float], dict[str, int | bool]]:
-    """(pointers, sizes, compile-time options) that both kernels share."""
+    """The arguments that both kernels share: (pointers, sizes, compile-time options)."""
     x_t, x_next, output, reference, old, table, k = tensors
     assert x_t is not None and x_next is not None and output is not None and table is not None and k is not None
     # The kernels never read an absent tensor, so any pointer may stand for it.

@@ -47,7 +47,7 @@ def in_double(inputs: Inputs) -> Inputs:
 
 
 def run(op: Callable[..., Any], spec: OpSpec, inputs: Inputs, seed: int) -> tuple[Named, Named]:
-    """(outputs, gradients) of an operation by name; the upstream gradients are random, from `seed`."""
+    """Run an operation; returns (outputs, gradients) by name. The upstream gradients are random, from `seed`."""
     inputs = dict(inputs)
     for name in spec.gradients:
         inputs[name] = inputs[name].clone().requires_grad_()

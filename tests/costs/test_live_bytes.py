@@ -26,7 +26,7 @@ def unet(device: str, folder: Path = ASSETS / "embedded/unet") -> Any:
 
 
 def unet_call(model: Any, rows: int = 4) -> tuple[Callable[[], object], list[Tensor]]:
-    """(a call that runs the embedded UNet forward and, if gradients are on, backward; the tensors that exist before it)."""
+    """A call that runs the embedded UNet forward and, if gradients are on, backward; and the tensors that exist before it."""
     device, dtype = model.conv_in.weight.device, model.conv_in.weight.dtype
     x_t, text = torch.zeros(rows, 4, 16, 16, device=device, dtype=dtype), torch.zeros(rows, 24, 128, device=device)
     t = torch.zeros(rows, device=device)

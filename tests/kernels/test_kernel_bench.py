@@ -199,3 +199,8 @@ def test_rows_of_one_value_are_dropped(tmp_path: Path) -> None:
 def test_a_table_shows_the_columns_that_have_values() -> None:
     shown = table.markdown([{"a": "1", "b": "", "c": "x|y"}, {"a": "2", "b": ""}], ("a", "b", "c", "d"))
     assert shown.splitlines() == ["| a | c |", "| --- | --- |", "| 1 | x/y |", "| 2 |  |"]
+
+
+def test_a_markdown_table_shows_zeros_and_leaves_empty_columns_out() -> None:
+    rows = [{"a": 0, "b": None, "c": ""}, {"a": "x|y"}]
+    assert table.markdown(rows, ("a", "b", "c")) == "| a |\n| --- |\n| 0 |\n| x/y |"

@@ -29,7 +29,7 @@ CONVOLUTIONS = ["to_q", "to_k", "to_v", "to_out.0", "conv1", "conv2", "conv_shor
 
 
 def policy_of(recipe: Recipe) -> tuple[StableDiffusion, Tensor]:
-    """(a policy whose adapter is not zero, embeddings of three prompts)."""
+    """A policy whose adapter is not zero, and the embeddings of three prompts."""
     policy = cast(StableDiffusion, families.load(recipe.model_copy(update={"seed": 0}), CPU))
     text = policy.encode(["a cat", "a dog", "a bird"])
     generator = torch.Generator().manual_seed(11)
@@ -203,7 +203,7 @@ def test_a_backward_pass_that_breaks_off_leaves_nothing(make_recipe: MakeRecipe)
 
 
 def test_gradients_and_optimizer_states_lie_like_their_weights(make_recipe: MakeRecipe) -> None:
-    """Fused AdamW refuses tensors whose memory layouts differ. For small and large weights, also after a resume."""
+    """Fused AdamW refuses tensors whose memory layouts differ; they must be equal after a resume too."""
     from dag.run import optimizer_state
 
     policy, text = half(make_recipe, kind="full")

@@ -45,7 +45,7 @@ def small(run: Path, optimizer: str) -> list[str]:
 
 
 def test_the_first_command_prints_our_lines_alone(tmp_path: Path) -> None:
-    """Also with 8-bit optimizer states if bitsandbytes is installed, which then both diffusers and this project import."""
+    """Where bitsandbytes is installed, the run has 8-bit optimizer states: diffusers and this project then both import it."""
     optimizer = "adamw" if importlib.util.find_spec("bitsandbytes") is None else "adamw8bit"
     python, *words = first_command()
     assert (python, words) == (".venv/bin/python", ["train_dag.py", "--recipe", "recipes/tiny_cpu.yaml"])

@@ -63,7 +63,7 @@ def test_ratio_is_exactly_one_with_equal_tiles(
 
 
 def test_published_log_pf_at_the_unrounded_state_is_off(make_recipe: MakeRecipe, run: RunFolder) -> None:
-    """As in the published code, which a switch reproduces: with bf16 states the ratio is not one even before an update."""
+    """A switch reproduces the published code: with bf16 states the ratio is not one even before an update."""
     recipe = make_recipe(sampler={"chain_dtype": "bf16", "log_pf_at": "unrounded"}, train={"updates": 1})
     trainer, trajectories = rolled_out(recipe, run)
     assert updated(trainer, trajectories, 0)["ratio_max_dev"] > 1e-3

@@ -83,6 +83,7 @@ class Averaged:
 
     @torch.no_grad()
     def update(self) -> None:
+        """Move the averages towards the parameters; the decay rises over the first updates."""
         self.updates += 1
         decay = min(self.decay, (1 + self.updates) / (10 + self.updates))
         torch._foreach_lerp_(self.average, [parameter.detach() for parameter in self.parameters], 1 - decay)

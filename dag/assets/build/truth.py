@@ -43,7 +43,7 @@ def targets(scenes: list[Scene]) -> Targets:
 
 
 def caption_matches(scenes: list[Scene]) -> Tensor:
-    """(N, N) bool: whether the caption of scene j (column) is true of the picture of scene i (row).
+    """A table (N, N) bool: whether the caption of scene j (column) is true of the picture of scene i (row).
 
     "a cat" is also true of a glossy cat on blue. Without this, contrastive training would count such pairs as wrong.
     """
