@@ -202,5 +202,5 @@ def test_a_table_shows_the_columns_that_have_values() -> None:
 
 
 def test_a_markdown_table_shows_zeros_and_leaves_empty_columns_out() -> None:
-    rows = [{"a": 0, "b": None, "c": ""}, {"a": "x|y"}]
+    rows: list[dict[str, Any]] = [{"a": 0, "b": None, "c": ""}, {"a": "x|y"}]
     assert table.markdown(rows, ("a", "b", "c")) == "| a |\n| --- |\n| 0 |\n| x/y |"
