@@ -1,4 +1,4 @@
-"""Time and memory of training, in the same process as the published amount of work.
+"""Measures time and memory of training, beside the amount of work that the published code does.
 
     python -m dag.bench train-step --recipe R [--set key=value ...] [--literal] [--ablation] [--cap-gib G] [--json FILE]
     python -m dag.bench count --recipe R
@@ -10,16 +10,19 @@
     python -m dag.bench checklist DIR [--minutes M]
     python -m dag.bench missing [DIR]
 
-A row is one epoch of a recipe's own training loop, repeated: seconds per transition by phase, trajectories per hour, peak
-memory, predicted peak, FLOP per transition. `--literal` adds the published amount of work (`dag.costs.published_work`) and the
-ratio to it; `--ablation` goes from there to everything on, one lever at a time. Models and rewards of the hub are replaced by
-their architectures with random weights: the work is the same, and nothing is downloaded. `count` runs nothing: it counts
-FLOP from the configs. `launches` runs a few transitions of the recipe's own loop on the meta device and counts what they
-would ask of a GPU (`dag.costs.rehearsal`). `previews` and `storage` measure what cheaper decoders and half-precision chains change
-(`dag.costs.lever_error`). `profile` tells which kernels take the time, `trial` starts, stops and resumes `train_dag.py` itself.
+A row of `train-step` measures epochs of a recipe's own training loop: milliseconds per transition by phase, trajectories per
+hour, peak memory, predicted peak, FLOP per transition. `--literal` adds a row for the published amount of work
+(`dag.costs.published_work`), in the same process, and the ratio to it; `--ablation` has a row for each lever, each with the
+levers before it. Models and rewards of the hub are replaced by their architectures with random weights: the work is the same,
+and nothing is downloaded.
 
-`checklist` is everything that wants a GPU, within ten minutes, into one folder; `missing` tells which of it has not been
-measured, and where it goes.
+`count` runs nothing: it counts FLOP from the configs. `launches` runs a few transitions of the recipe's loop on the meta device
+and counts what they would ask of a GPU (`dag.costs.rehearsal`). `previews` and `storage` measure the errors of cheaper decoders
+and half-precision chains (`dag.costs.lever_error`). `profile` shows which kernels take the time. `trial` starts, stops and
+resumes `train_dag.py` itself.
+
+`checklist` measures everything that needs a GPU, within ten minutes, into one folder; `missing` lists what of it has not been
+measured yet, and where its figures go.
 """
 
 import argparse
@@ -33,14 +36,14 @@ from dag_kernels import table
 from dag.checklist import missing, runner, trial_run
 from dag.costs.commands import count, environment, launches, previews, profile, storage, train_step
 from dag.costs.train_step import Row
-from dag.errors import RunError, UsageError, exit_code
+from dag.errors import RunError, UsageError, exit_code, quiet_on_broken_pipe
 from dag.run.determinism import reserve_workspace
 from dag.run.durable import write_json
 from dag.run.gpu import this_device
 
 
 def trial(given: argparse.Namespace, device: torch.device) -> Iterator[Row]:
-    """`train_dag.py` from its start to its export, once in one go and once with a stop in the middle."""
+    """Rows of `train_dag.py` from start to export, once without a stop and once stopped and resumed."""
     yield from trial_run.rows(given.recipe, given.set, device.type)
 
 
@@ -95,7 +98,7 @@ _ROWS_OF = {
 def main(arguments: Sequence[str] | None = None) -> int:
     given = _parser().parse_args(arguments)
     if any("deterministic=true" in text for text in (*getattr(given, "set", ()), *getattr(given, "variant", ()))):
-        reserve_workspace()  # cuBLAS looks for it once, at the first product of the first row
+        reserve_workspace()  # cuBLAS reads this setting only once, at the first matrix product of the first row
     device = this_device()
     try:
         if given.command == "checklist":
@@ -108,7 +111,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _write_rows(given: argparse.Namespace, device: torch.device) -> int:
-    """The command's rows, each on the disk before the next begins."""
+    """Measure the command's rows and write each to the disk before the next begins; 1 if all rows have errors."""
     if getattr(given, "repeats", 1) < 1:
         raise UsageError(f"--repeats {given.repeats}: at least 1")
     for option in ("json", "csv"):
@@ -127,4 +130,4 @@ def _write_rows(given: argparse.Namespace, device: torch.device) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(quiet_on_broken_pipe(main))

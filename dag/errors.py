@@ -1,8 +1,11 @@
-"""The errors that end a program early, and the exit code of each."""
+"""How a program ends early: its errors, the exit code of each, and a reader of its output that is gone."""
 
+import os
 import signal
 import sys
+from collections.abc import Callable
 
+# Exit code of a run whose numbers are no longer finite.
 DIVERGED = 3
 
 
@@ -43,3 +46,16 @@ def exit_code(error: UsageError | RunError | StoppedError) -> int:
     if isinstance(error, DivergedError):
         return DIVERGED
     return 2 if isinstance(error, UsageError) else 1
+
+
+def quiet_on_broken_pipe(main: Callable[[], int]) -> int:
+    """Run a program's `main` and return its exit code, or 128 + SIGPIPE if the reader of stdout is gone, as with `| head`."""
+    try:
+        try:
+            return main()
+        finally:
+            sys.stdout.flush()  # here, where the error can be caught, and not when Python exits
+    except BrokenPipeError:
+        # What is still buffered goes nowhere; else Python would fail to write it at exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 128 + signal.SIGPIPE

@@ -1,4 +1,4 @@
-"""Judge trained models by what they draw: `python -m dag.evaluate --run RUN [--against RUN2 ...] [--out DIR]`.
+"""Judge trained models by their pictures: `python -m dag.evaluate --run RUN [--against RUN2 ...] [--out DIR]`.
 
 Writes evaluation.json, evaluation.md and pictures.png.
 """
@@ -9,7 +9,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from dag.errors import RunError, UsageError, exit_code
+from dag.errors import RunError, UsageError, exit_code, quiet_on_broken_pipe
 from dag.evaluation import verdict
 from dag.evaluation.compare import evaluate
 from dag.evaluation.perceptual import DISTANCES
@@ -21,7 +21,7 @@ from dag.run.gpu import out_of_memory_ends, this_device
 
 
 def _free(folder: Path) -> Path:
-    """evaluation, evaluation_001, ... in a run."""
+    """The first of evaluation, evaluation_001, ... that does not exist in `folder`."""
     number, path = 0, folder / "evaluation"
     while path.exists():
         number += 1
@@ -30,7 +30,7 @@ def _free(folder: Path) -> Path:
 
 
 def _terms(given: Sequence[str]) -> list[RewardTerm]:
-    """`name` or `name,key=value,...` each."""
+    """The rewards that `--reward` names, each as `name` or `name,key=value,...`."""
     return [parse_reward(name, options) for name, *options in (text.split(",") for text in given)]
 
 
@@ -103,4 +103,4 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(quiet_on_broken_pipe(main))

@@ -6,13 +6,18 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from dag.errors import RunError, UsageError, exit_code
+from dag.errors import RunError, UsageError, exit_code, quiet_on_broken_pipe
 from dag.evaluation.curves import draw_curves, line
 from dag.run.folder import RunFolder
 
 
 def follow(run: RunFolder, is_watching: bool, interval: float = 2.0) -> None:
-    """Print a run's epochs; watching, until its last one. A resumed run may step back and is followed from there."""
+    """Print the epochs of a run.
+
+    Args:
+        is_watching: go on until the run's last epoch. A run that is resumed from an earlier epoch is followed from there.
+        interval:    seconds between looks at the run.
+    """
     epochs, shown = run.read_recipe().train.epochs, -1
     while True:
         rows = run.metrics.read()
@@ -46,4 +51,4 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(quiet_on_broken_pipe(main))

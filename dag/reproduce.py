@@ -21,7 +21,7 @@ from pathlib import Path
 import torch
 
 from dag.costs.forecast import check_budget
-from dag.errors import RunError, UsageError, exit_code
+from dag.errors import RunError, UsageError, exit_code, quiet_on_broken_pipe
 from dag.evaluation.perceptual import DISTANCES
 from dag.evaluation.reproduce import check, reproduce
 from dag.evaluation.studies import STUDIES
@@ -57,7 +57,7 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
 
 def main(argv: Sequence[str] | None = None) -> int:
     given = _parse(argv)
-    # Children are stopped on the way out, which SIGTERM alone would not do.
+    # An exception stops the child processes on its way out; SIGTERM's default action would leave them running.
     signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
     out = given.out or Path("runs") / f"{given.name}-{given.scale}"
     try:
@@ -91,4 +91,4 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(quiet_on_broken_pipe(main))

@@ -1,6 +1,6 @@
-"""Draw a trained model: `python -m dag.sample --run RUN [--prompt TEXT ...] [--images N] [--seed S] [--out FILE]`.
+"""Draw with a trained model: `python -m dag.sample --run RUN [--prompt TEXT ...] [--images N] [--seed S] [--out FILE]`.
 
-Writes one picture: every prompt from the base model on the left and from the trained one on the right, same seeds.
+Writes one picture: a grid from the base model on the left and one from the trained model on the right, with the same seeds.
 """
 
 import argparse
@@ -12,7 +12,7 @@ import torch
 
 from dag.chain import sample_ids
 from dag.chain.rollout import generate
-from dag.errors import RunError, UsageError, exit_code
+from dag.errors import RunError, UsageError, exit_code, quiet_on_broken_pipe
 from dag.evaluation import sheets
 from dag.models import families
 from dag.recipe import Memory
@@ -36,7 +36,7 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
 
 
 def draw(arguments: argparse.Namespace) -> Path:
-    """Make the picture; returns its path."""
+    """Draw the picture and save it; returns its path."""
     run = RunFolder.open(arguments.run)
     recipe = run.read_recipe()
     if arguments.images < 1:
@@ -64,6 +64,7 @@ def draw(arguments: argparse.Namespace) -> Path:
 
 
 def _free_name(folder: Path) -> Path:
+    """The first of sample_000.png, sample_001.png, ... that does not exist in `folder`."""
     number = 0
     while (folder / f"sample_{number:03d}.png").exists():
         number += 1
@@ -81,4 +82,4 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(quiet_on_broken_pipe(main))

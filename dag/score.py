@@ -21,7 +21,7 @@ from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
-from dag.errors import RunError, UsageError
+from dag.errors import RunError, UsageError, quiet_on_broken_pipe
 from dag.recipe.load import parse_reward
 from dag.recipe.prompts import read_prompt_file
 from dag.rewards import Reward, build_reward, checked
@@ -30,7 +30,7 @@ from dag.run.gpu import out_of_memory_ends
 
 @dataclass(frozen=True)
 class Scored:
-    """A picture's file, its prompt, and either its score or what was wrong with it."""
+    """A picture's file, its prompt, and either its score or the reason why it could not be read."""
 
     image: str
     prompt: str
@@ -39,13 +39,17 @@ class Scored:
 
 
 def read_image(path: str) -> Tensor:
-    """(1, 3, H, W) float32 in [0, 1]. Raises OSError or ValueError for anything that is no picture."""
+    """Read a picture as (1, 3, H, W) float32 in [0, 1]. Raises what Pillow raises if the file is no picture."""
     with Image.open(path) as image:
         return torch.from_numpy(np.array(image.convert("RGB"))).permute(2, 0, 1)[None].float() / 255
 
 
 def score_files(name: str, reward: Reward, images: Sequence[str], prompts: Sequence[str]) -> Iterator[Scored]:
-    """One result for each file, in order; pictures are scored one by one, since they may differ in size."""
+    """Yield one result for each file, in order; pictures are scored one by one, since they may differ in size.
+
+    Args:
+        prompts: one for each picture.
+    """
     for path, prompt in zip(images, prompts, strict=True):
         try:
             picture = read_image(path)
@@ -57,7 +61,7 @@ def score_files(name: str, reward: Reward, images: Sequence[str], prompts: Seque
 
 
 def prompts_for(images: Sequence[str], file: str | None) -> list[str]:
-    """One prompt for each picture. Raises UsageError if their numbers do not fit."""
+    """One prompt for each picture, from a prompt file; "" without a file. Raises UsageError if the number is wrong."""
     if file is None:
         return [""] * len(images)
     found = read_prompt_file(file, "--prompts")
@@ -67,7 +71,7 @@ def prompts_for(images: Sequence[str], file: str | None) -> list[str]:
 
 
 def table(results: Sequence[Scored]) -> str:
-    """Scores, files and prompts, one a line."""
+    """A table to print: a line with score, file name and prompt for each picture."""
     width = max(len(Path(result.image).name) for result in results)
     lines = []
     for result in results:
@@ -104,4 +108,4 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(quiet_on_broken_pipe(main))

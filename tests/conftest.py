@@ -11,11 +11,11 @@ import pytest
 import torch
 
 if "PYTEST_XDIST_WORKER" in os.environ:
-    # Tests share the cores: one thread for each of them, and for the programs that they start.
+    # Several tests run at a time, so each of them, and each program that they start, uses one thread.
     os.environ["OMP_NUM_THREADS"] = "1"
     torch.set_num_threads(1)
 if not torch.cuda.is_available():
-    # Triton reads this when a kernel's module is imported: from here on kernels run in Python, on the CPU.
+    # Triton reads this variable when a kernel's module is imported; with it kernels run in Python, on the CPU.
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
 from dag.recipe import Recipe

@@ -1,7 +1,8 @@
-"""The command line of train_dag.py: its frozen flags, and what a mistake costs: one line, an exit code, no traceback."""
+"""The command line of train_dag.py: its flags are frozen, and a mistake ends in one line and an exit code, no traceback."""
 
 import argparse
 import json
+import math
 from collections.abc import Callable
 from pathlib import Path
 
@@ -9,7 +10,7 @@ import pytest
 
 import train_dag
 from dag.costs.forecast import LEVERS
-from dag.recipe import Recipe
+from dag.recipe import Recipe, is_scored
 from dag.recipe.load import load
 from dag.run.folder import RunFolder
 from dag.training.plan import make_plan
@@ -38,7 +39,7 @@ def file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 @pytest.fixture
 def refused(file: Path, capsys: pytest.CaptureFixture[str]) -> Refused:
-    """Runs the command in vain; its one line on stderr, without `error: `."""
+    """A function that runs a command which is refused; returns the line on stderr, without `error: `."""
 
     def run(*arguments: str, code: int = 2) -> str:
         assert train_dag.main(["--recipe", str(file), *arguments]) == code
@@ -58,7 +59,7 @@ def stop(*_: object) -> None:
 
 
 def test_the_flags_are_frozen(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Everything else belongs into the recipe."""
+    """Everything else belongs into the recipe, not on the command line."""
     parsers: list[argparse.ArgumentParser] = []
     original = argparse.ArgumentParser.parse_args
 
@@ -112,7 +113,8 @@ def test_plan_prints_counts_and_writes_nothing(
     assert lines["prompts"] == "3"
     assert lines["objective"].startswith("dag_db towards exp(beta r), ")
     assert lines["sampling"].startswith("10 steps, eta 1, guidance 3")
-    # 8 chains of 10 states and their ends; sampled and trained once, guidance doubling both.
+    # Images: x0_hat at 10 states and the final picture, of 8 chains. UNet rows: 8 x 10 transitions, in sampling and in
+    # training, each with two branches of guidance.
     assert lines["per epoch"] == "8 trajectories, 88 images decoded and scored, 320 UNet rows"
     assert lines["updates"].startswith("2 per epoch over 40 transitions each")
     assert lines["run"] == "7 epochs, 56 trajectories, 12 policy updates"
@@ -124,21 +126,23 @@ def test_plan_counts_what_a_recipe_asks_for(file: Path) -> None:
     def plan_of(*overrides: str) -> dict[str, float]:
         return vars(make_plan(load(file, overrides)))
 
-    base = plan_of()
+    base, trajectories, steps = plan_of(), 8, 10
     assert plan_of("sampler.guidance_scale=1")["unet_rows_per_epoch"] == base["unet_rows_per_epoch"] / 2
     assert plan_of("train.inner_epochs=2")["updates"] == 2 * base["updates"]
-    assert plan_of("train.step_fraction=0.25")["transitions_per_update"] == 4 * 3
-    assert plan_of("objective.forward_looking.source=none")["rewards_per_epoch"] == 8
-    # In one pass the states are sampled and trained at once; 10 steps, of which 0, 4, 7, 8, 9 are scored.
+    assert plan_of("train.step_fraction=0.25")["transitions_per_update"] == trajectories // 2 * math.ceil(0.25 * steps)
+    assert plan_of("objective.forward_looking.source=none")["rewards_per_epoch"] == trajectories
+    # In one pass the same UNet calls sample and train.
     one_pass = plan_of("train.rollout=one_pass", "objective.forward_looking.stride=4")
     assert one_pass["unet_rows_per_epoch"] == base["unet_rows_per_epoch"] / 2
-    assert one_pass["rewards_per_epoch"] == 8 * (1 + 5)
-    # The pretrained model looks at every sampled state.
+    scored = [k for k in range(steps) if is_scored(k, steps, 4)]
+    assert scored == [0, 4, 7, 8, 9]
+    assert one_pass["rewards_per_epoch"] == trajectories * (len(scored) + 1)
+    # The pretrained model predicts at every sampled state too.
     assert plan_of("objective.prior=pretrained")["unet_rows_per_epoch"] == base["unet_rows_per_epoch"] * 3 / 2
     mean = plan_of("objective.log_prob_reduction=mean", "model.path=owner/name", "model.resolution=512")
     assert mean["beta_eff"] == 10 * 4 * 64 * 64
     ddpo = plan_of("objective={name: ddpo}")
-    assert (ddpo["beta_eff"], ddpo["updates"], ddpo["rewards_per_epoch"]) == (None, 10, 8)
+    assert (ddpo["beta_eff"], ddpo["updates"], ddpo["rewards_per_epoch"]) == (None, 10, trajectories)
 
 
 def test_plan_reads_the_latent_from_the_models_configs(file: Path) -> None:
@@ -231,7 +235,7 @@ def test_resuming_what_is_no_run(refused: Refused) -> None:
 
 
 def started_run(file: Path, folder: str, *, has_checkpoint: bool) -> Path:
-    """A run folder as `train` leaves it, as far as --resume looks at it."""
+    """A run folder with the files that --resume looks at."""
     path = Path(folder)
     path.mkdir(parents=True)
     dump = load(file).model_dump(mode="json")
@@ -272,7 +276,7 @@ def test_resuming_a_run_of_another_version(refused: Refused, file: Path) -> None
 
 @pytest.fixture
 def calls(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Recipe, RunFolder, bool]]:
-    """What training would have been given: (recipe, run, whether it is resumed)."""
+    """The arguments of each call of training, which is replaced: (recipe, run, whether it is resumed)."""
     made: list[tuple[Recipe, RunFolder, bool]] = []
     monkeypatch.setattr("dag.training.launch.train", lambda config, opener: made.append((config, *opener())))
     return made
@@ -341,7 +345,7 @@ BUILD_MISTAKES = {
 
 @pytest.fixture(scope="module")
 def imported() -> None:
-    """Libraries say things on stderr when first imported; that is not the message under test."""
+    """Import libraries beforehand: what they print to stderr is not the message under test."""
     import dag.training.trainer  # noqa: F401
 
 

@@ -1,4 +1,4 @@
-"""Property tests over what reads from outside, a few examples each; `tests/by_hand/endurance.py fuzz` tries many."""
+"""Property tests of all code that reads from outside, on a few examples; `tests/by_hand/endurance.py fuzz` tries many."""
 
 from collections.abc import Iterator
 from pathlib import Path

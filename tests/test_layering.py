@@ -1,4 +1,4 @@
-"""Who may import whom. The floors below are the architecture: a module imports from lower floors, never from higher ones."""
+"""Which module may import which. FLOORS is the architecture: a module imports from lower floors, never from higher ones."""
 
 import ast
 from collections.abc import Iterator
@@ -8,7 +8,7 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 
-# From the ground up. Folders of one floor never import each other; inside a folder only circles are forbidden.
+# From the lowest floor up. Folders on one floor never import each other; inside a folder only circles are forbidden.
 FLOORS: tuple[tuple[str, ...], ...] = (
     ("dag_kernels", "dag.errors", "dag.quiet"),
     ("dag.hub",),
@@ -20,7 +20,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ("dag.costs",),
     ("dag.checklist",),
 )
-# Programs read the command line. They use everything, and nothing imports them.
+# Programs with a command line. They may import everything, and nothing imports them.
 DOORS = (
     "train_dag",
     "dag.bench",
@@ -33,8 +33,7 @@ DOORS = (
 )
 FLOOR = {folder: floor for floor, folders in enumerate((*FLOORS, DOORS)) for folder in folders}
 
-# Libraries that may be imported in a few folders alone: where one is missing, the others work, and a change of its
-# interface reaches no further.
+# Libraries, and the only folders that may import them: if a library is missing or its interface changes, the rest still works.
 HOMES = {
     "diffusers": ("dag.models", "dag.assets.build"),
     "peft": ("dag.models",),
@@ -54,7 +53,7 @@ HOMES = {
     "tests": (),
 }
 
-# What `train_dag.py --plan` and the report of a mistake need: they answer before torch could be imported.
+# Modules that do not import torch when they are imported, so that `train_dag.py --plan` and a mistake are answered quickly.
 TORCH_FREE = (
     "train_dag",
     "dag.errors",
@@ -86,7 +85,7 @@ CODE = {name: path.read_text(encoding="utf-8") for name, path in MODULES.items()
 
 
 def imports(source: str) -> Iterator[str]:
-    """Every module that a source imports, also inside functions; `from dag import recipe` counts as dag.recipe."""
+    """Every module that a source file imports, also inside functions; `from dag import recipe` counts as dag.recipe."""
     for node in ast.walk(ast.parse(source)):
         if isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names)
@@ -97,7 +96,7 @@ def imports(source: str) -> Iterator[str]:
 
 
 def imports_at_start(source: str) -> set[str]:
-    """The modules that are imported as soon as this one is."""
+    """The modules that are imported when this one is, not inside functions."""
     top: list[ast.stmt] = [node for node in ast.parse(source).body if isinstance(node, ast.Import | ast.ImportFrom)]
     return set(imports(ast.unparse(ast.Module(top, []))))
 
@@ -108,7 +107,7 @@ def folder_of(module: str) -> str | None:
 
 
 def misplaced(module: str, source: str) -> list[str]:
-    """The imports of a module that do not lead to a lower floor, nor stay inside its own folder."""
+    """The imports of a module that are neither on a lower floor nor in its own folder."""
     folder = folder_of(module)
     assert folder is not None, f"{module}: give it a place in FLOORS"
     ours = {
@@ -120,13 +119,13 @@ def misplaced(module: str, source: str) -> list[str]:
 
 
 def homeless(module: str, source: str) -> list[str]:
-    """The libraries that a module imports although they live in other folders."""
+    """The libraries that a module imports although HOMES does not allow it."""
     libraries = {name.split(".")[0] for name in imports(source)}
     return [library for library in libraries if library in HOMES and folder_of(module) not in HOMES[library]]
 
 
 def circle(sources: dict[str, str]) -> list[str]:
-    """Modules that import each other in a ring, the first again at the end; empty if there are none."""
+    """Modules that import each other in a circle, with the first again at the end; empty if there is no circle."""
     arrows = {name: [target for target in imports(source) if target in sources] for name, source in sources.items()}
     done: set[str] = set()
 
@@ -143,7 +142,7 @@ def circle(sources: dict[str, str]) -> list[str]:
 
 
 def unsafe_loads(source: str) -> list[str]:
-    """Calls of torch.load (or numpy's with pickles) that would run code from a file."""
+    """Calls of torch.load, or of numpy's load with pickles, that could run code from a file."""
     found = []
     for node in ast.walk(ast.parse(source)):
         if isinstance(node, ast.Call) and ast.unparse(node.func) in ("torch.load", "np.load", "numpy.load"):

@@ -1,4 +1,4 @@
-"""The scoring command: table, JSON, prompts, broken pictures."""
+"""`python -m dag.score`: its table and JSON, prompts, and files that cannot be read."""
 
 import json
 from pathlib import Path
@@ -12,7 +12,7 @@ from dag import score
 
 @pytest.fixture
 def pictures(tmp_path: Path) -> list[str]:
-    """Three pictures of different sizes and modes, and a file that is none."""
+    """Three pictures of different sizes and modes, and a file that is no picture."""
     paths = [tmp_path / name for name in ("grey.png", "red.jpg", "clear.png", "broken.png")]
     Image.new("L", (20, 30), 128).save(paths[0])
     Image.new("RGB", (64, 40), (255, 0, 0)).save(paths[1], quality=95)
@@ -22,7 +22,7 @@ def pictures(tmp_path: Path) -> list[str]:
 
 
 def run(capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, list[str], str]:
-    """(exit code, lines of stdout, stderr)."""
+    """Run the command; returns (exit code, lines of stdout, stderr)."""
     code = score.main(arguments)
     out, err = capsys.readouterr()
     return code, out.splitlines(), err

@@ -1,4 +1,4 @@
-"""A command in a process of its own that cannot outlive its time, nor the program that started it."""
+"""Runs a command in its own process, which ends with its time limit or with the program that started it."""
 
 import ctypes
 import os
@@ -20,13 +20,13 @@ class Ended:
     """How a command ended."""
 
     code: int | None
-    """Its exit code, negative for a signal; None if it was over its time."""
+    """The exit code, or minus the signal's number; None if the command was killed at its time limit."""
 
 
 def run_limited(command: Sequence[str], seconds: float, log: IO[str], folder: Path) -> Ended:
-    """Run a command in `folder`, what it prints going to `log`.
+    """Run a command in `folder`; what it prints goes to `log`.
 
-    After so many seconds, and if this program is interrupted, the command is killed with all that it started.
+    The command is killed with all processes that it started after `seconds`, and if this program is interrupted.
     """
     process = subprocess.Popen(
         command,
@@ -42,14 +42,14 @@ def run_limited(command: Sequence[str], seconds: float, log: IO[str], folder: Pa
     except subprocess.TimeoutExpired:
         return Ended(None)
     finally:
-        # Also after a good end: what it started and left behind would hold memory that the next command wants.
+        # Also after a good end: processes that it left behind would hold memory that the next command needs.
         with suppress(ProcessLookupError, PermissionError):
             os.killpg(process.pid, signal.SIGKILL)
         process.wait()
 
 
 def ends_with_parent() -> Callable[[], None] | None:
-    """For Popen's `preexec_fn`: the process is killed when its parent dies, however that dies. Linux alone has this."""
+    """A `preexec_fn` for Popen: the kernel kills the process when its parent dies in any way. None except on Linux."""
     if _LIBC is None:
         return None
     return lambda: _LIBC.prctl(_PR_SET_PDEATHSIG, int(signal.SIGKILL), 0, 0, 0)

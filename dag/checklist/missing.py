@@ -1,4 +1,4 @@
-"""What has not been measured on a GPU yet, and where its figures go: `python -m dag.bench missing [DIR]`."""
+"""Lists what has not been measured on a GPU yet, and where its figures go: `python -m dag.bench missing [DIR]`."""
 
 import argparse
 from collections.abc import Iterator
@@ -10,19 +10,26 @@ from dag.checklist.stages import Stage, stages
 from dag.errors import UsageError
 from dag.evaluation.study import ROOT
 
-# Where checklists of GPUs are kept.
+# The folders of checklists that ran on GPUs.
 RESULTS = "recipes/results"
 _SAYS_SO = "not measured"
 
 
 def add_command(commands: Any) -> None:
-    """The command line of `python -m dag.bench missing`."""
+    """Add the arguments of `python -m dag.bench missing`."""
     parser: argparse.ArgumentParser = commands.add_parser("missing", help="what is not measured on a GPU yet")
     parser.add_argument("folder", type=Path, nargs="?", metavar="DIR", help="a checklist's, not committed yet")
 
 
 def show(folder: Path | None, root: Path = ROOT) -> int:
-    """Print every stage, whether rows of a GPU are there, and the lines of this repository that still say so."""
+    """Print for every stage which GPUs it was measured on, then the lines of this repository that say "not measured".
+
+    Args:
+        folder: a checklist's folder to count besides those under RESULTS.
+
+    Raises:
+        UsageError: `folder` holds no checklist.
+    """
     if folder is not None and not (folder / "checklist.json").is_file():
         raise UsageError(f"{folder}: no checklist there (checklist.json is missing)")
     found = [inside for inside in sorted((root / RESULTS).glob("*/")) if gpu_of(inside)]
@@ -44,7 +51,7 @@ def show(folder: Path | None, root: Path = ROOT) -> int:
 
 
 def _measured(stage: Stage, chosen: list[Stage], folders: list[Path]) -> Iterator[str]:
-    """What each folder has of a stage."""
+    """Yield one phrase for each checklist that has rows of a stage without an error."""
     for folder in folders:
         rows = Checklist(folder, chosen).rows(stage)
         good = sum(not row.get("error") for row in rows)
@@ -53,7 +60,7 @@ def _measured(stage: Stage, chosen: list[Stage], folders: list[Path]) -> Iterato
 
 
 def _sayings(root: Path) -> Iterator[str]:
-    """file:line of every line of the documents and recipes that says so."""
+    """Yield `file:line: text` for every line of the documents and recipes that says "not measured"."""
     patterns = [f"{folder}/**/{name}" for folder in ("dag", "kernels", "recipes") for name in ("README.md", "*.yaml")]
     for file in (root / "README.md", *(file for pattern in patterns for file in sorted(root.glob(pattern)))):
         for number, line in enumerate(file.read_text(encoding="utf-8").splitlines(), start=1):

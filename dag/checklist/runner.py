@@ -1,8 +1,8 @@
-"""Everything that wants a GPU, in one go: `python -m dag.bench checklist DIR [--minutes M]`.
+"""Measures everything that needs a GPU with one command: `python -m dag.bench checklist DIR [--minutes M]`.
 
-Each stage (`dag.checklist.stages`) is a process of its own with a time limit, and appends its rows to a CSV file as it has them.
-Whatever ends the checklist, DIR is readable and its summary.md says what is missing. The same command on the same DIR
-goes on: stages that are done are not run again.
+Each stage (`dag.checklist.stages`) is its own process with a time limit, and appends its rows to a CSV file one by one.
+However the checklist ends, DIR is readable and its summary.md says what is missing. The same command on the same DIR
+continues: stages that are done are not run again.
 
 DIR: summary.md, checklist.json (machine and how each stage ended), training.csv, run.csv, profile.csv, kernels.csv,
 kernels.md, logs.txt (all that the stages printed).
@@ -31,14 +31,14 @@ from dag.evaluation.study import ROOT
 from dag.run.durable import replacing, write_json
 
 DONE, FAILED, BEGAN, MISSING = "done", "failed", "began", "not measured"
-# With less than this a stage would be killed before its first row.
+# A stage with less time would be killed before its first row.
 LEAST_SECONDS = 15.0
 _STATE, _SUMMARY, _LOGS = "checklist.json", "summary.md", "logs.txt"
 _ERROR = re.compile(r"(error|[\w.]*(Error|Exception|Interrupt|Iteration))(:|$)")
 
 
 def add_command(commands: Any) -> None:
-    """The command line of `python -m dag.bench checklist`."""
+    """Add the arguments of `python -m dag.bench checklist`."""
     parser: argparse.ArgumentParser = commands.add_parser(
         "checklist", help="everything that wants a GPU, into a folder"
     )
@@ -47,7 +47,14 @@ def add_command(commands: Any) -> None:
 
 
 def run(folder: Path, minutes: float, has_gpu: bool, chosen: Sequence[Stage] | None = None) -> int:
-    """Every stage that is not done yet; 0 if all are in the end.
+    """Run every stage that is not done yet.
+
+    Args:
+        minutes: for all stages together.
+        chosen:  the stages; None takes those of `dag.checklist.stages`.
+
+    Returns:
+        exit code: 0 if all stages are done in the end, else 1.
 
     Raises:
         UsageError: the folder is of another machine or another version of the code, or cannot be used.
@@ -63,7 +70,7 @@ def run(folder: Path, minutes: float, has_gpu: bool, chosen: Sequence[Stage] | N
 
 
 def machine() -> dict[str, Any]:
-    """What the figures depend on. In a process of its own, which leaves nothing on the GPU."""
+    """What the figures depend on: GPU, versions, commit. Found by another process, so that this one uses no GPU memory."""
     command = [sys.executable, "-c", "from dag.costs.commands import tell_machine; tell_machine()"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     try:
@@ -73,7 +80,7 @@ def machine() -> dict[str, Any]:
 
 
 class Checklist:
-    """A folder of figures: which stages are done, and what is told about them.
+    """A folder of figures: runs its stages, records how each ended, and writes the summary.
 
     Attributes:
         state: {"machine": ..., "stages": {name: {"ended", "why", "seconds"}}}, as in checklist.json.
@@ -85,7 +92,7 @@ class Checklist:
 
     @contextmanager
     def held(self) -> Iterator[IO[str]]:
-        """The log; nobody else writes in this folder inside."""
+        """Lock the folder against other checklists and yield the open log. Raises UsageError if it cannot be locked."""
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
             log = (self.folder / _LOGS).open("a", encoding="utf-8")
@@ -101,7 +108,7 @@ class Checklist:
             yield log
 
     def begin(self, machine: dict[str, Any]) -> None:
-        """Read what is there already. Raises UsageError if that is of another machine or version."""
+        """Read the state of earlier starts. Raises UsageError if it is of another machine or version."""
         file = self.folder / _STATE
         if file.exists():
             try:
@@ -117,10 +124,10 @@ class Checklist:
             if changed:
                 raise UsageError(f"{self.folder}: was measured elsewhere ({'; '.join(changed)}); choose another folder")
         self.state["machine"] = machine
-        self._tell()
+        self._save()
 
     def run_all(self, seconds: float, log: IO[str]) -> None:
-        """Each stage gets its share of the time that is left to it and those after it."""
+        """Run the stages that are not done; each may use its share of the time that is left for it and those after it."""
         deadline = time.monotonic() + seconds
         left = [stage for stage in self.stages if self.ended(stage) != DONE]
         for number, stage in enumerate(left):
@@ -132,10 +139,11 @@ class Checklist:
                 self._run(stage, limit, log)
 
     def ended(self, stage: Stage) -> str:
+        """How a stage ended: DONE, FAILED, BEGAN or MISSING."""
         return str(self.state["stages"].get(stage.name, {}).get("ended", MISSING))
 
     def _run(self, stage: Stage, limit: float, log: IO[str]) -> None:
-        table.drop(self.folder / stage.file, "stage", stage.name)  # of an attempt that did not end
+        table.drop(self.folder / stage.file, "stage", stage.name)  # rows of an earlier attempt, which did not end
         self._note(stage, BEGAN, f"it began with {limit:.0f} s and did not end")
         print(f"{stage.name}: {stage.what} (at most {limit:.0f} s) ... ", end="", flush=True)
         command = [sys.executable, "-m", *(word.replace("{folder}", str(self.folder)) for word in stage.command)]
@@ -152,6 +160,7 @@ class Checklist:
         print(f"{self.ended(stage)}, {took:.0f} s", flush=True)
 
     def _why(self, code: int, position: int) -> str:
+        """Why a stage failed: its signal or exit code, and its last error in the log from `position` on."""
         with (self.folder / _LOGS).open("rb") as file:
             file.seek(position)
             said = _last_error(file.read().decode(errors="replace"))
@@ -165,22 +174,22 @@ class Checklist:
             "why": why,
             "seconds": None if seconds is None else round(seconds, 1),
         }
-        self._tell()
+        self._save()
 
-    def _tell(self) -> None:
-        """State and summary on the disk."""
+    def _save(self) -> None:
+        """Write state and summary to the disk."""
         write_json(self.folder / _STATE, self.state)
         with replacing(self.folder / _SUMMARY) as temporary:
             temporary.write_text(self.summary(), encoding="utf-8")
 
-    # -- what is told --------------------------------------------------------------------------------------------
+    # -- the summary ---------------------------------------------------------------------------------------------
 
     def rows(self, stage: Stage) -> list[dict[str, str]]:
-        """A stage's rows so far."""
+        """The rows that a stage has written so far."""
         return [row for row in table.read(self.folder / stage.file) if row.get("stage", stage.name) == stage.name]
 
     def summary(self) -> str:
-        """What is done with its rows, what failed and why, what is missing."""
+        """summary.md: what is done, what failed and why, what is missing, and a table of rows for each stage."""
         here = self.state["machine"]
         done = sum(self.ended(stage) == DONE for stage in self.stages)
         lines = [f"# Checklist: {here.get('gpu') or 'no GPU'}", ""]
@@ -196,13 +205,14 @@ class Checklist:
         return "\n".join(lines) + "\n"
 
     def _notes(self, stage: Stage) -> list[str]:
-        """The list that a stage leaves beside its rows."""
+        """The list that a stage writes to its file of notes, indented."""
         file = self.folder / stage.notes
         if not stage.notes or not file.is_file():
             return []
         return [f"  {line}" for line in file.read_text(encoding="utf-8").splitlines() if line.startswith("- ")]
 
     def _line(self, stage: Stage) -> str:
+        """How a stage ended, in one line of the summary."""
         noted, rows = self.state["stages"].get(stage.name, {}), self.rows(stage)
         errors = sum(bool(row.get("error")) for row in rows)
         count = f"{len(rows)} row{'' if len(rows) == 1 else 's'}" + (
@@ -219,7 +229,7 @@ class Checklist:
 
 
 def _last_error(text: str) -> str:
-    """The last line that tells an error, or else the last line."""
+    """The last line that looks like an error message, or else the last line."""
     lines = [line.strip() for line in text.splitlines() if line.strip()]
     errors = [line for line in lines if _ERROR.match(line)]
     return (errors or lines or [""])[-1][:300]
@@ -227,7 +237,7 @@ def _last_error(text: str) -> str:
 
 @contextmanager
 def _ended_by_signals() -> Iterator[None]:
-    """SIGTERM and a closed terminal end the stage under way too, as Ctrl-C does."""
+    """Inside, SIGTERM and a closed terminal end the present stage too, as Ctrl-C does."""
 
     def end(number: int, frame: FrameType | None) -> None:
         print(f"\nended by {signal.Signals(number).name}; the same command goes on from here", flush=True)
@@ -242,7 +252,7 @@ def _ended_by_signals() -> Iterator[None]:
 
 
 def gpu_of(folder: Path) -> str | None:
-    """The GPU that a checklist's folder is of; None if it has none, or is no such folder."""
+    """The name of the GPU that a checklist ran on; None without a GPU, or if the folder holds no checklist."""
     try:
         return json.loads((folder / _STATE).read_text(encoding="utf-8"))["machine"]["gpu"]
     except (OSError, ValueError, LookupError, TypeError):

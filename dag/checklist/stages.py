@@ -1,4 +1,4 @@
-"""The stages of `python -m dag.bench checklist`: what each runs, its share of the time, and where its figures go."""
+"""The stages of `python -m dag.bench checklist`: each with its command, its share of the time, and where its rows belong."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -9,23 +9,24 @@ _RECIPES = "each recipe's line `# Hardware:`"
 
 @dataclass(frozen=True)
 class Stage:
-    """A command that appends rows to a CSV file, each as soon as it has it."""
+    """A command that appends rows to a CSV file, each as soon as it is measured."""
 
     name: str
     what: str
     command: tuple[str, ...]
-    """After `python -m`; {folder} stands for the checklist's."""
+    """The words after `python -m`; {folder} stands for the checklist's folder."""
     file: str
+    """The CSV file, in the checklist's folder."""
     share: float
-    """Seconds of the ten minutes that it may take; what a stage leaves over goes to those after it."""
+    """Seconds that it may take of ten minutes; what a stage leaves over goes to those after it."""
     shown: tuple[str, ...] = ()
     """Columns that the summary shows."""
     place: tuple[str, str] = (README, "")
-    """(file of this repository, words in it) where the rows belong."""
+    """(file of this repository, words in it): the place where the figures belong."""
     others: str = ""
-    """Further places."""
+    """Further places where they belong."""
     notes: str = ""
-    """A file of the checklist's folder whose list the summary shows too."""
+    """A Markdown file of the checklist's folder, whose list the summary repeats."""
 
 
 _TRAINING = (
@@ -39,7 +40,7 @@ _TRIAL = (
 )
 _KERNELS = ("op", "provider", "mode", "B", "shape", "us_p50", "percent_of_copy", "peak_mib", "launches", "error")
 
-# What `levers` measures beside the recipe as it is. One line adds one more row; what may hang or break comes last.
+# Overrides that the stage `levers` measures, one row for each, besides the recipe as it is; what may hang or break comes last.
 LEVERS = (
     "memory.channels_last=false",
     "train.optimizer=adamw8bit",
@@ -53,6 +54,7 @@ LEVERS = (
 
 
 def _words(option: str, values: Sequence[str]) -> tuple[str, ...]:
+    """The words of a command that give one option several values."""
     return tuple(word for value in values for word in (option, value))
 
 
@@ -66,7 +68,10 @@ def _stage(name: str, what: str, command: Sequence[str], file: str, share: float
 
 
 def stages(has_gpu: bool) -> list[Stage]:
-    """In the order of what the next person most wants to know, training first."""
+    """The stages in the order in which they run: the figures that matter most come first.
+
+    Without a GPU the same commands run on the embedded model, to check that they work.
+    """
     if has_gpu:
         return _with_commands(_on_a_gpu())
     rehearsal = "on the embedded model, in place of: "
@@ -77,7 +82,7 @@ def stages(has_gpu: bool) -> list[Stage]:
 
 
 def _on_a_gpu() -> dict[str, tuple[str, ...]]:
-    """20 of the 50 steps, so that a slow GPU ends in time too."""
+    """Commands by stage, on a GPU. Most take 20 of the recipes' 50 steps, so that a slow GPU is done in time too."""
     quick, aesthetic = ("--set", "sampler.steps=20"), "recipes/aesthetic_24gb.yaml"
     return {
         "lora_24gb": _train_step("aesthetic_24gb.yaml", "--cap-gib", "24", "--literal", "--ablation", *quick),
@@ -93,7 +98,7 @@ def _on_a_gpu() -> dict[str, tuple[str, ...]]:
 
 
 def _on_a_cpu() -> dict[str, tuple[str, ...]]:
-    """The same commands on the embedded model, smaller still: what they measure here says nothing about a GPU."""
+    """Commands by stage, without a GPU: on the embedded model and few samples. Their rows say nothing about a GPU."""
     tiny, scorer = "tiny_cpu.yaml", ("reward.name=image_text", "reward.path=random")
     small = ("sampler.steps=3", "sampler.tile=2", "train.micro_batch=2")
     quick = (*_words("--set", small), "--trajectories", "2")
@@ -112,7 +117,7 @@ def _on_a_cpu() -> dict[str, tuple[str, ...]]:
 
 
 def _with_commands(commands: dict[str, tuple[str, ...]]) -> list[Stage]:
-    """Every stage, told once for both machines."""
+    """Every stage with its command; all else is the same with and without a GPU."""
 
     def training(name: str, what: str, share: float, file: str, words: str, others: str = "") -> Stage:
         where = (file, words)

@@ -1,7 +1,7 @@
-"""`train_dag.py` as a user starts it, on few trajectories: evaluation, checkpoint, a stop in the middle, resume, export.
+"""A trial of `train_dag.py` as a user starts it, on few trajectories: evaluation, checkpoint, stop, resume, export.
 
-Two runs of the same recipe: one in one go, one that gets SIGTERM in its first epoch and is resumed. What is wrong with exit
-codes, files or metrics is a RunError.
+Two runs of the same recipe: one without a stop, one that gets SIGTERM in its first epoch and is resumed. A wrong exit code, a
+missing file or a wrong metric raises RunError.
 """
 
 import json
@@ -39,16 +39,21 @@ _FILES = (
     "checkpoints/epoch_0002/state.json",
 )
 _LORA = ("lora/pytorch_lora_weights.safetensors", "lora/lora_kohya.safetensors")
-# What no two runs share.
+# Metrics that differ between any two runs: times and memory.
 _MEASURED = {*(f"{kind}_{name}" for kind in ("seconds", "memory_gib") for name in PHASES), "peak_memory_gib"}
 _STOPPED = 128 + signal.SIGTERM
 
 
 def rows(recipe: str, given: Sequence[str], device: str) -> Iterator[Row]:
-    """Seconds and GiB of every epoch of both runs, then how far their metrics differ.
+    """Yield the seconds and GiB of every epoch of both runs, then how far their metrics differ.
 
     Args:
-        device: on a CPU nothing may differ; elsewhere the difference is told, since a GPU's sums have no fixed order.
+        recipe: the recipe's file.
+        given:  the user's overrides.
+        device: "cpu" or "cuda". On a CPU the metrics must be equal; on a GPU sums have no fixed order.
+
+    Raises:
+        RunError: an exit code, a file or a metric is wrong.
     """
     overrides = [*_SMALL, *_without_download(recipe, given), *given]
     loaded = load(recipe, overrides)
@@ -67,7 +72,7 @@ def rows(recipe: str, given: Sequence[str], device: str) -> Iterator[Row]:
 
 
 def _without_download(recipe: str, given: Sequence[str]) -> Iterator[str]:
-    """Architectures with random weights where the recipe's would have to be fetched."""
+    """Overrides that take random weights where the recipe's weights would have to be fetched."""
     loaded = load(recipe, given)
     if local_folder(loaded.model.path) is None:
         yield from ("model.path=random-sd15", "model.variant=null")
@@ -80,7 +85,7 @@ def _start(command: Sequence[str]) -> "subprocess.Popen[bytes]":
 
 
 def _stop(process: "subprocess.Popen[bytes]", run: RunFolder) -> None:
-    """SIGTERM as soon as the first evaluation is recorded: the run is then inside its first epoch."""
+    """Send SIGTERM as soon as the first evaluation is recorded: the run is then inside its first epoch."""
     while process.poll() is None and not run.metrics.read():
         time.sleep(0.02)
     process.send_signal(signal.SIGTERM)
@@ -110,13 +115,14 @@ def _checked(run: RunFolder, files: Sequence[str]) -> list[Row]:
 
 
 def _shown(label: str, found: Sequence[Row]) -> Iterator[Row]:
+    """The chosen columns of a run's rows."""
     chosen = ("epoch", "trajectories", "micro_batch", "reward_mean", "loss", *sorted(_MEASURED))
     for row in found:
         yield {"label": label, **{name: row[name] for name in chosen if row.get(name) is not None}}
 
 
 def _compared(whole: Sequence[Row], parted: Sequence[Row], must_be_equal: bool) -> Row:
-    """The largest relative difference of two runs' metrics, and which it is."""
+    """A row with the largest relative difference between the metrics of two runs, and the name of that metric."""
     differences = {
         f"{name} of epoch {one['epoch']}": _apart(one[name], other.get(name))
         for one, other in zip(whole, parted, strict=True)
@@ -131,7 +137,7 @@ def _compared(whole: Sequence[Row], parted: Sequence[Row], must_be_equal: bool) 
 
 
 def _apart(one: Any, other: Any) -> float:
-    """Relative to the larger; 0 for equal values, infinite for what is not a number in both."""
+    """The difference of two values relative to the larger; 0 if they are equal, infinite if one is no finite number."""
     if isinstance(one, list) and isinstance(other, list) and len(one) == len(other):
         return max((_apart(a, b) for a, b in zip(one, other, strict=True)), default=0.0)
     if one == other:

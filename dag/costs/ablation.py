@@ -1,4 +1,4 @@
-"""The recipes that `dag.bench` compares: one lever on memory and time after the other, from the published work up."""
+"""The recipes that `dag.bench` compares: from the published amount of work on, one more lever on memory and time in each."""
 
 import argparse
 from collections.abc import Iterator, Sequence
@@ -8,7 +8,7 @@ from dag.models.source import local_folder
 from dag.recipe import Recipe
 from dag.recipe.load import load
 
-# Every row trains every transition once, one update per rollout.
+# In every row each transition is trained once, with one update per rollout, so that rows differ in their levers alone.
 COMMON = (
     "train.updates=1",
     "train.inner_epochs=1",
@@ -33,7 +33,7 @@ ONE_PASS = (
     "memory.chains=device",
     "memory.offload_vae=false",
 )
-# Each with the ones before it.
+# (label, overrides) of each row; a row keeps the levers of the rows before it.
 ABLATION: tuple[tuple[str, tuple[str, ...]], ...] = (
     ("stored, scored once", STORED),
     ("one pass", ONE_PASS),
@@ -44,7 +44,17 @@ ABLATION: tuple[tuple[str, tuple[str, ...]], ...] = (
 
 
 def cases(path: str, given: Sequence[str], trajectories: int | None, is_ablation: bool) -> Iterator[tuple[str, Recipe]]:
-    """(label, recipe) of each row after the published one."""
+    """Yield (label, recipe) of each row after the published one.
+
+    Args:
+        path:         the recipe's file.
+        given:        the user's overrides.
+        trajectories: per epoch; None takes one micro-batch.
+        is_ablation:  one row for each lever; else one row, the recipe as it is.
+
+    Raises:
+        UsageError: the recipe's objective has no flow.
+    """
     overrides = comparable(path, given, trajectories)
     recipe = load(path, overrides)
     assert recipe.balance is not None
@@ -61,7 +71,7 @@ def cases(path: str, given: Sequence[str], trajectories: int | None, is_ablation
 
 
 def comparable(path: str, given: Sequence[str], trajectories: int | None) -> list[str]:
-    """The overrides of every row."""
+    """The overrides that all rows share, so that they do comparable work and need no download."""
     overrides, recipe = list(given), load(path, given)
     if recipe.balance is None:
         raise UsageError(f"{path}: the bench times objectives with a flow, not {recipe.objective.name}")
@@ -76,13 +86,13 @@ def comparable(path: str, given: Sequence[str], trajectories: int | None) -> lis
 
 
 def variants(given: argparse.Namespace) -> Iterator[tuple[str, Recipe]]:
-    """(label, recipe) of each `--variant`."""
+    """Yield (label, recipe) of each `--variant`."""
     common = comparable(given.recipe, given.set, given.trajectories)
     for variant in given.variant:
         yield variant, load(given.recipe, [*common, *variant.split()])
 
 
 def published(given: argparse.Namespace) -> Recipe:
-    """The recipe's model, reward and sizes, with no lever on."""
+    """The recipe whose model, reward and sizes `dag.costs.published_work` takes; no lever is on."""
     common = comparable(given.recipe, given.set, given.trajectories)
     return load(given.recipe, [*common, *STORED, "memory.checkpointing=none", "kernels=torch"])

@@ -1,4 +1,4 @@
-"""The rows of each `dag.bench` command. A row is printed as it comes."""
+"""The rows of each `dag.bench` command, each printed as soon as it is measured."""
 
 import argparse
 import functools
@@ -29,11 +29,11 @@ from dag.training.trainer import Trainer
 
 
 def train_step(given: argparse.Namespace, device: torch.device) -> Iterator[Row]:
-    """Rows, printed as they come; the published amount of work first."""
+    """One row for each case; with `--literal` the published amount of work comes first."""
     work = [*cases(given.recipe, given.set, given.trajectories, given.ablation), *variants(given)]
     literal = None
     if given.literal:
-        # Before the cap: the published loop may use the complete GPU.
+        # Measured before the allocator is capped: the published loop may use the complete GPU.
         literal = _measured(LITERAL, published(given), device, given)
         yield _with_ratio(literal, literal)
     if given.cap_gib is not None:
@@ -43,7 +43,7 @@ def train_step(given: argparse.Namespace, device: torch.device) -> Iterator[Row]
 
 
 def _measured(label: str, recipe: Recipe, device: torch.device, given: argparse.Namespace) -> Row:
-    """A row; with `error` in place of its figures where the GPU is too small for it, or something broke."""
+    """Measure one row. If memory is too small or something breaks, the row has `error` in place of its figures."""
     row: Row = {"label": label}
     try:
         with out_of_memory_ends("out of GPU memory"), deterministic(recipe.deterministic):
@@ -59,6 +59,7 @@ def _measured(label: str, recipe: Recipe, device: torch.device, given: argparse.
 
 
 def _with_ratio(row: Row, literal: Row | None) -> Row:
+    """Print a row, with its speed relative to the published amount of work where that was measured."""
     if "error" in row:
         print(f"{row['label']:30} not measured: {row['error']}", flush=True)
         return row
@@ -69,7 +70,7 @@ def _with_ratio(row: Row, literal: Row | None) -> Row:
 
 
 def count(given: argparse.Namespace, device: torch.device) -> Iterator[Row]:
-    """FLOP of every case, from configs alone."""
+    """GFLOP of one transition in every case, from the models' configs alone."""
     literal = flops.of_published(load(given.recipe, [*comparable(given.recipe, given.set, None), *STORED]))
     published = sum(literal.values())
     work: dict[str, Callable[[], flops.Work]] = {LITERAL: lambda: literal}
@@ -98,7 +99,7 @@ def launches(given: argparse.Namespace, device: torch.device) -> Iterator[Row]:
 
 
 def previews(given: argparse.Namespace, device: torch.device) -> Iterator[Row]:
-    """Rewards of x0_hat by decoder and stride, against the full VAE at every state."""
+    """How far rewards of x0_hat are off, by decoder and stride; the reference is the full VAE at every state."""
     trainer, batch = _rolled_by(given, ["objective.forward_looking.decoder=tiny"], device)
     with trainer.components.scoring():
         score = trainer.sampling.scorer(batch)
@@ -112,7 +113,7 @@ def previews(given: argparse.Namespace, device: torch.device) -> Iterator[Row]:
 
 
 def storage(given: argparse.Namespace, device: torch.device) -> Iterator[Row]:
-    """Chains by dtype: bytes, and how far log P_F moves between sampling and training."""
+    """Stored chains by dtype: their bytes, and how far log P_F differs between sampling and training."""
     trainer, batch = _rolled_by(given, [], device)
     for row in lever_error.storage(trainer.components, trainer.recipe, batch):
         yield row
@@ -125,13 +126,13 @@ def storage(given: argparse.Namespace, device: torch.device) -> Iterator[Row]:
 
 
 def profile(given: argparse.Namespace, device: torch.device) -> Iterator[Row]:
-    """What an epoch of the recipe's loop spends its time on."""
+    """The kernels that took most of an epoch of the recipe's loop, and the GPU's idle share."""
     _, recipe = next(cases(given.recipe, given.set, given.trajectories, is_ablation=False))
     yield from profiling.rows(recipe, device)
 
 
 def _rolled_by(given: argparse.Namespace, overrides: list[str], device: torch.device) -> tuple[Trainer, Batch]:
-    """A trainer of the recipe, stored, and the batch of its first epoch."""
+    """A trainer of the recipe with stored chains, and the batch of its first epoch; nothing is downloaded."""
     path, chosen = given.recipe, [*given.set, *overrides, "train.rollout=stored"]
     if local_folder(load(path, chosen).model.path) is None:
         chosen += ["model.path=random-sd15", "model.variant=null"]
@@ -161,13 +162,13 @@ def _shown(row: Row, literal: Row | None) -> str:
 
 
 def environment(device: torch.device) -> Row:
-    """What a figure depends on."""
+    """What measured figures depend on: machine, versions, commit."""
     machine = describe_machine(device)
     return {**machine.pop("versions"), **machine, "commit": git_commit()}
 
 
 def tell_machine() -> None:
-    """One line of JSON, for `dag.checklist.runner`."""
+    """Print the GPU and the environment as one line of JSON, for `dag.checklist.runner`."""
     device = this_device()
     gpu = None
     if device.type == "cuda":

@@ -1,8 +1,8 @@
-"""The meta device in the place of a GPU: what code would ask of it is counted, and what a GPU refuses is refused.
+"""The meta device in the place of a GPU: counts what code would ask of a GPU, and refuses what a GPU would refuse.
 
-On the meta device tensors have shapes and no values. Each operator counts as one kernel launch, and so does each fused
-kernel, though a library may start several; a compiled graph would start fewer. Each time Python reads a tensor's value
-counts as one wait for the GPU, and one is what it reads.
+On the meta device tensors have shapes and no values. Each operator and each fused kernel counts as one kernel launch: a
+library may start several for one operator, and a compiled graph fewer. Where Python reads a tensor's value, that counts as
+one copy to the host, which on a GPU waits for it; every value that is read is 1.
 """
 
 import traceback
@@ -20,15 +20,15 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from dag.costs.live_bytes import tensors_in
 
-# Operators that give a tensor without starting a kernel, besides those that only view one.
+# Operators that return a tensor without starting a kernel, besides views.
 _WITHOUT_KERNEL = {"aten::detach", "aten::_unsafe_view", "aten::lift_fresh", "aten::alias", "aten::_reshape_alias"}
-# They may index what is on the device by what is on the host, at the price of a copy.
+# Operators that may index a tensor of the device by indices on the host, at the price of a copy.
 _INDEXING = {"aten::index", "aten::index_put", "aten::index_put_", "aten::_index_put_impl_"}
 _HERE = Path(__file__).parents[1]
 
 
 class DeviceMismatchError(RuntimeError):
-    """An operator got tensors of the host and of the device, which a GPU refuses."""
+    """An operator got tensors of the host and of the device; with a GPU PyTorch refuses that too."""
 
 
 @dataclass
@@ -36,9 +36,9 @@ class Counts:
     """What has been asked of the device so far."""
 
     kernels: Counter[str] = field(default_factory=Counter)
-    """By part of the loop."""
+    """Launches by part of the loop."""
     host_copies: Counter[str] = field(default_factory=Counter)
-    """Copies between host and device in either direction, by the line that makes them; each waits for the device."""
+    """Copies between host and device, in either direction, by the file and function that makes them."""
 
     def __sub__(self, earlier: "Counts") -> "Counts":
         return Counts(self.kernels - earlier.kernels, self.host_copies - earlier.host_copies)
@@ -51,7 +51,13 @@ class Counts:
 
 
 class FakeGpu(TorchDispatchMode):
-    """Takes the meta device for a GPU: counts, refuses to mix devices, and answers with ones where a value is looked at."""
+    """Treats the meta device as a GPU: counts launches and copies, and refuses to mix devices. Values that are read are 1.
+
+    Attributes:
+        counts: what has been asked of the device so far.
+        part:   the part of the loop that launches are counted for.
+        marks:  the counts at each call of `mark`.
+    """
 
     def __init__(self) -> None:
         super().__init__()
@@ -59,12 +65,12 @@ class FakeGpu(TorchDispatchMode):
         self.marks: list[Counts] = []
 
     def mark(self, *_: object) -> None:
-        """Remember the counts at this moment."""
+        """Store a copy of the counts in `marks`; takes any arguments, so that it can serve as a callback."""
         self.marks.append(self.counts.copy())
 
     @contextmanager
     def inside(self, part: str) -> Iterator[None]:
-        """Kernels inside belong to this part; the innermost one counts."""
+        """Count the kernels inside the `with` block for `part`; of nested parts the innermost counts."""
         before, self.part = self.part, part
         try:
             yield
@@ -72,7 +78,7 @@ class FakeGpu(TorchDispatchMode):
             self.part = before
 
     def watch(self, owner: Any, name: str, part: str) -> None:
-        """Have every call of a method of this object belong to a part."""
+        """Replace the method `name` of `owner` by one whose kernels count for `part`."""
         call = getattr(owner, name)
 
         @wraps(call)
@@ -107,13 +113,14 @@ class FakeGpu(TorchDispatchMode):
         return result
 
     def _check_mixture(self, name: str, tensors: Sequence[Tensor]) -> None:
-        """Host and device in one call: a copy, or a mistake."""
+        """Count a call with tensors of host and device as a copy. Raises DeviceMismatchError if a GPU would refuse it."""
         is_indexed = name in _INDEXING and tensors[0].is_meta
         if not is_indexed and name != "aten::copy_":
             raise DeviceMismatchError(f"{name} of {', '.join(f'{tuple(t.shape)} on {t.device}' for t in tensors)}")
         self._copied()
 
     def _copied(self) -> None:
+        """Count a copy between host and device for the innermost function of ours that led to it."""
         ours = [frame for frame in traceback.extract_stack() if Path(frame.filename).is_relative_to(_HERE)]
         frames = [frame for frame in ours if frame.filename != __file__]
         at = f"{Path(frames[-1].filename).relative_to(_HERE.parent)}:{frames[-1].name}" if frames else "elsewhere"

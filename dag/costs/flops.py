@@ -1,6 +1,7 @@
-"""FLOP of one transition of one sample, by way of training, counted on the meta device: no weights and no GPU.
+"""FLOP of one transition of one sample: what a recipe does, and what the published code does.
 
-FLOP = 2 x multiply-adds of convolutions, matrix products and attention. Legend: T transitions.
+Counted on the meta device, without weights and without a GPU. FLOP = 2 x multiply-adds of convolutions, matrix products and
+attention. Legend: T transitions.
 """
 
 from collections.abc import Callable
@@ -44,7 +45,7 @@ def _added_product(
     return 2 * a[0] * a[1] * b[1]
 
 
-# torch 2.13 takes these for nothing: a CPU's attention, and a matrix product added in place.
+# Operators whose FLOP PyTorch 2.13 does not count: attention on a CPU, and a matrix product added in place.
 _UNCOUNTED = {
     _ATEN._scaled_dot_product_flash_attention_for_cpu: _attention,
     _ATEN._scaled_dot_product_flash_attention_for_cpu_backward: _attention_backward,
@@ -53,12 +54,12 @@ _UNCOUNTED = {
 
 
 def counter() -> FlopCounterMode:
-    """Counts the FLOP of what runs under it."""
+    """A context manager that counts the FLOP of what runs inside it."""
     return FlopCounterMode(display=False, custom_mapping=_UNCOUNTED)
 
 
 def of_recipe(recipe: Recipe) -> Work:
-    """GFLOP by kind: sampling and training the UNet, pictures, rewards, flow."""
+    """GFLOP of one transition under a recipe, by kind of work; what happens once in a trajectory counts 1 / T."""
     made = Weightless(recipe)
     shown = _Counts(made)
     section, T = recipe.forward_looking, made.T
@@ -76,7 +77,7 @@ def of_recipe(recipe: Recipe) -> Work:
 
 
 def of_published(recipe: Recipe) -> Work:
-    """GFLOP of what `dag.costs.published_work` does, without the checkpointing that the published code does not have."""
+    """GFLOP of one transition of `dag.costs.published_work`, by kind; without checkpointing, which the published code lacks."""
     recipe = recipe.model_copy(update={"memory": recipe.memory.model_copy(update={"checkpointing": "none"})})
     made = Weightless(recipe)
     shown, T = _Counts(made), made.T
@@ -91,7 +92,10 @@ def of_published(recipe: Recipe) -> Work:
 
 
 class _Counts:
-    """GFLOP of each building block, of one sample."""
+    """GFLOP of each building block, for one sample.
+
+    `trained` and `flow` include the backward pass; `conditional` is a UNet pass without the unconditional branch.
+    """
 
     def __init__(self, made: Weightless) -> None:
         policy, flow = made.policy, made.flow
@@ -106,6 +110,7 @@ class _Counts:
 
 
 def _tower(name: str) -> float:
+    """GFLOP of a reward network on one picture."""
     with META:
         _, score, size = architecture(name)
         pixels = torch.empty(1, 3, size, size)

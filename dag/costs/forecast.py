@@ -1,4 +1,4 @@
-"""Does a recipe fit, and what would make it fit: what `--plan` and `memory.budget_gib` say of `dag.costs.memory`."""
+"""Whether a recipe fits into memory, and which levers would make it fit: for `--plan` and `memory.budget_gib`."""
 
 from collections.abc import Iterator
 
@@ -7,15 +7,16 @@ from dag.costs.memory import Forecast, Simulation
 from dag.errors import UsageError
 from dag.recipe import Recipe
 
+# A lever is named if it lowers the peak to less than this share.
 _WORTH_NAMING = 0.98
 
 
 def forecast(recipe: Recipe) -> Forecast:
-    """The memory that a recipe will need on the policy's device."""
+    """The memory that a recipe is predicted to need on the policy's device."""
     return Simulation(recipe).forecast()
 
 
-# What to try where a recipe does not fit, in the order of what it costs: (key, value).
+# Levers to try where a recipe does not fit, as (section, key, value), the cheapest first.
 LEVERS: tuple[tuple[str, str, object], ...] = (
     ("memory", "checkpointing", "selective"),
     ("memory", "checkpointing", "full"),
@@ -30,7 +31,11 @@ LEVERS: tuple[tuple[str, str, object], ...] = (
 
 
 def savings(recipe: Recipe, now: Forecast) -> Iterator[tuple[str, int]]:
-    """(key=value, peak bytes with it) of each lever that is not pulled and would alone lower the peak by 2 %."""
+    """Yield (key=value, peak bytes with it) for each lever that alone would lower the peak of a recipe by at least 2 %.
+
+    Args:
+        now: the recipe's own forecast.
+    """
     highest, enough = max(now.phases, key=lambda phase: now.phases[phase]), _WORTH_NAMING * now.peak
     for section, key, value in LEVERS:
         is_kept_from = recipe.train.rollout == "one_pass" and key in ("chains", "offload_vae")
@@ -40,13 +45,13 @@ def savings(recipe: Recipe, now: Forecast) -> Iterator[tuple[str, int]]:
             continue
         changed = recipe.model_copy(update={section: getattr(recipe, section).model_copy(update={key: value})})
         simulation = Simulation(changed)
-        # A lever that leaves the highest phase high need not be followed through the others.
+        # If the highest phase stays high, the other phases need not be counted.
         if simulation.peak(highest) < enough and (peak := simulation.forecast().peak) < enough:
             yield f"{section}.{key}={str(value).lower()}", peak
 
 
 def describe(recipe: Recipe) -> Iterator[str]:
-    """Lines of `--plan`, as they are found."""
+    """Yield the lines about memory that `--plan` prints; each lever takes seconds."""
     found = forecast(recipe)
     parts = ", ".join(f"{kind} {size / GIB:.2f}" for kind, size in found.standing.items() if size >= 0.005 * GIB)
     yield f"memory        {found.peak / GIB:.2f} GiB at the peak, without the GPU's own context of some hundred MiB" + (

@@ -1,5 +1,7 @@
-"""What two levers change, measured on a model's own rollouts: rewards of x0_hat through cheaper decoders and strides, and
-log-probabilities of chains stored in half precision.
+"""The errors of two levers, measured on a model's own rollouts.
+
+`previews` measures rewards of x0_hat with cheaper decoders and strides, `storage` log-probabilities of chains that are stored
+in half precision.
 
 Legend: N trajectories, T transitions.
 """
@@ -22,13 +24,18 @@ _STRIDES = (1, 2, 4)
 
 
 def previews(components: Components, recipe: Recipe, batch: Batch, score: Score) -> Iterator[Row]:
-    """Every decoder and stride, read as in training, against the full VAE at every state, read exactly.
+    """Yield one row for each decoder and stride: how far the rewards that training would use are from exact ones.
 
-    In standard deviations of the final reward. At ("full", 1) what is left is how rewards with networks read previews.
+    Exact rewards score every state's x0_hat with the full VAE and the exact preprocessing of the reward network. What is left
+    with the full decoder and stride 1 is the error of the faster preprocessing of previews.
 
-    Rows have `bias` and `rms` of the difference over states and trajectories, both weighted by alpha_bar like the
-    flow's reward, and `correlation` over the trajectories of a step, its mean over the steps. The components' policy has a
-    tiny decoder.
+    Rows have `bias` and `rms`, the mean and the root mean square of the difference over states and trajectories, in standard
+    deviations of the final reward, weighted by alpha_bar as in the flow; and `correlation`, over the trajectories at a step,
+    averaged over steps.
+
+    Args:
+        components: with a tiny decoder in the policy.
+        score:      maps (images, rows of `batch`) to rewards.
     """
     drawn = sample_tile(
         components.policy,
@@ -61,23 +68,25 @@ def previews(components: Components, recipe: Recipe, batch: Batch, score: Score)
 def _rewards_seen(
     components: Components, drawn: SampledTile, score: Score, decoder: str, *, is_preview: bool
 ) -> Tensor:
-    """(N, T) rewards of x0_hat shown by a decoder, on the CPU."""
+    """Rewards (N, T) float32 of every x0_hat as this decoder shows it, on the CPU."""
     rows = torch.arange(len(drawn.x_0))
     pictures = (components.policy.preview(x0_hat, decoder) for x0_hat in drawn.x0_hat.values())
     return torch.stack([score(images, rows, is_preview=is_preview) for images in pictures], 1).float().cpu()
 
 
 def _correlation(a: Tensor, b: Tensor) -> Tensor:
-    """(T,) over the rows."""
+    """Correlations (T,) of the columns of a and b (N, T)."""
     a, b = a - a.mean(0), b - b.mean(0)
     return (a * b).sum(0) / (a.norm(dim=0) * b.norm(dim=0)).clamp_min(1e-12)
 
 
 def storage(components: Components, recipe: Recipe, batch: Batch) -> Iterator[Row]:
-    """Every dtype of a chain, log P_F taken at the stored state (ours) and at the unrounded one (published).
+    """Yield one row for each dtype of a chain and each place where sampling takes log P_F.
 
-    Rows have the bytes of a stored trajectory and, for the policy that sampled it, the largest difference of log P_F
-    (nats, sum over a state) between sampling and training, and of their ratio from 1 for sums and for means.
+    The places are the stored state (the default) and the state before rounding (as published). Rows have `bytes` of a stored
+    trajectory and, with the policy unchanged, the largest differences between sampling and training: `log_pf_error` of log P_F
+    (nats, summed over a state), `ratio_error` of the ratio P_F / P_F from 1, and `ratio_error_of_means`, the same for log P_F
+    averaged over a state.
     """
     for dtype in CHAIN_DTYPES:
         for at in ("stored", "unrounded"):
@@ -98,7 +107,7 @@ def storage(components: Components, recipe: Recipe, batch: Batch) -> Iterator[Ro
 
 @torch.no_grad()
 def _log_pf_of(components: Components, chain: Tensor, text: Tensor) -> Tensor:
-    """(N, T) of a stored chain, by the function that training calls."""
+    """log P_F (N, T) of a stored chain, recomputed by the function that training calls."""
     policy, columns = components.policy, []
     schedule = policy.schedule
     for k in range(schedule.num_transitions):
@@ -111,7 +120,7 @@ def _log_pf_of(components: Components, chain: Tensor, text: Tensor) -> Tensor:
 
 
 def _stored(components: Components, recipe: Recipe, batch: Batch, drawn: SampledTile) -> Trajectories:
-    """What the trainer would keep of a tile."""
+    """The trajectories that the trainer would store of a tile; rewards are zeros."""
     nothing = torch.zeros_like(drawn.log_pf)
     kept = assemble(drawn, nothing, nothing[:, 0], batch, recipe.seed, recipe.sampler)
     store = ChainStore(len(drawn.chain), len(batch.sample_id), drawn.chain.device, drawn.chain.device)

@@ -1,6 +1,6 @@
-"""Bytes of tensors alive, counted operator by operator; on the meta device without computing anything.
+"""Counts the bytes of live tensors, operator by operator; on the meta device nothing is computed.
 
-Owns the counting, and what it takes for a run on the meta device to hold the tensors that CUDA would. Knows no model.
+Also makes code on the meta device hold the tensors that it would hold on CUDA. Knows no model.
 """
 
 import weakref
@@ -15,24 +15,28 @@ from torch.utils._python_dispatch import TorchDispatchMode
 GIB = 2**30
 
 _ATEN = torch.ops.aten
-# Below autograd, where a composite operator is still its plain definition and not what `as_on_cuda` makes of it.
+# Dispatching here, below autograd, reaches PyTorch's own definition of an operator that `as_on_cuda` replaces.
 _META = torch._C.DispatchKeySet(torch._C.DispatchKey.Meta)
 
 
 class LiveBytes(TorchDispatchMode):
-    """Counts the bytes of the tensors alive, now and at their peak.
+    """Counts the bytes of live tensors, at present and at their peak.
 
-    Args:
-        device_type: count the tensors of one kind of device alone; None counts all.
+    A storage counts once, however many views it has, from the operator that returned it until its last reference is gone;
+    references of autograd and references after the `with` block count too. Storages that existed before count if they were
+    given to `include`. The mode can be entered again, and keeps no tensor alive.
 
-    A storage counts once, whatever its views, from the operator that returned it until its last reference is gone:
-    autograd's count, and so does one that outlives the `with` block. Storages that were there before count if they were
-    given to `include`. A mode can be entered again, and keeps no tensor alive.
-
-    Not seen: what an operator allocates and frees inside itself (a convolution's workspace or change of memory format,
+    Not counted: what an operator allocates and frees inside itself (a convolution's workspace or change of memory format,
     the fp32 accumulator of flash attention's backward pass, of which `deterministic: true` takes several; under
     `torch.inference_mode` also the steps of a composite operator), what the allocator rounds up or leaves unused, and a
     change of a storage's size.
+
+    Args:
+        device_type: count the tensors of this type of device alone, e.g. "meta"; None counts all.
+
+    Attributes:
+        current: bytes alive now.
+        peak:    the highest `current` so far.
     """
 
     def __init__(self, device_type: str | None = None) -> None:
@@ -40,7 +44,7 @@ class LiveBytes(TorchDispatchMode):
         self.device_type = device_type
         self.current = 0
         self.peak = 0
-        # By id, which is given to no other storage before the reference's callback has run.
+        # By id: Python reuses an id only after the weak reference's callback has removed it here.
         self._alive: dict[int, weakref.ref[torch.UntypedStorage]] = {}
 
     def include(self, tensors: Iterable[Tensor]) -> int:
@@ -55,7 +59,7 @@ class LiveBytes(TorchDispatchMode):
     ) -> Any:
         kwargs = kwargs or {}
         result = func(*args, **kwargs)
-        # A view of a weight is no new storage: only `include` counts the weight.
+        # A view of an argument is no new storage: a weight counts only if it was given to `include`.
         known = {id(tensor.untyped_storage()) for tensor in tensors_in((args, kwargs))}
         for tensor in tensors_in(result):
             storage = tensor.untyped_storage()
@@ -90,7 +94,7 @@ def as_on_cuda() -> Iterator[None]:
     try:
         yield
     finally:
-        # What a library registers lives as long as the library.
+        # What a library registers is removed when the library is deleted.
         del library
 
 
@@ -127,11 +131,11 @@ def _attention(
     scale: float | None = None,
     enable_gqa: bool = False,
 ) -> Tensor:
-    """(B, heads, tokens, width) of meta tensors, without the (tokens, tokens) matrices."""
+    """Attention of meta tensors (B, heads, tokens, width) that does not hold the (tokens, tokens) matrices."""
     if mask is not None or enable_gqa:
         return _ATEN.scaled_dot_product_attention.default.redispatch(
             _META, query, key, value, mask, dropout, is_causal, scale=scale, enable_gqa=enable_gqa
         )
-    # Like flash attention, with the logarithms of the sums even where no backward pass will need them.
+    # Like flash attention, which returns the log-sum-exp of each row even where no backward pass will need it.
     options = {"compute_log_sumexp": True, "dropout_p": dropout, "is_causal": is_causal, "scale": scale}
     return _ATEN._scaled_dot_product_efficient_attention(query, key, value, None, **options)[0]

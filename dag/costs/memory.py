@@ -26,35 +26,36 @@ from dag.training.one_pass import OnePass
 from dag.training.stored import StoredTraining
 
 CPU = torch.device("cpu")
-# Steps of a chain that run: enough for one that finds all that earlier ones left. The rest adds its states alone.
+# Steps of a chain that run. The last of them finds in memory all that a step can leave; further steps add only their states.
 _STEPS = 4
 
 
 @dataclass(frozen=True)
 class Forecast:
-    """Bytes."""
+    """The predicted memory of a recipe, in bytes."""
 
     is_assumed: bool
-    """True if the model is taken for an SD 1.5 because its configs are not on this machine."""
+    """True if an SD 1.5 was counted in place of the model, whose configs are not on this machine."""
     standing: dict[str, int]
-    """What is there in every phase, by kind."""
+    """Bytes that are in memory during every phase, by kind, e.g. "denoiser"."""
     phases: dict[str, int]
     """Peak of each phase."""
 
     @property
     def peak(self) -> int:
+        """The highest peak of all phases."""
         return max(self.phases.values())
 
 
 class Simulation:
-    """The phases of a recipe, on networks without weights."""
+    """Runs the phases of a recipe on networks without weights, to count their bytes."""
 
     def __init__(self, recipe: Recipe) -> None:
         self.recipe, steps = recipe, min(recipe.sampler.steps, _STEPS)
         self.left_out = recipe.sampler.steps - steps
         short = {
             "sampler": recipe.sampler.model_copy(update={"steps": steps}),
-            # Every step trained: the peak does not depend on which are left out.
+            # All steps are trained: the peak does not depend on how many are left out.
             "train": recipe.train.model_copy(update={"step_fraction": 1.0}),
         }
         self.made = Weightless(recipe.model_copy(update=short))
@@ -68,13 +69,13 @@ class Simulation:
         return Forecast(self.made.is_assumed, sizes, {name: self.peak(name) for name in self.phases()})
 
     def phases(self) -> tuple[str, ...]:
-        """Names, in the order of an epoch."""
+        """Names of the phases, in the order of an epoch."""
         if not self.is_one_pass:
             return "rollout", "update", "evaluation"
         return ("one pass", *(("warm-up rollout",) if self.recipe.flow.warmup_epochs > 0 else ()), "evaluation")
 
     def peak(self, phase: str) -> int:
-        """Bytes; a phase runs once."""
+        """Peak bytes of a phase; the phase is counted at the first call only."""
         if phase not in self._peaks:
             self._peaks[phase] = self._counted(phase) - self.made.quantised_away()
         return self._peaks[phase]
@@ -84,12 +85,12 @@ class Simulation:
         standing, fetched = made.standing(), made.fetched_for_scoring()
         chains = [] if self.recipe.memory.chains == "cpu" else [self._chain(train.trajectories)]
         everything = [tensor for tensors in standing.values() for tensor in tensors]
-        # An update begins by dropping them, and makes its own.
+        # An update begins without gradients: it drops the old ones and makes its own.
         ungraded = [tensor for kind, tensors in standing.items() if kind != "gradients" for tensor in tensors]
         if phase == "one pass":
-            # Flow-only passes need the chains: those of the epoch, and of the update at hand as they are sampled.
+            # Passes that train the flow alone need the epoch's chains, besides those that the present update is sampling.
             kept = [*chains, self._chain(train.trajectories // train.updates)] if self.recipe.flow.passes > 0 else []
-            # The third preview finds the graphs of two steps.
+            # Three previews run: at the third, memory holds the graphs of two steps.
             return self._peak_of(self.one_pass, [*ungraded, *fetched, *kept], previews=3)
         if phase == "update":
             section = self.recipe.forward_looking
@@ -104,33 +105,36 @@ class Simulation:
         return self._peak_of(self.rollout, [*everything, *fetched, *chains, *left_out])
 
     def _peak_of(self, run: Callable[[], object], existing: Iterable[Tensor], previews: int = 1) -> int:
+        """Peak bytes of `run`, `existing` tensors included; of calls of `Policy.preview`, `previews` really run."""
         with LiveBytes("meta") as live, FakeGpu(), as_on_cuda(), self.made.repeats_are_free(previews):
             live.include(existing)
             run()
         return live.peak
 
     def _chain(self, trajectories: int, place: torch.device = META) -> Tensor:
-        """The states (T + 1, N, C, H, W) of trajectories with all their steps."""
+        """Chains (T + 1, N, C, H, W) with all steps of the recipe, also those that are left out here."""
         return self.made.chain(trajectories, self.recipe.sampler.steps + 1, place)
 
     def _states_left_out(self, rows: int, is_scored: bool) -> list[Tensor]:
-        """What a tile keeps of the steps that do not run: their states, and their x0_hat where those are scored."""
+        """What a tile of so many rows keeps of the steps that do not run: their states, and x0_hat where it is scored."""
         section = self.recipe.forward_looking if is_scored else None
         scored = 0 if section is None else self.left_out // section.stride
         x0_hat = torch.empty(scored, rows, *self.made.policy.latent_shape, device=META)
         return [self.made.chain(rows, self.left_out), x0_hat]
 
     def _sampled(self) -> int:
+        """Rows of a tile of the rollout."""
         return min(self.recipe.sampler.tile, self.recipe.train.trajectories)
 
     def _evaluated(self) -> int:
+        """Rows of a tile of the evaluation."""
         section = self.recipe.evaluation
         return min(self.recipe.sampler.tile, section.prompts * section.images_per_prompt)
 
     # -- phases --------------------------------------------------------------------------------------------------
 
     def rollout(self) -> None:
-        """A tile's chain, then its pictures."""
+        """Sample a tile, then decode and score its x0_hat and final pictures."""
         made, recipe, sampler = self.made, self.made.recipe, self.made.recipe.sampler
         tile = made.batch(self._sampled())
         text, looking = made.text[tile.prompt_id], recipe.forward_looking
@@ -138,14 +142,14 @@ class Simulation:
         score_tile(made.policy, drawn, self.score)
 
     def evaluation(self) -> None:
-        """A tile's chain, then its final pictures alone."""
+        """Sample a tile, then decode and score its final pictures."""
         made, recipe = self.made, self.made.recipe
         tile = made.batch(self._evaluated())
         drawn = sample_tile(made.policy, made.text[tile.prompt_id], tile.sample_id, recipe.seed, recipe.sampler)
         self.score(made.policy.decode(drawn.x_0), torch.arange(len(drawn.x_0)))
 
     def update(self, chain: Tensor) -> None:
-        """The first two micro-batches of an update: the second finds the first one's gradients."""
+        """Train the first two micro-batches of an update: during the second, the gradients of the first are in memory."""
         N, made = self.recipe.train.trajectories, self.made
         batch, table = made.batch(N), torch.zeros(N, made.T, device=META)
         trajectories = Trajectories(
@@ -159,30 +163,30 @@ class Simulation:
             seed=self.recipe.seed,
         )
         state = self._state()
-        # What comes before the first update is the flow's work alone.
+        # As if the epoch had begun: what precedes the first update only trains the flow.
         state.has_begun, state.advantages = True, None if made.flow is not None else table[:, 0]
         training = StoredTraining(made.learner, PhaseMeter(META))
         for _ in islice(training.steps(state, trajectories, self.score), 2):
             pass
 
     def one_pass(self) -> None:
-        """The first micro-batch of an update: its later steps find its first ones' gradients."""
+        """Train the first micro-batch of an update: during its later steps, the gradients of the first are in memory."""
         train = self.recipe.train
         training, batch = OnePass(self.made.learner, PhaseMeter(META)), self.made.batch(train.trajectories)
         next(training.steps(self._state(), batch, lambda batch: self.score))
 
     def _state(self) -> EpochState:
-        """An epoch after the warm-up, which leaves the policy alone."""
+        """The state of the first epoch after the warm-up: during the warm-up the policy is not trained."""
         store = ChainStore(self.made.T + 1, self.recipe.train.trajectories, META, META)
         return EpochState(self.recipe.flow.warmup_epochs, store)
 
     def score(self, images: Tensor, rows: Tensor, *, is_preview: bool = False) -> Tensor:
-        """The largest reward at work on pictures that are still there."""
+        """Stands for scoring: allocates what the largest reward network needs, while the pictures are alive."""
         if self.made.rewards:
             some_bytes(max(f.activations for f in self.made.rewards))
         return torch.zeros(len(rows), device=META)
 
 
 def _storages(tensors: Iterable[Tensor]) -> Iterable[int]:
-    """Bytes of each storage once."""
+    """The bytes of each storage behind the tensors, each storage once."""
     return {id(tensor.untyped_storage()): tensor.untyped_storage().nbytes() for tensor in tensors}.values()

@@ -14,15 +14,18 @@ from dag.errors import RunError
 from dag.recipe import Recipe
 
 _TOP = 10
-# Names of templated kernels fill pages.
+# The names of templated kernels can be thousands of characters long.
 _LONGEST_NAME = 100
 
 
 def rows(recipe: Recipe, device: torch.device) -> Iterator[Row]:
-    """The ten kernels (on a CPU operators) that took most of an epoch, then the share of it in which the GPU did nothing.
+    """Yield the ten kernels (on a CPU: operators) that took most of an epoch, then the share in which the GPU was idle.
 
-    One epoch warms up, one is timed, one is recorded: recording slows the CPU down, so the GPU's busy time is held against
-    the epoch that was not recorded.
+    One epoch warms up, one is timed, one is recorded. Recording slows the CPU down, so the idle share compares the GPU's busy
+    time with the epoch that was timed.
+
+    Raises:
+        RunError: the profiler recorded no kernel on a GPU.
     """
     is_gpu = device.type == "cuda"
     with trainer_of(recipe, device) as trainer:
@@ -46,6 +49,7 @@ def rows(recipe: Recipe, device: torch.device) -> Iterator[Row]:
 
 
 def _shown(found: Iterable[Row]) -> Iterator[Row]:
+    """Print each row and pass it on."""
     for row in found:
         if "error" in row:
             print(f"{row['label']}: not measured, {row['error']}", flush=True)
@@ -55,17 +59,17 @@ def _shown(found: Iterable[Row]) -> Iterator[Row]:
 
 
 def _is_kernel(event: Any) -> bool:
-    """Work of the GPU; the names that code gives to its phases are laid over it as if they were work too."""
+    """Whether an event is work of the GPU. Annotations of phases have the device type CUDA too, but are no work."""
     return event.device_type == DeviceType.CUDA and not getattr(event, "is_user_annotation", False)
 
 
 def _span(event: Any) -> tuple[float, float]:
-    """(start, end) in microseconds."""
+    """The span (start, end) of an event in microseconds."""
     return event.time_range.start, event.time_range.end
 
 
 def _top(spans: Iterable[tuple[str, tuple[float, float]]]) -> list[Row]:
-    """The kernels with the longest time in sum; `percent` is of the time of all."""
+    """Rows of the kernels with the longest total time, from (name, (start, end)) of each call."""
     took, calls = defaultdict[str, float](float), defaultdict[str, int](int)
     for name, (start, end) in spans:
         took[name] += end - start
@@ -78,6 +82,7 @@ def _top_of_cpu(operators: Iterable[Any]) -> list[Row]:
 
 
 def _largest(found: list[tuple[str, int, float]]) -> list[Row]:
+    """Rows of the largest (name, calls, microseconds); `percent` is relative to the sum over all."""
     total = sum(us for *_, us in found) or 1.0
     largest = sorted(found, key=lambda one: one[2], reverse=True)[:_TOP]
     return [
@@ -101,5 +106,6 @@ def busy_us(spans: list[tuple[float, float]]) -> float:
 
 
 def _idle(busy: float, seconds: float) -> Row:
+    """The row of the GPU's idle time in an epoch of so many seconds, of which it was busy for `busy` microseconds."""
     idle = max(0.0, 1e3 * seconds - busy / 1e3)
     return {"label": "GPU idle", "calls": 1, "ms": round(idle, 3), "percent": round(idle / seconds / 10, 1)}

@@ -1,9 +1,9 @@
-"""The amount of work that the published code does for an epoch, with our own parts: the yardstick of `dag.bench`.
+"""The amount of work that the published code does for an epoch, done with this project's networks: the baseline of `dag.bench`.
 
-Per transition and trained row: one pass of both branches forward and backward, two more conditional forward passes for
-x0_hat(x_t) and x0_hat(x_next), two decodes, two rewards and two flow evaluations; every state is scored twice, and the
-rollout's states, next states and predictions are stored in bfloat16. Plain PyTorch throughout. Nothing is learnt here
-that the trainer could not learn: only the work counts.
+For each transition of a trained row: one forward and backward pass of both guidance branches, two more conditional forward
+passes for x0_hat(x_t) and x0_hat(x_next), two decodes, two rewards and two flow evaluations. So every inner state is scored
+twice. The rollout's states, next states and predictions are stored in bfloat16. All operations are plain PyTorch. Only the
+amount of work is reproduced, not the published algorithm's results.
 
 Legend: B rows, N trajectories, T transitions.
 """
@@ -21,11 +21,12 @@ from dag.recipe import Recipe
 from dag.training.build import Components
 
 Timer = Callable[[str], AbstractContextManager[None]]
+"""Maps the name of a phase to a context that times it."""
 
 
 @dataclass(frozen=True)
 class _Stored:
-    """A tile's triples, (T, B, C, H, W) in bfloat16 each, and its rewards (B,)."""
+    """What is stored of a tile: x_t, x_next and the guided output, (T, B, C, H, W) bfloat16 each, and rewards (B,)."""
 
     batch: Batch
     x_t: Tensor
@@ -35,7 +36,7 @@ class _Stored:
 
 
 class Published:
-    """Epochs of the published loop: sample and store, then one update over every transition."""
+    """The published loop: an epoch samples and stores all tiles, then makes one update over every transition."""
 
     def __init__(self, recipe: Recipe, components: Components, scorer: Callable[[Batch], Score]) -> None:
         self.recipe, self.components, self.scorer = recipe, components, scorer
@@ -43,6 +44,7 @@ class Published:
         self.schedule, self.device = self.policy.schedule, components.device
 
     def epoch(self, batch: Batch, timed: Timer) -> None:
+        """Run one epoch on the trajectories of `batch`."""
         tiles = [self._sample(tile, timed) for tile in batch.tiles(self.recipe.sampler.tile)]
         with timed("update"):
             for optimizer in self.learner.updates.optimizers():
@@ -71,7 +73,7 @@ class Published:
                 self._backward(tile, rows, k, num_trajectories)
 
     def _backward(self, tile: _Stored, rows: Tensor, k: int, num_trajectories: int) -> None:
-        """One micro-batch of one step."""
+        """Forward and backward pass of one micro-batch at step k."""
         x_t, x_next = tile.x_t[k, rows].float(), tile.x_next[k, rows].float()
         text = self.components.text[tile.batch.prompt_id[rows]]
         is_last = torch.full((len(rows),), k == self.schedule.num_transitions - 1, device=self.device)
@@ -86,7 +88,7 @@ class Published:
         self.learner.updates.policy.backward(loss)
 
     def _log_F(self, tile: _Stored, rows: Tensor, x_t: Tensor, k: int, text: Tensor) -> Tensor:
-        """Flow and reward of x0_hat at one end of a transition."""
+        """log F (B,) of the states x_t at step k: the learnt flow plus the reward of their x0_hat."""
         assert self.learner.flow_fit is not None
         with torch.no_grad():
             conditional = self.policy.predict(x_t, self._t(k, len(rows)), text, unguided=True).conditional

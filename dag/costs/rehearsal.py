@@ -1,6 +1,6 @@
-"""What a recipe's own training loop would ask of a GPU, without one: kernels, copies between host and device, peak memory.
+"""What a recipe's training loop would ask of a GPU, counted without one: kernels, host copies, peak memory.
 
-A few transitions of the loop that trains run on the meta device; see `dag.costs.fake_gpu`.
+The same code that trains runs a few transitions on the meta device; see `dag.costs.fake_gpu`.
 
 Legend: B rows of a micro-batch or tile, T transitions.
 """
@@ -32,29 +32,33 @@ from dag.training.stored import StoredTraining
 
 @dataclass(frozen=True)
 class Rehearsed:
-    """One transition of every row of a micro-batch (and, where chains are stored, of a tile), in the middle of training."""
+    """What one transition of a micro-batch asks of a GPU, in the middle of training."""
 
     transition: Counts
+    """One transition of all rows of a micro-batch; where chains are stored, its sampling and scoring are included."""
     per_tile: Counts
-    """Work of a micro-batch that belongs to no transition: its first noise, its final picture and the reward of that. With
-    stored chains also that of a tile."""
+    """Work of a micro-batch that belongs to no transition: its first noise, its final pictures and their reward. Where chains
+    are stored, the same work of a tile is included."""
     peak: int
-    """Bytes."""
+    """Peak memory in bytes."""
 
     @property
     def launches(self) -> int:
+        """Kernel launches of one transition."""
         return self.transition.kernels.total()
 
     @property
     def host_copies(self) -> int:
+        """Copies between host and device in one transition."""
         return self.transition.host_copies.total()
 
 
 def rehearse(recipe: Recipe) -> Rehearsed:
-    """Count the recipe's own loop on the meta device; models and rewards of the hub by their architectures."""
+    """Run a recipe's training loop on the meta device and count; models and rewards of the hub need not be downloaded."""
     section, rows = recipe.forward_looking, recipe.train.micro_batch
     stride = 1 if section is None else section.stride
-    # One period of scored states in the middle, two micro-batches: the second finds the first one's gradients.
+    # Enough steps for one full period of `stride` in the middle of a chain. Two micro-batches: the second is counted, while the
+    # gradients of the first are in memory.
     recipe = recipe.model_copy(
         update={
             "sampler": recipe.sampler.model_copy(update={"steps": 2 * stride + (1 if stride == 1 else 3)}),
@@ -74,7 +78,7 @@ def rehearse(recipe: Recipe) -> Rehearsed:
 
 
 class _Loop:
-    """A recipe's learner on the meta device, and its ways through an epoch."""
+    """A recipe's learner on the meta device, and its two ways to train: in one pass, and on stored chains."""
 
     def __init__(self, recipe: Recipe) -> None:
         self.recipe, self.gpu = recipe, FakeGpu()
@@ -94,7 +98,7 @@ class _Loop:
             watch(self.made.flow, "forward", "flow, forward")
 
     def standing(self) -> Iterable[Tensor]:
-        """What is in memory before the update, which makes its own gradients."""
+        """The tensors that are in memory before an update; without gradients, which the update makes itself."""
         for kind, tensors in self.made.standing().items():
             yield from tensors if kind != "gradients" else ()
 
@@ -113,14 +117,14 @@ class _Loop:
         return EpochState(self.recipe.flow.warmup_epochs, store)
 
     def one_pass(self, stride: int) -> tuple[Counts, Counts]:
-        """(a middle transition, what comes on top once a micro-batch) of the second micro-batch."""
+        """Counts of the second micro-batch in one pass: (a transition in the middle, what a micro-batch adds once)."""
         training = OnePass(self.learner, self.meter)
         for _ in training.steps(self._state(), self.batch, self.scorer, on_rows=self.gpu.mark):
             pass
-        return self._between(self.gpu.marks[self.T - 1 :], stride)
+        return self._between(self._second_micro_batch(), stride)
 
     def stored(self, stride: int) -> tuple[Counts, Counts]:
-        """The same of sampling, scoring and training together."""
+        """Counts with stored chains, of sampling, scoring and training together: (a transition, what a tile adds once)."""
         tile, marks, state = self.batch, self.gpu.marks, self._state()
         recipe, text, score = self.recipe, self.made.text[self.batch.prompt_id], self.scorer(self.batch)
         self.gpu.mark()
@@ -139,7 +143,9 @@ class _Loop:
         self.gpu.mark()
         seen, reward, _ = score_tile(self.policy, drawn, score, on_image=self.gpu.mark)
         if recipe.forward_looking is not None:
-            total = total + Counts(*_scaled(marks[2] - marks[1], 1 / stride))
+            # The marks are the start, the first picture, the second: the first one may also do work that is done only once.
+            second_picture = marks[2] - marks[1]
+            total = total + Counts(*_scaled(second_picture, 1 / stride))
         marks.clear()
         state.store.put(drawn.chain)
         state.sampled.append(assemble(drawn, seen, reward, tile, recipe.seed, recipe.sampler))
@@ -147,11 +153,19 @@ class _Loop:
         training = StoredTraining(self.learner, self.meter)
         for _ in training.steps(state, state.rollout(), score, on_rows=self.gpu.mark):
             pass
-        trained, once = self._between(marks[self.T - 1 :], stride)
+        trained, once = self._between(self._second_micro_batch(), stride)
         return total + trained, per_tile + once
 
+    def _second_micro_batch(self) -> Sequence[Counts]:
+        """The marks from the end of the first micro-batch on: training marks the counts after each of its T transitions."""
+        return self.gpu.marks[self.T - 1 :]
+
     def _between(self, marks: Sequence[Counts], stride: int) -> tuple[Counts, Counts]:
-        """(mean of the transitions of one period, the rest of what lies between the marks of T transitions)."""
+        """Counts (of the mean transition in one period of `stride`, of what the first transition has beyond that).
+
+        Args:
+            marks: the counts before the first of T transitions and after each.
+        """
         steps = [after - before for before, after in itertools.pairwise(marks)][: self.T]
         chosen = steps[stride : 2 * stride]
         total = sum(chosen[1:], chosen[0])
@@ -168,7 +182,7 @@ def _scaled(counts: Counts, factor: float) -> tuple[Counter[str], Counter[str]]:
 
 
 def _on_meta(term: RewardTerm, device: torch.device) -> Reward:
-    """A reward's work on the device without its weights, and without calling what is not ours."""
+    """A stand-in that does a reward's work on the device: no weights are loaded, no custom code or server is called."""
     if isinstance(term, Tower):
         return StandIn(term, torch.device("cpu") if term.device == "cpu" else device)
     if isinstance(term, Custom | Http):
@@ -177,7 +191,7 @@ def _on_meta(term: RewardTerm, device: torch.device) -> Reward:
 
 
 def row_of(path: str, found: Rehearsed) -> dict[str, Any]:
-    """As `python -m dag.bench launches` writes it."""
+    """The row that `python -m dag.bench launches` writes."""
     kernels = found.transition.kernels
     return {
         "recipe": path,

@@ -1,4 +1,4 @@
-"""The memory of a reward's network, from its architecture alone; nothing is loaded."""
+"""The memory of a reward's network, counted from its architecture; no weights are loaded."""
 
 from dataclasses import dataclass
 
@@ -12,15 +12,18 @@ from dag.rewards.stand_in import architecture
 
 @dataclass(frozen=True)
 class Footprint:
-    """Bytes on the reward's device."""
+    """Memory of a reward network in bytes, on the reward's device."""
 
     weights: int
     activations: int
-    """Beyond the weights, at the peak of one forward pass of `max_batch` pictures."""
+    """Bytes beyond the weights at the peak of a forward pass of `max_batch` pictures, without gradients."""
 
 
 def footprint(term: RewardTerm) -> Footprint:
-    """Of the published network of this name; of one from elsewhere only if it has that architecture."""
+    """The memory of the published network of this name; 0 for a reward without a network.
+
+    A network from another path is assumed to have the published architecture.
+    """
     if not isinstance(term, Tower):
         return Footprint(0, 0)
     dtype = DTYPES[term.dtype]

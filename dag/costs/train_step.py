@@ -1,4 +1,4 @@
-"""One row of the bench: a recipe's own training loop, or the published one, timed and counted."""
+"""One row of `dag.bench train-step`: a recipe's training loop, or the published one, timed and counted."""
 
 import functools
 import tempfile
@@ -28,16 +28,20 @@ LITERAL = "published amount of work"
 
 
 def measure(label: str, recipe: Recipe, device: torch.device, repeats: int, is_predicted: bool = True) -> Row:
-    """One row: an untimed epoch, in which FLOP are counted, then `repeats` timed ones.
+    """Measure one row: an untimed epoch, in which FLOP are counted, then `repeats` timed ones.
 
     Args:
-        is_predicted: also the peak that `--plan` would print, which takes seconds of a CPU.
+        label:        the row's name; LITERAL measures the published loop in place of the recipe's.
+        is_predicted: also add the peak that `--plan` would print, which takes seconds of a CPU.
+
+    Returns:
+        ms by phase are milliseconds per transition of one trajectory, from the epoch with the median total time.
     """
     with trainer_of(recipe, device) as trainer:
         components, epoch = trainer.components, epoch_of(label, recipe, trainer)
         flop, counted = _counted_epoch(epoch, trainer, device)
         if recipe.memory.compile:
-            timed_epoch(epoch, trainer)  # nothing is compiled while it is counted
+            timed_epoch(epoch, trainer)  # compiles, which the counted epoch does not
         runs = [timed_epoch(epoch, trainer) for _ in range(repeats)]
         memory = _peak(trainer.meter, device)
     count = recipe.train.trajectories * components.policy.schedule.num_transitions
@@ -56,7 +60,7 @@ def measure(label: str, recipe: Recipe, device: torch.device, repeats: int, is_p
         **{name: round(size / GIB, 4) for name, size in (memory | counted).items()},
     }
     if is_predicted and label != LITERAL:
-        # At the micro-batch that it came down to, where the GPU was too small for the recipe's.
+        # Predicted at the micro-batch that was measured: where memory runs out, training halves the recipe's.
         train = recipe.train.model_copy(update={"micro_batch": components.learner.updates.micro_batch})
         row["predicted_gib"] = round(_predicted(recipe.model_copy(update={"train": train})), 4)
     return row
@@ -64,7 +68,7 @@ def measure(label: str, recipe: Recipe, device: torch.device, repeats: int, is_p
 
 @contextmanager
 def trainer_of(recipe: Recipe, device: torch.device) -> Iterator[Trainer]:
-    """A trainer of the recipe that needs no download, in a run folder that is gone afterwards."""
+    """Yield a trainer of the recipe that downloads no reward network, in a run folder that is removed afterwards."""
     with tempfile.TemporaryDirectory() as folder:
         reward = RewardSum(recipe.reward, device, build=without_download)
         components = build(recipe, device, warn=_warn, reward=reward)
@@ -72,18 +76,18 @@ def trainer_of(recipe: Recipe, device: torch.device) -> Iterator[Trainer]:
 
 
 def _warn(text: str) -> None:
-    """Out of memory is worth a line; prompts that are cut are not."""
+    """Print warnings about memory only; others, such as prompts that are cut, do not matter here."""
     if "memory" in text:
         print(text, flush=True)
 
 
 def _predicted(recipe: Recipe) -> float:
-    """Without the evaluation, which no row runs."""
+    """Predicted peak in GiB, without the evaluation, which the bench does not run."""
     return max(size for name, size in forecast(recipe).phases.items() if name != "evaluation") / GIB
 
 
 def epoch_of(label: str, recipe: Recipe, trainer: Trainer) -> Callable[[], object]:
-    """One epoch of the recipe's loop, or of the published one."""
+    """A function that runs one epoch of the recipe's loop or, where `label` is LITERAL, of the published one."""
     if label == LITERAL:
         published = Published(recipe, trainer.components, trainer.sampling.scorer)
         return lambda: published.epoch(trainer.sampling.batch(0), trainer.meter.timed)
@@ -96,7 +100,7 @@ def epoch_of(label: str, recipe: Recipe, trainer: Trainer) -> Callable[[], objec
 
 
 def timed_epoch(epoch: Callable[[], object], trainer: Trainer) -> dict[str, float]:
-    """Seconds by phase, and in total."""
+    """Run an epoch; returns its seconds by phase, and in total."""
     trainer.meter.start_epoch()
     _synchronise()
     start = time.perf_counter()
@@ -106,7 +110,7 @@ def timed_epoch(epoch: Callable[[], object], trainer: Trainer) -> dict[str, floa
 
 
 def _counted_epoch(epoch: Callable[[], object], trainer: Trainer, device: torch.device) -> tuple[int, dict[str, int]]:
-    """(FLOP, peak bytes of tensors on a machine whose allocator does not tell)."""
+    """Run an epoch and count its FLOP; without a GPU run another one and count its peak bytes of tensors."""
     with flops.counter() as counter:
         epoch()
     counted = {}
@@ -120,7 +124,7 @@ def _counted_epoch(epoch: Callable[[], object], trainer: Trainer, device: torch.
 
 @functools.cache
 def _matmul_flop_per_second(device: torch.device, dtype: torch.dtype) -> float:
-    """The best that a large matrix product reaches here, which stands for the machine's peak."""
+    """The fastest of ten large matrix products, which stands for the machine's peak speed."""
     side = 8192 if device.type == "cuda" else 1024
     a, b = torch.randn(2, side, side, device=device).to(dtype)
     best = float("inf")
@@ -134,7 +138,7 @@ def _matmul_flop_per_second(device: torch.device, dtype: torch.dtype) -> float:
 
 
 def without_download(term: RewardTerm, device: torch.device) -> Reward:
-    """The reward, or its architecture where the weights would have to be fetched."""
+    """The reward, with random weights where the published ones would have to be fetched."""
     if isinstance(term, Tower) and term.path is None:
         term = term.model_copy(update={"path": "random"})
     return build_reward(term, device)
@@ -146,6 +150,6 @@ def _synchronise() -> None:
 
 
 def _peak(meter: PhaseMeter, device: torch.device) -> dict[str, int]:
-    """Of the last epoch; a process's resident memory on a CPU says little about a GPU, and is left out."""
+    """Peak bytes of the last epoch on a GPU. Empty on a CPU, where resident memory says little about a GPU's."""
     meter.read()
     return {"peak_allocated_gib": meter.in_use, "peak_reserved_gib": meter.held} if device.type == "cuda" else {}

@@ -1,4 +1,4 @@
-"""A recipe's networks and its learner without weights, on the meta device: what the costs of training are counted on.
+"""A recipe's networks and learner on the meta device, without weights, for counting the costs of training.
 
 Legend: B rows of a micro-batch or tile, N trajectories, T transitions.
 """
@@ -25,23 +25,27 @@ from dag.recipe.load import parse_reward
 from dag.training.build import learner_of
 
 META = torch.device("meta")
-# Stands for a hub id whose configs are not on this machine.
+# The model that is counted in place of a hub model whose configs are not on this machine.
 _ASSUMED = "random-sd15"
-# bitsandbytes: 4 bits, and a statistic a block of 64, itself in 8 bits with a float32 a block of 256.
+# Bytes per weight in bitsandbytes' NF4: 4 bits, one 8-bit scale for 64 weights, one float32 for 256 of these scales.
 _NF4_BYTES = 0.5 + 1 / 64 + 4 / (64 * 256)
+# bitsandbytes keeps the states of smaller tensors in float32.
 _SMALLEST_8BIT = 4096
 _8BIT_BLOCK = 256
 
 
 class Weightless:
-    """
+    """A recipe's policy, flow and learner on the meta device.
+
     Args:
-        kernels: how transitions are computed; on the meta device fused ones launch and compute nothing.
+        kernels: the operations for transitions; on the meta device fused ones count as launches and compute nothing.
 
     Attributes:
-        is_assumed: the model is taken for an SD 1.5 because its configs are not on this machine.
-        rewards:    footprints of the reward networks on the policy's device.
-        offloaded:  which of them are there only while a phase scores.
+        is_assumed: whether an SD 1.5 is used in place of the model, whose configs are not on this machine.
+        rewards:    memory of each reward network on the policy's device.
+        offloaded:  for each of them, whether it is on the device only while a phase scores.
+        text:       (1, S, D) embeddings of the one prompt that all trajectories share.
+        T:          transitions.
     """
 
     def __init__(self, recipe: Recipe, kernels: Kernels = PLAIN) -> None:
@@ -54,8 +58,8 @@ class Weightless:
             for layer in self._quantised():
                 layer.register_forward_pre_hook(lambda _, inputs: _Kept.apply(inputs[0]))
         self.T = self.policy.schedule.num_transitions
-        _ = self.policy.schedule.table  # made once: no phase's own
-        # One prompt, on the CPU as prompts are; every trajectory has it.
+        _ = self.policy.schedule.table  # cached now, so that it is not counted for the first phase that needs it
+        # On the CPU, as the embeddings of prompts are in training.
         self.text = torch.zeros(1, *self.policy.text_shape, dtype=self.policy.dtype)
         self.learner = learner_of(_with_adamw(recipe), self.policy, self.text, kernels, warn=lambda text: None)
         there = [term for term in recipe.reward if getattr(term, "device", "auto") != "cpu"]
@@ -64,21 +68,22 @@ class Weightless:
 
     @property
     def flow(self) -> StateFlow | None:
+        """The learnt state flow; None for objectives without one."""
         return None if self.learner.flow_fit is None else self.learner.flow_fit.flow
 
     def batch(self, count: int) -> Batch:
-        """So many trajectories, of the one prompt."""
+        """A batch of `count` trajectories, all of the one prompt."""
         return Batch(torch.zeros(count, dtype=torch.int64), torch.arange(count))
 
     def chain(self, trajectories: int, states: int, place: torch.device = META) -> Tensor:
-        """(states, N, C, H, W) in the stored dtype."""
+        """An empty chain (states, trajectories, C, H, W) in the recipe's dtype for stored chains."""
         shape, dtype = self.policy.latent_shape, CHAIN_DTYPES[self.recipe.sampler.chain_dtype]
         return torch.empty(states, trajectories, *shape, dtype=dtype, device=place)
 
     # -- what stands in memory -----------------------------------------------------------------------------------
 
     def standing(self) -> dict[str, list[Tensor]]:
-        """Tensors that every phase finds, by kind; gradients stay until the next update begins."""
+        """The tensors that are in memory during every phase, by kind; gradients stay until the next update begins."""
         policy, train = self.policy, self.recipe.train
         trained = policy.trainable()
         kinds: dict[str, list[Tensor]] = {
@@ -103,12 +108,12 @@ class Weightless:
         return kinds
 
     def fetched_for_scoring(self) -> list[Tensor]:
-        """What is offloaded, and comes to the device while a phase decodes and scores."""
+        """The offloaded tensors that come to the device while a phase decodes and scores."""
         offloaded = [some_bytes(f.weights) for f, is_off in zip(self.rewards, self.offloaded, strict=True) if is_off]
         return offloaded + (held(self.policy.decoder.vae) if self.recipe.memory.offload_vae else [])
 
     def quantised_away(self) -> int:
-        """Bytes that `memory.base` takes off the denoiser."""
+        """Bytes that the denoiser saves through `memory.base`: its layers are counted unquantised here."""
         kind, saved = self.recipe.memory.base, 0.0
         if kind == "compute":
             return 0
@@ -118,19 +123,19 @@ class Weightless:
         return int(saved)
 
     def _quantised(self) -> Iterable[nn.Linear]:
-        """The layers that `dag.models.levers.quantise` takes; the adapter's own are trained."""
+        """The layers that `dag.models.levers.quantise` would quantise; the adapter's own layers are trained, so left out."""
         for name, module in self.policy.denoiser.named_modules():
             if isinstance(module, nn.Linear) and "transformer_blocks" in name and not module.weight.requires_grad:
                 yield module
 
-    # -- networks that run a few times ---------------------------------------------------------------------------
+    # -- repeated calls ------------------------------------------------------------------------------------------
 
     @contextmanager
     def repeats_are_free(self, previews: int = 1) -> Iterator[None]:
-        """Inside, only the first calls of a network run. Later ones, which would be alike, allocate their result.
+        """Inside, only the first calls of each network run; later calls, which would be alike, only allocate their result.
 
         Args:
-            previews: calls of `Policy.preview` that run.
+            previews: how many calls of `Policy.preview` run.
         """
         policy: Any = self.policy
         original = {name: getattr(policy, name) for name in ("predict", "decode", "preview")}
@@ -145,7 +150,7 @@ class Weightless:
 
 
 def _without_levers(recipe: Recipe, is_assumed: bool) -> Recipe:
-    """What a lever does to weights is arithmetic; a kernel or a compiler on the meta device would be none."""
+    """The recipe without the levers that cannot run on the meta device; their effect on weights is computed instead."""
     path = _ASSUMED if is_assumed else recipe.model.path
     memory = {"base": "compute", "attention": "auto", "compile": False}
     return recipe.model_copy(
@@ -157,7 +162,7 @@ def _without_levers(recipe: Recipe, is_assumed: bool) -> Recipe:
 
 
 def _with_adamw(recipe: Recipe) -> Recipe:
-    """Optimizer states are counted by arithmetic, so that bitsandbytes need not be installed."""
+    """The recipe with plain AdamW: 8-bit states are computed instead, so that bitsandbytes need not be installed."""
     sections = {"train": recipe.train, "flow": recipe.flow}
     return recipe.model_copy(
         update={name: section.model_copy(update={"optimizer": "adamw"}) for name, section in sections.items()}
@@ -165,9 +170,10 @@ def _with_adamw(recipe: Recipe) -> Recipe:
 
 
 class _FirstPredictions:
-    """`Policy.predict` that runs twice, or three times where it is trained, with each set of switches.
+    """`Policy.predict` whose first calls run; later calls allocate a result of the same shape.
 
-    In one pass the third of trained steps finds the gradients of the first and the graph of the second.
+    For each set of switches two calls run, three where gradients are on: with one-pass training, memory then holds at the
+    third the gradients of the first and the graph of the second.
     """
 
     def __init__(self, predict: Any) -> None:
@@ -190,7 +196,7 @@ class _FirstPredictions:
 
 
 def _first_pictures(call: Any, times: int) -> Any:
-    """`Policy.decode` or `Policy.preview` that runs so many times."""
+    """`Policy.decode` or `Policy.preview` whose first `times` calls run; later calls allocate a result of that shape."""
     shapes: list[torch.Size] = []
 
     def limited(latents: Tensor, *others: Any) -> Tensor:
@@ -204,8 +210,10 @@ def _first_pictures(call: Any, times: int) -> Any:
 
 
 class _Kept(torch.autograd.Function):
-    """The identity; like bitsandbytes' 8-bit product it keeps its input until the backward pass, which a frozen linear
-    layer does not."""
+    """The identity, which keeps its input until the backward pass.
+
+    bitsandbytes' 8-bit matrix product does that too; a frozen linear layer does not.
+    """
 
     @staticmethod
     def forward(ctx: Any, x: Tensor) -> Tensor:
@@ -218,7 +226,10 @@ class _Kept(torch.autograd.Function):
 
 
 def optimizer_states(parameters: Iterable[nn.Parameter], kind: OptimizerKind) -> Iterable[Tensor]:
-    """Two moments a weight: float32, or 8 bits with a float32 a block of 256 for tensors of 4096 weights and more."""
+    """AdamW's states: two moments for each weight, in float32 or, with `adamw8bit`, in 8 bits.
+
+    8-bit states have one float32 for 256 weights; tensors under 4096 weights stay in float32.
+    """
     for parameter in parameters:
         n = parameter.numel()
         for _ in range(2):
@@ -230,10 +241,10 @@ def optimizer_states(parameters: Iterable[nn.Parameter], kind: OptimizerKind) ->
 
 
 def held(module: nn.Module) -> list[Tensor]:
-    """The tensors of a module."""
+    """The parameters and buffers of a module."""
     return [*module.parameters(), *module.buffers()]
 
 
 def some_bytes(count: int) -> Tensor:
-    """A tensor of so many bytes."""
+    """A meta tensor of `count` bytes."""
     return torch.empty(count, dtype=torch.uint8, device=META)

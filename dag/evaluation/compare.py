@@ -1,9 +1,9 @@
 """Draw the base model and trained ones with the same seeds, and measure the pictures.
 
-The base model and every run draw the same prompts with the same seeds. Each gets the training reward and the others at
-hand (over-optimisation shows there), diversity within a prompt, the distance of its pictures from the base model's, and
-prompt alignment. The base model draws a second time with other seeds. Distances are from those: the base model's own
-tells how small one can be.
+The base model and every run draw the same prompts with the same seeds. Measured are the rewards that the runs were trained
+on, other rewards (over-optimisation shows there), diversity within a prompt, the distance from the base model's pictures, and
+prompt alignment. The base model draws a second time with other seeds. All distances are to those second pictures, so the
+base model's own distance is the noise floor.
 """
 
 from collections.abc import Iterator, Sequence
@@ -45,16 +45,20 @@ def evaluate(
     features: str | None = None,
     distances: Sequence[str] = (),
 ) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """(the report, pictures (P * n, 3, H, W) by model) of trained runs beside their base model.
+    """Draw pictures with trained runs and with their base model, and measure them.
 
     Args:
-        prompts:  what is drawn; None takes the first `num_prompts` of the first run.
-        rewards:  besides those that the runs were trained on and those that need no weights.
-        features: `embedded` or a CLIP model; None takes `embedded` for the embedded model only.
-        distances: perceptual ones, names of `dag.evaluation.perceptual.DISTANCES`.
+        prompts:  the prompts to draw; None takes the first `num_prompts` of the first run.
+        rewards:  rewards to measure besides those that the runs were trained on and those that need no weights.
+        features: `embedded` or a CLIP model; None takes `embedded`, which is possible for the embedded model only.
+        distances: names of perceptual distances, from `dag.evaluation.perceptual.DISTANCES`.
+
+    Returns:
+        (report, pictures by model's name): the report goes to JSON; pictures are (P * n, 3, H, W) in [0, 1].
 
     Raises:
         UsageError: the runs differ in their base model or sampler, an argument is out of range, a package is missing.
+        RunError:   a run has no checkpoint, or weights cannot be fetched.
     """
     judged = _judged(runs)
     recipes, first = [one.recipe for one in judged], judged[0].recipe
@@ -89,13 +93,16 @@ def instruments(
     device: torch.device,
     key: str = "--features",
 ) -> tuple[str, ClipTower, dict[str, Distance]]:
-    """(name of the feature space, its tower, perceptual distances by name) that pictures of a recipe's model are judged by.
+    """Load the networks that pictures of a recipe's model are compared with.
 
     Args:
-        key: what `features` is called where the user wrote it.
+        key: the option or recipe key that held `features`, for error messages.
+
+    Returns:
+        (name of the feature space, the CLIP model of these features, perceptual distances by name)
 
     Raises:
-        UsageError: `features` names no CLIP model, or is needed; or a package is missing.
+        UsageError: `features` is no CLIP model, or is None where it is needed; or a package is missing.
         RunError:   weights cannot be fetched.
     """
     is_embedded = local_folder(recipe.model.path) == EMBEDDED
@@ -108,7 +115,7 @@ def instruments(
 
 @dataclass(frozen=True)
 class _Judged:
-    """A run, and what of it is judged."""
+    """A run, and the checkpoint of it that is judged."""
 
     name: str
     recipe: Recipe
@@ -116,7 +123,7 @@ class _Judged:
 
 
 def _judged(runs: Sequence[Path]) -> list[_Judged]:
-    """Each with its newest checkpoint. Raises UsageError if one is no run, RunError if one has no weights."""
+    """The runs, each with its newest checkpoint. Raises UsageError if one is no run, RunError if one has no weights."""
     folders = [RunFolder.open(path) for path in runs]
     return [
         _Judged(name, folder.read_recipe(), checkpoint.chosen(folder.checkpoints))
@@ -125,7 +132,7 @@ def _judged(runs: Sequence[Path]) -> list[_Judged]:
 
 
 def weights_of(runs: Sequence[Path]) -> dict[str, str]:
-    """SHA-256 of the trained weights, by run. Raises RunError if a run has none."""
+    """SHA-256 of the trained weights, by the run's name. Raises RunError if a run has none."""
     return _hashes(_judged(runs))
 
 
@@ -134,7 +141,7 @@ def _hashes(judged: Sequence[_Judged]) -> dict[str, str]:
 
 
 def _refuse_different(runs: Sequence[Path], recipes: Sequence[Recipe]) -> None:
-    """Pictures of different base models or samplers are no comparison of training."""
+    """Raise UsageError if base models or samplers differ: the pictures would then not compare the training."""
     keys = (
         "model.path",
         "model.revision",
@@ -165,10 +172,10 @@ def _prompts_of(recipe: Recipe) -> Sequence[str]:
 
 
 def _all_rewards(recipes: Sequence[Recipe], given: Sequence[RewardTerm]) -> list[RewardTerm]:
-    """Those trained on first, each once."""
+    """Every reward once: those trained on first, then the `given` ones, then those that cost nothing."""
     free = [parse_reward(name, []) for name in _ALWAYS]
     terms = [term for recipe in recipes for term in recipe.reward] + [*given, *free]
-    # With other options it is another reward; a weight only matters in a sum.
+    # The same name with other options is another reward. Weights are left out: they matter only in a sum.
     unique: dict[str, RewardTerm] = {}
     for term in terms:
         unique.setdefault(repr(term.model_copy(update={"weight": 1.0})), term)
@@ -178,14 +185,14 @@ def _all_rewards(recipes: Sequence[Recipe], given: Sequence[RewardTerm]) -> list
 def _drawn(
     judged: Sequence[_Judged], chosen: Sequence[str], task: Task, device: torch.device
 ) -> Iterator[tuple[str, Tensor]]:
-    """(name, pictures) of the base model, of it again with other seeds, and of each run."""
+    """Pairs (name, pictures): the base model, the base model with other seeds, then each run."""
     for one in judged:
         recipe = one.recipe
         policy = families.load(recipe, device)
         text = policy.encode(list(chosen)).repeat_interleave(task.images_per_prompt, dim=0)
         policy.free_text_encoder()
         same, other = (first + torch.arange(len(text)) for first in (COMPARISON, COMPARISON_AGAIN))
-        # What training came down to fits here too.
+        # The tile size that training ended with fits in memory here too.
         tile = int(checkpoint.load_state(one.checkpoint)["tile"])
         draw = partial(generate, policy, text, seed=task.seed, sampler=recipe.sampler, tile=tile)
         with policy.decoder.at_work():
@@ -194,12 +201,12 @@ def _drawn(
                 yield BASE_AGAIN, draw(other)
             policy.load_state_dict(checkpoint.load_tensors(one.checkpoint, "policy"))
             yield one.name, draw(same)
-        # Before the next one is built.
+        # Freed before the next model is built.
         del policy, draw
 
 
 def _names(paths: Sequence[Path]) -> list[str]:
-    """The folders' own names, with as much of the path as tells them apart, also from the base model."""
+    """Names of the runs: the folders' names, with as many parent folders as make them differ, also from BASE."""
     for depth in range(1, 10):
         names = ["/".join(path.resolve().parts[-depth:]) for path in paths]
         if len({*names, BASE, BASE_AGAIN}) == len(names) + 2:

@@ -1,4 +1,4 @@
-"""The curve of a run: what rows of metrics.jsonl say about reward, diversity and noun_top1 along training, and its picture."""
+"""The curve of a run: reward, diversity and noun_top1 along training, read from the rows of metrics.jsonl and drawn."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -9,29 +9,30 @@ import numpy as np
 from dag.run import durable
 
 Rows = Sequence[dict[str, Any]]
+"""The rows of one run's metrics.jsonl, one for each epoch."""
 
 
 def trained(rows: Rows) -> list[dict[str, Any]]:
-    """Rows of epochs that drew trajectories."""
+    """The rows of epochs that sampled trajectories."""
     return [row for row in rows if row.get("reward_mean") is not None]
 
 
 def evaluated(rows: Rows) -> list[dict[str, Any]]:
-    """Rows with a fixed evaluation."""
+    """The rows that have a fixed evaluation."""
     return [row for row in rows if row.get("eval_reward_mean") is not None]
 
 
 def ends(rows: Rows) -> tuple[float, float]:
-    """Mean reward of the first epoch's trajectories, and of the last quarter's."""
+    """Mean reward of the sampled trajectories: (of the first epoch, over the last quarter of the epochs)."""
     rewards = [row["reward_mean"] for row in trained(rows)]
     last = rewards[-max(1, len(rewards) // 4) :]
     return rewards[0], sum(last) / len(last)
 
 
 def at_reward(rows: Rows, reward: float, key: str) -> float | None:
-    """The value of `key` where the fixed evaluation first reaches a reward, linearly between two evaluations.
+    """The value of `key` at the moment when the fixed evaluation first reaches `reward`.
 
-    None if it never does, or if `key` was not measured.
+    Interpolates linearly between two evaluations. None if the reward is never reached, or if `key` was not measured.
     """
     before: dict[str, Any] | None = None
     for row in evaluated(rows):
@@ -47,7 +48,7 @@ def at_reward(rows: Rows, reward: float, key: str) -> float | None:
 
 
 def line(row: dict[str, Any], epochs: int) -> str:
-    """An epoch of metrics.jsonl in one line."""
+    """One row of metrics.jsonl as a line to print; `epochs` is the run's total."""
     parts = [f"epoch {row['epoch']}/{epochs}"]
     if row.get("reward_mean") is not None:
         parts.append(f"reward {row['reward_mean']:.3f} ± {row['reward_std']:.3f}")
@@ -66,7 +67,7 @@ def line(row: dict[str, Any], epochs: int) -> str:
 
 
 def draw_curves(rows: Sequence[dict[str, Any]], path: Path) -> None:
-    """Reward against trajectories with its spread, the fixed evaluation, and diversity and noun_top1 if measured."""
+    """Draw a run to `path`: rewards (left), and diversity and noun_top1 if measured (right), against trajectories."""
     import matplotlib
 
     matplotlib.use("Agg")

@@ -1,10 +1,11 @@
-"""Figures of sets of pictures, from their features: how different they are, and how far from other pictures.
+"""Statistics of sets of pictures from their features: how diverse a set is, and how far two sets are from each other.
 
-Legend: N pictures, D features. Features are float32 rows; every figure is computed in float64.
+Legend: N pictures (M in a second set), D features, P prompts with n pictures each. Features are float32 rows. Vendi score
+and distances between sets are computed in float64.
 
-The published figures are computed here, not by a library. torchmetrics, ignite and scipy take the root of a singular matrix
-where N < D, which costs the Frechet distance eight digits; torchmetrics' kernel distance wants N = M; vendi-score brings
-scipy and scikit-learn for its four lines. tests/by_hand/published_statistics.py compares them.
+The published statistics are computed here, not by a library. torchmetrics, ignite and scipy take the root of a singular
+matrix where N < D, which costs the Frechet distance eight digits; torchmetrics' kernel distance needs N = M; vendi-score
+would add scipy and scikit-learn for four lines of code. tests/by_hand/published_statistics.py compares them.
 """
 
 import torch
@@ -42,8 +43,8 @@ def vendi_score(features: Tensor) -> float:
 def frechet_distance(a: Tensor, b: Tensor) -> float:
     """|mean_a - mean_b|^2 + tr(C_a + C_b - 2 (C_a C_b)^(1/2)), unbiased covariances (Heusel et al. 2017, squared).
 
-    It falls with the number of pictures even between two samples of one distribution. So compare at equal numbers, and report
-    the distance of such a pair beside it.
+    It depends on the number of pictures: even between two samples of one distribution it is above zero, and falls as they
+    grow. So compare sets of equal size, and report the distance between two samples of one distribution beside it.
 
     Args:
         a, b: (N, D), (M, D)

@@ -12,20 +12,24 @@ import numpy as np
 
 from dag.evaluation.curves import Rows, at_reward, ends, evaluated, trained
 
+# A legend with more entries is drawn beside the axes.
 _MOST_INSIDE = 4
 
 
 @dataclass(frozen=True)
 class Line:
-    """One method's runs."""
+    """One line of a figure: the runs of one method."""
 
     name: str
     runs: tuple[Rows, ...]
-    """Rows of metrics.jsonl of every seed."""
+    """The rows of metrics.jsonl of each run, one run for each seed."""
 
 
 def common_reward(lines: Sequence[Line]) -> float | None:
-    """The highest fixed-evaluation reward that every run of every line reaches by training; None if a run gains none."""
+    """The highest reward of the fixed evaluation that all runs of all lines reach.
+
+    None where that is no gain: some run began above it.
+    """
     curves = [[row["eval_reward_mean"] for row in evaluated(run)] for line in lines for run in line.runs]
     level = min(map(max, curves))
     return level if level > max(curve[0] for curve in curves) else None
@@ -35,7 +39,7 @@ def common_reward(lines: Sequence[Line]) -> float | None:
 
 
 def summary(lines: Sequence[Line]) -> list[dict[str, Any]]:
-    """One row a method: means over seeds, and their sd where it says so."""
+    """A table with one row for each method: means over seeds, and standard deviations in columns that end in `_sd`."""
     level = common_reward(lines)
     table = []
     for line in lines:
@@ -67,33 +71,37 @@ def summary(lines: Sequence[Line]) -> list[dict[str, Any]]:
 
 
 def _mean(values: Sequence[float | None]) -> float | None:
-    """None if any value is missing: a mean over some seeds is another figure."""
+    """The mean; None if any value is missing, since a mean over fewer seeds would not be comparable."""
     known = [value for value in values if value is not None]
     return float(np.mean(known)) if len(known) == len(values) else None
 
 
 def _peak(run: Rows) -> float | None:
-    """GiB; a resumed run starts to count anew."""
+    """Peak memory of a run in GiB: the maximum over its rows, since a resumed run counts from zero again."""
     return max((row["peak_memory_gib"] for row in run if row.get("peak_memory_gib") is not None), default=None)
 
 
 def _sd(values: Sequence[float]) -> float | None:
+    """The unbiased standard deviation; None of a single value."""
     return float(np.std(values, ddof=1)) if len(values) > 1 else None
 
 
 def markdown(table: Sequence[dict[str, Any]]) -> str:
+    """The rows as a Markdown table; all have the columns of the first one."""
     names = list(table[0])
     lines = ["| " + " | ".join(names) + " |", "|---" * len(names) + "|"]
     return "\n".join([*lines, *("| " + " | ".join(_cell(row[name]) for name in names) + " |" for row in table)])
 
 
 def _cell(value: Any) -> str:
+    """A value of a table as text: "" for None, numbers with four significant digits."""
     if value is None:
         return ""
     return f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
 def write_csv(rows: Sequence[dict[str, Any]], path: Path) -> None:
+    """Write the rows as CSV; a row may lack columns of others."""
     names = list(dict.fromkeys(name for row in rows for name in row))
     with path.open("w", newline="", encoding="utf-8") as file:
         writer = csv.DictWriter(file, names)
@@ -102,7 +110,7 @@ def write_csv(rows: Sequence[dict[str, Any]], path: Path) -> None:
 
 
 def curve_rows(lines: Sequence[Line]) -> Iterator[dict[str, Any]]:
-    """Every number of every epoch, by method and seed."""
+    """Every number of metrics.jsonl, one row for each method, seed and epoch."""
     for line in lines:
         for seed, run in enumerate(line.runs):
             for row in run:
@@ -114,7 +122,7 @@ def curve_rows(lines: Sequence[Line]) -> Iterator[dict[str, Any]]:
 
 
 def draw(lines: Sequence[Line], folder: Path) -> list[Path]:
-    """PNG and SVG of each figure; returns the PNG files."""
+    """Draw each figure as PNG and SVG into `folder`; returns the PNG files."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -123,13 +131,13 @@ def draw(lines: Sequence[Line], folder: Path) -> list[Path]:
 
     kinds: dict[str, Callable[[Any], None]] = {
         "reward_by_trajectories": lambda axis: _curves(axis, lines, "trajectories", 0, "trajectories"),
-        # A rollout is drawn before its own updates.
+        # An epoch's trajectories are sampled before its updates: its reward belongs to the updates made so far.
         "reward_by_updates": lambda axis: _curves(axis, lines, "optimizer_step", 1, "optimizer updates before"),
         "reward_against_diversity": lambda axis: _trade_off(axis, lines, "diversity", "diversity within a prompt"),
         "reward_against_noun_top1": lambda axis: _trade_off(axis, lines, "noun_top1", "noun_top1"),
         "time_and_memory": lambda axis: _costs(axis, lines),
     }
-    # Where the colours are used up, the next dash begins.
+    # The lines go through all colours with one dash pattern, then through all colours with the next.
     looks = cycler(linestyle=["-", "--", ":"]) * matplotlib.rcParams["axes.prop_cycle"]
     files = []
     for name, plot in kinds.items():
@@ -146,7 +154,11 @@ def draw(lines: Sequence[Line], folder: Path) -> list[Path]:
 
 
 def _curves(axis: Any, lines: Sequence[Line], key: str, late: int, label: str) -> None:
-    """Mean over seeds, and one sd, against `key` as so many epochs earlier."""
+    """Draw the mean reward over seeds, and one standard deviation, against `key`.
+
+    Args:
+        late: the reward of epoch i is drawn at the value that `key` had at the end of epoch i - late.
+    """
     for line in lines:
         runs = [trained(run) for run in line.runs]
         epochs = min(map(len, runs))
@@ -161,7 +173,7 @@ def _curves(axis: Any, lines: Sequence[Line], key: str, late: int, label: str) -
 
 
 def _trade_off(axis: Any, lines: Sequence[Line], key: str, label: str) -> None:
-    """Every evaluation of every seed, along training; the mean over seeds at equal training."""
+    """Draw the reward against `key` for the fixed evaluations of all epochs: a dot for each seed, a line for their mean."""
     for line in lines:
         runs = [[row for row in evaluated(run) if row.get(key) is not None] for run in line.runs]
         if not all(runs):
@@ -176,14 +188,14 @@ def _trade_off(axis: Any, lines: Sequence[Line], key: str, label: str) -> None:
 
 
 def _legend(axis: Any) -> None:
-    """Beside the figure where it would cover too much of it."""
+    """Add a legend: beside the axes if it is so long that it would cover the curves."""
     is_long = len(axis.get_legend_handles_labels()[0]) > _MOST_INSIDE
     place = {"loc": "center left", "bbox_to_anchor": (1, 0.5)} if is_long else {}
     axis.legend(fontsize=8, **place)
 
 
 def _costs(axis: Any, lines: Sequence[Line]) -> None:
-    """Seconds a trajectory by phase, and the peak of memory in the label."""
+    """Draw seconds per trajectory by phase as stacked bars; the labels also have the peak memory."""
     phases = ("sample", "reward", "update")
     names = []
     for line in lines:
@@ -217,7 +229,7 @@ _STYLE = (
 def page(
     title: str, text: str, tables: dict[str, Sequence[dict[str, Any]]], pictures: Sequence[Path], path: Path
 ) -> None:
-    """One HTML file with everything in it."""
+    """Write one HTML file that holds the text, the tables and the pictures themselves."""
     parts = [f"<h1>{html.escape(title)}</h1>", f"<p>{html.escape(text)}</p>"]
     for caption, table in tables.items():
         parts += [f"<h2>{html.escape(caption)}</h2>", _html_table(table)]
@@ -233,7 +245,7 @@ def page(
 
 
 def _html_table(table: Sequence[dict[str, Any]]) -> str:
-    """One line a row, or a row a column where there are many columns and few rows."""
+    """An HTML table; transposed where it would have many columns and few rows."""
     if not table:
         return "<p>nothing</p>"
     lines = [list(table[0]), *([_cell(value) for value in row.values()] for row in table)]

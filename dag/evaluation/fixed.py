@@ -20,21 +20,27 @@ from dag.run.processes import ALONE, Processes
 
 @dataclass(frozen=True)
 class EvaluationResult:
+    """The N pictures of one fixed evaluation, and what was measured on them."""
+
     images: Tensor
     """(N, 3, H, W) float32 in [0, 1], image i of prompt i // images_per_prompt."""
     prompts: list[str]
-    """(N,)"""
+    """(N,) the prompt of each image."""
     reward: Tensor
-    """(N,)"""
+    """(N,) float32, the weighted sum of the recipe's rewards."""
     metrics: dict[str, float]
+    """What was measured, by key of metrics.jsonl."""
 
 
 class Evaluator:
-    """Holds the towers that measure; built once per run.
+    """Draws and measures the fixed evaluation; built once per run, since it holds networks.
 
     Args:
-        prompts: those to evaluate on; the recipe says how many of them, from the first.
-        text:    (P, S, D) their embeddings.
+        prompts: P prompts, of which the recipe's `evaluation.prompts` says how many are used, from the first.
+        text:    (P, S, D) the embeddings of these prompts.
+
+    Raises:
+        UsageError: `evaluation.fidelity` is on, and the judge does not know the thing in a prompt.
     """
 
     def __init__(
@@ -60,20 +66,20 @@ class Evaluator:
             )
 
     def tiles(self, size: int) -> list[Tensor]:
-        """Rows of this process's share of the pictures, so many at a time; all processes have equally many."""
+        """This process's share of the pictures as row indices, at most `size` in each tile; all shares are equally large."""
         return list(self.processes.mine(self._padded()).split(size))
 
     def draw(self, policy: Policy, rows: Tensor) -> Tensor:
-        """(B, 3, H, W) the pictures of some rows, on the CPU."""
+        """The pictures (B, 3, H, W) of these rows, on the CPU."""
         ids, sampler = self.sample_id[rows], self.recipe.sampler
         return generate(policy, self.text[rows], ids, self.recipe.seed, sampler, tile=len(rows))
 
     def together(self, images: Tensor) -> Tensor:
-        """(N, 3, H, W) all pictures, in every process, of each one's share (n, 3, H, W)."""
+        """All pictures (N, 3, H, W), in every process, gathered from each process's share (n, 3, H, W)."""
         return self.processes.everyones(images)[: len(self.prompts)]
 
     def _padded(self) -> Tensor:
-        """Rows of the evaluation, the last one repeated until every process has as many."""
+        """Indices of all rows, the last one repeated until they divide evenly among the processes."""
         count, size = len(self.prompts), self.processes.size
         return torch.arange(-(-count // size) * size).clamp(max=count - 1)
 

@@ -1,7 +1,7 @@
 """Does a picture of the embedded model show what its prompt asked for?
 
-A small judge tells, trained apart from every reward. Owns the embedded model's closed caption language and
-the judge network; `dag.assets.build` trains both from it.
+The judge, a small classifier that no reward uses, recognises what a picture shows. This module owns the judge network and the
+closed vocabulary of the embedded model's captions; `dag.assets.build` trains both models with this vocabulary.
 """
 
 import json
@@ -59,6 +59,7 @@ _PLURALS = {
 
 
 def plural(noun: str) -> str:
+    """The plural of one of NOUNS or SHAPES."""
     return _PLURALS.get(noun, f"{noun}s")
 
 
@@ -68,7 +69,7 @@ _NUMBERS = {word: count for count, word in COUNTS.items()}
 
 @dataclass(frozen=True)
 class Expected:
-    """What a prompt asks for; None where it does not say."""
+    """What a prompt asks for. Colour and background are None where the prompt does not say."""
 
     name: str
     """One of NOUNS or SHAPES."""
@@ -97,16 +98,16 @@ def expected(prompt: str) -> Expected | None:
 
 @dataclass(frozen=True)
 class Verdict:
-    """Logits for B pictures."""
+    """The judge's logits for B pictures."""
 
     name: Tensor
-    """(B, nouns + shapes)"""
+    """(B, 69) for NOUNS, then SHAPES."""
     colour: Tensor
-    """(B, colours) of the thing, for shapes."""
+    """(B, 10) for COLOURS, the colour of the thing; meaningful for shapes only."""
     background: Tensor
-    """(B, colours)"""
+    """(B, 10) for COLOURS."""
     count: Tensor
-    """(B, 4): one, two, three, four"""
+    """(B, 4) for one, two, three and four things."""
 
 
 def _block(width_in: int, width: int) -> nn.Sequential:
@@ -131,6 +132,7 @@ class Judge(nn.Module):
         self.head = nn.Linear(2 * channels[-1], sum(self.sizes))
 
     def forward(self, images: Tensor) -> Verdict:
+        """The logits for images (B, 3, 64, 64) in [0, 1]."""
         features = self.blocks(images * 2 - 1)
         pooled = torch.cat([features.mean((2, 3)), features.amax((2, 3))], dim=1)
         return Verdict(*self.head(pooled).split(self.sizes, dim=1))
@@ -151,10 +153,13 @@ def load_judge(folder: Path = JUDGE) -> Judge:
 
 @torch.no_grad()
 def noun_accuracy(judge: Judge, images: Tensor, prompts: Sequence[str]) -> tuple[float, float]:
-    """(top-1, top-5) share of images whose thing the judge recognises as the prompt's.
+    """noun_top1 and noun_top5: the shares of images in which the judge recognises the thing that the prompt names.
+
+    Top-1 counts an image if that thing is the judge's best guess, top-5 if it is among its best five.
 
     Args:
-        images: (B, 3, 64, 64) float in [0, 1].
+        images:  (B, 3, 64, 64) float in [0, 1].
+        prompts: (B,) the prompt of each image.
 
     Raises:
         ValueError: a prompt does not name exactly one thing the judge knows.

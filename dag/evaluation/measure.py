@@ -1,4 +1,4 @@
-"""What the pictures of a model are measured with: rewards, diversity, distance from the base model's, prompt alignment."""
+"""Measures the pictures of models: rewards, diversity, distance from the base model's pictures, prompt alignment."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -22,21 +22,23 @@ _FEATURES_AT_ONCE = 16
 
 @dataclass(frozen=True)
 class Task:
-    """What every model draws, P prompts with n pictures each side by side."""
+    """What every model draws: n pictures of each of P prompts, the pictures of a prompt next to each other."""
 
     prompts: list[str]
-    """(P * n,)"""
+    """(P * n,) the prompt of each picture."""
     images_per_prompt: int
     seed: int
 
 
 class Measure:
-    """Holds what pictures are measured with.
+    """Measures the pictures that models drew for one task.
 
     Args:
-        tower: its image features are the space of diversity and distances, its text features that of alignment.
-        distances: perceptual ones by name, whose mean within a prompt is one more figure of diversity.
-        judge: tells the nouns of the embedded model's prompts; None for other models.
+        tower: CLIP model; diversity and distances use its image features, alignment also its text features.
+        distances: perceptual distances by name; the mean of each within a prompt is one more measure of diversity.
+
+    Attributes:
+        judge: measures noun_top1; None if it does not know the thing in every prompt.
     """
 
     def __init__(
@@ -53,11 +55,10 @@ class Measure:
         self.judge: Judge | None = load_judge() if is_known else None
 
     def rows(self, pictures: Mapping[str, Tensor]) -> list[Row]:
-        """Figures of every model's pictures (N, 3, H, W), BASE and BASE_AGAIN among them.
+        """One row of measures for each model's pictures (N, 3, H, W); BASE and BASE_AGAIN must be among the models.
 
-        Gains are over BASE, which drew the same seeds. Distances are from BASE_AGAIN, which did not: from pictures of the
-        same seeds the distance of a hardly changed model would be far below that of two samples of one distribution, which is what
-        the row of BASE tells.
+        Gains in reward are over BASE, which drew the same seeds. Distances are to BASE_AGAIN, which drew other seeds:
+        reusing the seeds would make a hardly changed model look too close. BASE's own row is the noise floor.
         """
         features = {name: self._features(images) for name, images in pictures.items()}
         with self.rewards.at_work():
@@ -77,7 +78,7 @@ class Measure:
         return torch.cat([self.tower.embed_images(part).cpu() for part in images.split(_FEATURES_AT_ONCE)])
 
     def _spread(self, features: Tensor, images: Tensor) -> Row:
-        """Within prompts."""
+        """Measures of diversity within prompts, averaged over prompts."""
         count = self.task.images_per_prompt
         return {
             "diversity": within_prompt_diversity(features, count),
@@ -86,12 +87,13 @@ class Measure:
         }
 
     def _distances(self, features: Tensor, reference: Tensor | None) -> Row:
+        """Distances to the pictures with the features `reference`; None where there is nothing to compare with."""
         if reference is None:
             return {"frechet": None, "kernel": None}
         return {"frechet": frechet_distance(features, reference), "kernel": kernel_distance(features, reference)}
 
     def _alignment(self, features: Tensor, images: Tensor) -> Row:
-        """With the prompts, by the tower and by the judge."""
+        """Agreement of pictures and prompts: 100 x the mean CLIP cosine, and noun_top1 where the judge is at hand."""
         prompts = self.task.prompts
         row = {"alignment": float(100 * (features * self.tower.embed_texts(prompts).cpu()).sum(1).mean())}
         if self.judge is not None and images.shape[-1] == 64:
@@ -99,7 +101,10 @@ class Measure:
         return row
 
     def _reward(self, values: Tensor, base: Tensor) -> dict[str, float | None]:
-        """Mean, sd, and the gain over the base model with its standard error over prompts, which one prompt has not."""
+        """Mean, standard deviation, and the gain over the base model with its standard error over prompts.
+
+        The standard error is None for a single prompt.
+        """
         gain = (values - base).reshape(-1, self.task.images_per_prompt).mean(1)
         error = float(gain.std() / len(gain) ** 0.5) if len(gain) > 1 else None
         return {

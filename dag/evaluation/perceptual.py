@@ -13,14 +13,14 @@ from torch.nn import functional
 from dag.errors import RunError, UsageError
 
 Distance = Callable[[Tensor, Tensor], Tensor]
-"""Two batches (B, 3, H, W) in [0, 1] -> () float32, the mean over the pairs; 0 between equal pictures."""
+"""Maps two batches (B, 3, H, W) in [0, 1] to () float32, the mean over the B pairs; 0 between equal pictures."""
 
 _DREAMSIM_SIZE = 224
 _PAIRS_AT_ONCE = 16
 
 
 def load_distance(name: str, device: torch.device) -> Distance:
-    """One of DISTANCES.
+    """Load a perceptual distance by its name in DISTANCES.
 
     Raises:
         UsageError: its package is not installed.
@@ -35,10 +35,10 @@ def load_distance(name: str, device: torch.device) -> Distance:
 
 
 def within_prompt_distance(distance: Distance, images: Tensor, images_per_prompt: int) -> float:
-    """Mean distance between different pictures of the same prompt, over prompts.
+    """Mean distance between different pictures of the same prompt, averaged over prompts.
 
     Args:
-        images: (P * n, 3, H, W) in [0, 1], the n pictures of a prompt side by side.
+        images: (P * n, 3, H, W) in [0, 1], the n pictures of a prompt next to each other.
     """
     pairs, total = torch.combinations(torch.arange(images_per_prompt)), 0.0
     for group in images.split(images_per_prompt):
@@ -48,7 +48,7 @@ def within_prompt_distance(distance: Distance, images: Tensor, images_per_prompt
 
 
 def _lpips(device: torch.device) -> Distance:
-    """Zhang et al., CVPR 2018, on AlexNet: the form meant for judging pictures."""
+    """LPIPS (Zhang et al., CVPR 2018) on AlexNet, the variant that its authors recommend for comparing pictures."""
     from torchmetrics.image.lpip import LearnedPerceptualImagePatchSimilarity
 
     metric = LearnedPerceptualImagePatchSimilarity(net_type="alex", normalize=True).to(device)
@@ -61,7 +61,10 @@ def _lpips(device: torch.device) -> Distance:
 
 
 def _dreamsim(device: torch.device) -> Distance:
-    """Fu et al., NeurIPS 2023, on OpenCLIP ViT-B/32. The ensemble would run code fetched from a repository's main branch."""
+    """DreamSim (Fu et al., NeurIPS 2023) on OpenCLIP ViT-B/32.
+
+    Not its default ensemble, which would run code fetched from a repository's main branch.
+    """
     from dreamsim import dreamsim
 
     cache = Path(torch.hub.get_dir()) / "dreamsim"
@@ -69,7 +72,7 @@ def _dreamsim(device: torch.device) -> Distance:
     model, _ = dreamsim(pretrained=True, device=str(device), cache_dir=str(cache), dreamsim_type="open_clip_vitb32")
 
     def read(images: Tensor) -> Tensor:
-        """As its own preprocessing of a picture file: Pillow's bicubic filter, which can overshoot."""
+        """Resize as DreamSim's own preprocessing does, with Pillow's bicubic filter; clamped, since that overshoots."""
         size = (_DREAMSIM_SIZE, _DREAMSIM_SIZE)
         return functional.interpolate(images.to(device), size, mode="bicubic", antialias=True).clamp(0, 1)
 

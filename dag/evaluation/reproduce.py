@@ -1,6 +1,7 @@
-"""Run what is missing of a study, judge its runs, and draw it.
+"""Run the missing runs of a study, judge all of them, and write its figures and tables.
 
-Each study's folder gets figures (PNG, SVG), curves.csv, table.csv, and study.html, which holds everything in one file.
+Each study's folder gets figures (PNG, SVG), curves.csv, table.csv, table.md, and study.html, which holds everything in one
+file.
 """
 
 import json
@@ -21,16 +22,21 @@ from dag.run.gpu import free_memory, out_of_memory_ends, this_device
 
 
 def reproduce(study: Study, folder: Path, seeds: int, jobs: int, gpus: Sequence[str] = ()) -> list[Case]:
-    """Everything that is missing of a study: tuning, runs, evaluation, figures.
+    """Do what is missing of a study: tuning, runs, evaluation, figures.
+
+    Args:
+        seeds: runs of each method.
+        jobs:  runs at a time.
+        gpus:  GPUs as CUDA_VISIBLE_DEVICES names them; see `run_missing`.
 
     Returns:
-        the runs that failed, which the figures lack.
+        the runs that failed; the figures are drawn without them.
 
     Raises:
-        RunError: none is left, or a setting could not be tried.
+        RunError: every run failed, or a setting could not be tried.
     """
     tuned = tuning_cases(study, folder)
-    # A setting that breaks is no choice; one that was stopped by something else has not been tried.
+    # A setting that diverged has been tried and is not chosen. One that ended in another way has not been tried.
     broken = run_missing(tuned, jobs, gpus)
     if unknown := [case for case, code in broken.items() if code != DIVERGED]:
         raise RunError(f"{len(unknown)} settings could not be tried; see {unknown[0].log}")
@@ -40,13 +46,13 @@ def reproduce(study: Study, folder: Path, seeds: int, jobs: int, gpus: Sequence[
     if not done:
         raise RunError(f"every run failed; see {cases[0].log}")
     by_method = {method.name: [case for case in done if case.method == method] for method in study.methods}
-    lines = [Line(name, tuple(case.rows() for case in mine)) for name, mine in by_method.items() if mine]
+    lines = [Line(name, tuple(case.metrics() for case in mine)) for name, mine in by_method.items() if mine]
     write(study, folder, lines, tuned, done, _judged(study, done, folder))
     return list(failed)
 
 
 def _judged(study: Study, cases: Sequence[Case], folder: Path) -> list[dict[str, Any]]:
-    """Rows of `dag.evaluate` for the base model and every run; made once for a set of runs."""
+    """The rows that `dag.evaluate` makes for the base model and every run; read from the disk if they are there."""
     file = folder / "evaluation" / "evaluation.json"
     if (known := _known(study, cases, file)) is not None:
         return known
@@ -63,14 +69,17 @@ def _judged(study: Study, cases: Sequence[Case], folder: Path) -> list[dict[str,
         )
     shown = {BASE, *(case.folder.name for case in cases if case.seed == 0)}
     if device.type == "cuda":
-        # The next study's runs are other processes on the same GPU.
+        # The runs of the next study are other processes, which need this memory of the GPU.
         free_memory()
     verdict.write(file.parent, data, {name: images for name, images in drawn.items() if name in shown})
     return data["models"]
 
 
 def _known(study: Study, cases: Sequence[Case], file: Path) -> list[dict[str, Any]] | None:
-    """The rows that are there, if they are of these runs' weights and as asked; None also for a file of another version."""
+    """The rows in `file`, if they were made from these runs' weights with the study's options; else None.
+
+    None also if the file is missing, cannot be read, or was written by another version.
+    """
     try:
         known = json.loads(file.read_text(encoding="utf-8"))
         found = (known["num_prompts"], known["images_per_prompt"], known["distances"], known["weights"])
@@ -89,7 +98,14 @@ def write(
     cases: Sequence[Case],
     judged: Sequence[dict[str, Any]],
 ) -> None:
-    """Figures, tables and the page."""
+    """Write the study's figures, tables and page, and print the table of methods.
+
+    Args:
+        lines:  the runs' metrics, by method.
+        tuned:  the runs of the tuning stage.
+        cases:  the complete runs.
+        judged: rows of `dag.evaluate` for the base model and these runs.
+    """
     table, by_name = figures.summary(lines), {one["model"]: one for one in judged}
     for row in table:
         mine = [case for case in cases if case.method.name == row["method"]]
@@ -120,7 +136,7 @@ def write(
 
 
 def _strengths(recipe: Recipe) -> dict[str, float | None]:
-    """What decides how far a run goes."""
+    """The settings that decide how far a policy moves from the pretrained one."""
     return {
         "learning_rate": recipe.train.learning_rate,
         "pretrained_kl": recipe.regulariser.pretrained_kl,
@@ -129,12 +145,12 @@ def _strengths(recipe: Recipe) -> dict[str, float | None]:
 
 
 def _tried(case: Case) -> dict[str, Any]:
-    """A setting of the tuning stage; one that broke has no figures."""
+    """One row of the table of tried settings; one that broke has no results."""
     setting = {"method": case.method.name, **_strengths(case.recipe())}
     ended = ("reward_last_quarter", "eval_reward", "diversity", "noun_top1")
     if not case.is_complete():
         return {**setting, **dict.fromkeys(ended)}
-    rows = case.rows()
+    rows = case.metrics()
     final = evaluated(rows)[-1]
     return setting | {
         "reward_last_quarter": ends(rows)[1],
@@ -145,7 +161,7 @@ def _tried(case: Case) -> dict[str, Any]:
 
 
 def _refuse_fixed(study: Study) -> None:
-    """Keys that a study sets itself, run by run or for all."""
+    """Raise UsageError if `--set` gives a key that the study sets itself, for all runs or for some."""
     tuned = [key for method in study.methods for setting in method.tried for key in setting.overrides]
     chosen = [*study.overrides, *(override for method in study.methods for override in method.overrides)]
     for key in map(_key, study.given):
@@ -166,10 +182,13 @@ def check(
     gpus: Sequence[str],
     check_budget: Callable[[Recipe], object],
 ) -> None:
-    """What would otherwise end the study after hours.
+    """Find before anything is run what would otherwise end the study after hours.
 
     Args:
-        check_budget: raises UsageError for a recipe that is predicted to need more memory than it may.
+        check_budget: raises UsageError for a recipe that is predicted to need more memory than `memory.budget_gib`.
+
+    Raises:
+        UsageError: an option, a recipe or the folder cannot be used.
     """
     _refuse_fixed(study)
     cases = [*tuning_cases(study, folder), *cases_of(study, folder, seeds, {})]

@@ -9,18 +9,18 @@ from torch import Tensor
 
 _CAPTION_PX = 12
 _SMALLEST_CELL_PX = 96
-# Sheets.
+# Grids side by side, and the gap between them.
 _ABREAST, _GAP_PX = 4, 12
 
 
 def to_pictures(images: Tensor) -> list[Image.Image]:
-    """(N, 3, H, W) float in [0, 1] as 8-bit pictures."""
+    """Convert images (N, 3, H, W) float in [0, 1] to N 8-bit pictures."""
     pixels = (images.float() * 255).round().clamp(0, 255).byte().permute(0, 2, 3, 1).cpu().numpy()
     return [Image.fromarray(np.ascontiguousarray(array)) for array in pixels]
 
 
 def grid(images: Tensor, captions: Sequence[str], columns: int) -> Image.Image:
-    """Pictures row by row, a caption above each; small pictures are enlarged to be seen."""
+    """A grid of images (N, 3, H, W) in [0, 1], row by row, a caption above each; pictures under 96 px are enlarged."""
     pictures = to_pictures(images)
     side = max(pictures[0].width, _SMALLEST_CELL_PX)
     rows = math.ceil(len(pictures) / columns)
@@ -34,6 +34,7 @@ def grid(images: Tensor, captions: Sequence[str], columns: int) -> Image.Image:
 
 
 def with_title(sheet: Image.Image, title: str) -> Image.Image:
+    """The picture with a line of text above it."""
     titled = Image.new("RGB", (sheet.width, sheet.height + 20), "white")
     ImageDraw.Draw(titled).text((2, 2), title, fill="black", font_size=14)
     titled.paste(sheet, (0, 20))
@@ -41,7 +42,7 @@ def with_title(sheet: Image.Image, title: str) -> Image.Image:
 
 
 def beside(sheets: Sequence[Image.Image]) -> Image.Image:
-    """Pictures side by side, in as many rows as it takes to stay readable on a page."""
+    """Pictures side by side, at most four in a row, on one sheet."""
     width, height = (max(sizes) + _GAP_PX for sizes in zip(*(sheet.size for sheet in sheets), strict=True))
     columns, rows = min(len(sheets), _ABREAST), math.ceil(len(sheets) / _ABREAST)
     joined = Image.new("RGB", (columns * width - _GAP_PX, rows * height - _GAP_PX), "white")
@@ -51,5 +52,5 @@ def beside(sheets: Sequence[Image.Image]) -> Image.Image:
 
 
 def before_after(before: Image.Image, after: Image.Image) -> Image.Image:
-    """Grids of the base model and of the trained one, side by side."""
+    """The base model's grid and the trained model's, side by side and titled."""
     return beside([with_title(before, "before"), with_title(after, "after")])

@@ -1,4 +1,4 @@
-"""The studies: which methods, recipes and settings stand behind each figure."""
+"""The studies of `python -m dag.reproduce`: the methods, recipes and settings behind each figure."""
 
 from dataclasses import replace
 
@@ -17,7 +17,7 @@ _TINY = (
 
 
 def _paper(name: str) -> tuple[Method, ...]:
-    """The published recipes on a reward's prompts: animals for networks, ImageNet's classes for JPEG."""
+    """The published recipes for a reward: the animal prompts for reward networks, ImageNet's classes for JPEG."""
     file = "compressibility" if "compressibility" in name else "aesthetic"
     return (
         Method("dag_db", f"paper/{file}.yaml"),
@@ -26,22 +26,26 @@ def _paper(name: str) -> tuple[Method, ...]:
     )
 
 
-# The published micro-batch of 8 asks for more than 24 GB; the gradient does not depend on it.
+# The published micro-batch of 8 needs more than 24 GB; the gradient does not depend on its size.
 _ON_24_GB = (
     "train.micro_batch=4",
-    "sampler.tile=4",  # the micro-batch's: the first ratio is then exactly 1
+    "sampler.tile=4",  # equal to the micro-batch, so that the first ratio is exactly 1
     "memory.budget_gib=21",
     "evaluation.diversity=openai/clip-vit-large-patch14",
 )
 _CHOICE = "the reward of the last quarter decides among those that keep the judged noun in 70 % of pictures"
+# Learning rates to try without a regulariser.
 _WITHOUT = tuple(Setting(rate) for rate in (0.002, 0.004, 0.008))
-# At the recipe's own .005 the policy leaves this target within a few epochs: see the ablations.
+# Learning rates to try with the pretrained model as a prior: at the recipe's own .005 the policy leaves that target within a
+# few epochs, see the ablations.
 _SLOW = tuple(Setting(rate) for rate in (0.001, 0.002))
-# The pull of a strength depends on the loss beside it: a decade for each, near what its recipe ships with.
+# The effect of a regulariser strength depends on the scale of the loss beside it: for each method two strengths a factor of
+# ten apart, near that of its recipe.
 _STRENGTHS = {"dag_db": (1e-5, 1e-4), "dag_kl": (1e-5, 1e-4), "ddpo": (1e-6, 1e-5)}
 
 
 def _regularised(method: Method) -> Method:
+    """The method with four settings to try: pairs of learning rate and regulariser strength."""
     pairs = (Setting(rate, strength) for strength in _STRENGTHS[method.name] for rate in (0.004, 0.008))
     return replace(method, tried=tuple(pairs))
 
@@ -50,6 +54,7 @@ _SAME_NETWORK = " The network that gives the reward also measures alignment and 
 
 
 def _reward(name: str, title: str, scale: str) -> Study:
+    """DAG-DB, DAG-KL and DDPO on one reward."""
     is_tiny = scale == "tiny"
     return Study(
         title=f"{title}, {'embedded model' if is_tiny else 'Stable Diffusion 1.5'}",

@@ -1,7 +1,7 @@
-"""Studies: the runs behind a figure, and running those of them that are missing.
+"""Studies: the runs behind a figure, and a pool of processes that runs those that are missing.
 
-A study is a folder with a run folder for each (method, setting, seed). What is complete is never run again, what was
-interrupted is resumed, and a folder that holds another recipe's run is refused.
+A study's folder holds a run folder for each (method, setting, seed). A complete run is never run again, an interrupted one is
+resumed, and a folder that holds another recipe's run is refused.
 """
 
 import fcntl
@@ -29,54 +29,57 @@ ROOT = Path(__file__).parents[2]
 
 @dataclass(frozen=True)
 class Setting:
-    """What is tuned."""
+    """Values of the tuned recipe keys: one candidate of the tuning stage."""
 
     learning_rate: float
     pretrained_kl: float | None = None
-    """Strength of the regulariser; None keeps the recipe's."""
+    """Strength of the regulariser; None keeps the recipe's strength."""
 
     @property
     def name(self) -> str:
+        """The setting's part of a run folder's name."""
         return f"lr{self.learning_rate}" + ("" if self.pretrained_kl is None else f"-kl{self.pretrained_kl}")
 
     @property
     def overrides(self) -> dict[str, float]:
-        """Values of recipe keys."""
+        """The setting's values by recipe key."""
         strength = {} if self.pretrained_kl is None else {"regulariser.pretrained_kl": self.pretrained_kl}
         return {"train.learning_rate": self.learning_rate, **strength}
 
 
 @dataclass(frozen=True)
 class Method:
-    """One line of a figure."""
+    """A recipe that a study compares: one line of a figure."""
 
     name: str
     recipe: str
-    """File, relative to recipes/."""
+    """The recipe's file, relative to recipes/."""
     overrides: tuple[str, ...] = ()
+    """`key=value` overrides of the recipe."""
     tried: tuple[Setting, ...] = ()
-    """On the first seed, before the others run with the best; none keeps the recipe's own."""
+    """Settings to try with the first seed; all seeds then run with the best. If empty, the recipe's values are kept."""
 
 
 @dataclass(frozen=True)
 class Study:
-    """What is compared with what."""
+    """Methods that are compared, and what they have in common."""
 
     title: str
     question: str
     methods: tuple[Method, ...]
     overrides: tuple[str, ...] = ()
-    """For every method; with the methods' own what the study is about."""
+    """Overrides for every method. They define the study, so the user may not set their keys."""
     sizes: tuple[str, ...] = ()
-    """For every method; the user may set other ones."""
+    """Overrides for every method that the user may replace."""
     given: tuple[str, ...] = ()
-    """The user's own, which come last."""
+    """The user's overrides (`--set`), which come last."""
     seeds: int = 3
+    """Runs of each method."""
     prompts: int = 16
-    """How many of them the finished runs are judged on."""
+    """Number of prompts that the finished runs are judged on."""
     images_per_prompt: int = 8
     distances: tuple[str, ...] = ()
-    """Perceptual ones, names of `dag.evaluation.perceptual.DISTANCES`."""
+    """Perceptual distances to judge with: names in `dag.evaluation.perceptual.DISTANCES`."""
 
 
 @dataclass(frozen=True)
@@ -86,11 +89,13 @@ class Case:
     method: Method
     seed: int
     setting: Setting | None
+    """The tuned setting that it runs with; None for the recipe's own values."""
     study: Study
     folder: Path
 
     @property
     def overrides(self) -> list[str]:
+        """All overrides of the run's recipe, in order: a later one replaces an earlier one."""
         tuned = {} if self.setting is None else self.setting.overrides
         chosen = [f"{key}={value}" for key, value in tuned.items()]
         return [
@@ -104,36 +109,39 @@ class Case:
 
     @property
     def file(self) -> Path:
+        """The recipe's file."""
         return ROOT / "recipes" / self.method.recipe
 
     @property
     def log(self) -> Path:
-        """What the run printed."""
+        """The file with what the run printed."""
         return self.folder.with_name(f"{self.folder.name}.log")
 
     def recipe(self) -> Recipe:
+        """The run's recipe, with all overrides."""
         return load(self.file, self.overrides)
 
-    def rows(self) -> list[dict[str, Any]]:
+    def metrics(self) -> list[dict[str, Any]]:
+        """The rows of the run's metrics.jsonl."""
         return RunFolder(self.folder).metrics.read()
 
     def commit(self) -> str | None:
-        """Of the code that trained it."""
+        """The git commit of the code that trained it; None if unknown."""
         return RunFolder(self.folder).read_description().get("commit")
 
     def is_complete(self) -> bool:
-        """Raises UsageError if the folder holds a run of another recipe."""
+        """Whether the run has ended with its last epoch. Raises UsageError if the folder holds another recipe's run."""
         if not (self.folder / "run.json").is_file():
             return False
         recipe = self.recipe()
         if RunFolder(self.folder).read_recipe() != recipe:
             raise UsageError(f"{self.folder}: holds a run of another recipe; choose another --out")
-        rows = self.rows()
+        rows = self.metrics()
         return bool(rows) and rows[-1]["epoch"] == recipe.train.epochs and (self.folder / "lora").is_dir()
 
 
 def cases_of(study: Study, folder: Path, seeds: int, settings: Mapping[str, Setting | None]) -> list[Case]:
-    """Every seed of every method, as tuned."""
+    """A run for every method and seed, with the method's setting in `settings`; a method without one is not tuned."""
     return [
         case(study, method, folder, seed, settings.get(method.name))
         for method in study.methods
@@ -142,28 +150,30 @@ def cases_of(study: Study, folder: Path, seeds: int, settings: Mapping[str, Sett
 
 
 def tuning_cases(study: Study, folder: Path) -> list[Case]:
-    """The first seed of every method with each setting that is tried."""
+    """A run with the first seed for every method and each setting that it tries."""
     return [case(study, method, folder, 0, setting) for method in study.methods for setting in method.tried]
 
 
 def case(study: Study, method: Method, folder: Path, seed: int, setting: Setting | None) -> Case:
+    """Make a run whose folder, inside `folder`, is named after method, setting and seed."""
     name = method.name + ("" if setting is None else f"-{setting.name}") + f"-s{seed}"
     return Case(method, seed, setting, study, folder / name)
 
 
 # -- results of a run ---------------------------------------------------------------------------------------------
 
-_FIDELITY_KEPT = 0.7
+# A policy may lose prompts for reward only down to this noun_top1.
+_NOUN_TOP1_KEPT = 0.7
 
 
 def best_settings(tuned: Sequence[Case]) -> dict[str, Setting | None]:
-    """The setting of every tuned method: the highest reward of those that keep the judged noun in 70 % of pictures.
+    """The best setting of every tuned method, by the method's name.
 
-    Where none does, the one that keeps it best; where nothing judges, the highest reward. One that is not complete is no
-    choice.
+    The best setting has the highest reward among those with a noun_top1 of at least 0.7. Where none reaches that, it is the
+    one with the highest noun_top1; where noun_top1 is not measured, the one with the highest reward. Only complete runs count.
 
     Raises:
-        RunError: every setting of a method broke.
+        RunError: no setting of a method was trained to the end.
     """
     chosen: dict[str, Setting | None] = {}
     for name in dict.fromkeys(case.method.name for case in tuned):
@@ -173,9 +183,9 @@ def best_settings(tuned: Sequence[Case]) -> dict[str, Setting | None]:
             raise RunError(f"no setting of {name} was trained to the end; see {tried[0].log}")
 
         def worth(case: Case) -> tuple[float, float]:
-            rows = case.rows()
-            kept = evaluated(rows)[-1].get("noun_top1")
-            return (min(_FIDELITY_KEPT, 1.0 if kept is None else kept), ends(rows)[1])
+            rows = case.metrics()
+            noun_top1 = evaluated(rows)[-1].get("noun_top1")
+            return (min(_NOUN_TOP1_KEPT, 1.0 if noun_top1 is None else noun_top1), ends(rows)[1])
 
         chosen[name] = max(mine, key=worth).setting
     return chosen
@@ -185,17 +195,17 @@ def best_settings(tuned: Sequence[Case]) -> dict[str, Setting | None]:
 
 
 def run_missing(cases: Sequence[Case], jobs: int, gpus: Sequence[str] = ()) -> dict[Case, int]:
-    """Train every case that is not complete, `jobs` at a time, each in a process of its own with its share of the cores.
+    """Train every case that is not complete, `jobs` at a time, each in its own process with an equal share of the cores.
 
     Args:
-        gpus: GPUs as CUDA_VISIBLE_DEVICES names them, dealt to the jobs in turn; empty leaves the environment alone.
+        gpus: GPUs as CUDA_VISIBLE_DEVICES names them, given to the jobs in turn. If empty, CUDA_VISIBLE_DEVICES is not set.
+
+    Returns:
+        {case: exit code} of the runs that failed; the others are complete.
 
     Raises:
         UsageError: a folder holds another recipe's run.
         RunError: another process is training one of them.
-
-    Returns:
-        exit code of the runs that failed; the others are complete.
     """
     missing = [case for case in dict.fromkeys(cases) if not case.is_complete()]
     done = len(cases) - len(missing)
@@ -211,7 +221,7 @@ def run_missing(cases: Sequence[Case], jobs: int, gpus: Sequence[str] = ()) -> d
         if stopping.is_set():
             return
         with _locked(case.folder) as lock:
-            if case.is_complete():  # by another process, since it was looked for
+            if case.is_complete():  # another process has completed it since `missing` was listed
                 return
             train(case, lock)
 
@@ -223,16 +233,16 @@ def run_missing(cases: Sequence[Case], jobs: int, gpus: Sequence[str] = ()) -> d
                 stdout=log,
                 stderr=subprocess.STDOUT,
                 env={**os.environ, "OMP_NUM_THREADS": str(threads), **gpu},
-                # The lock lives as long as the child, should this process be killed.
+                # The child inherits the lock, so that the run stays locked if this process is killed.
                 pass_fds=[lock],
             )
             children.add(child)
-            if stopping.is_set():  # since this job was taken up
+            if stopping.is_set():  # it was set after the check in `work`, before the child was in `children`
                 child.terminate()
             code = child.wait()
             children.discard(child)
         if code == 0:
-            _say(case, f"reward {ends(case.rows())[1]:.3f}")
+            _say(case, f"reward {ends(case.metrics())[1]:.3f}")
         elif not stopping.is_set():
             failed[case] = code
             _say(case, f"failed, see {case.log}")
@@ -251,12 +261,12 @@ def run_missing(cases: Sequence[Case], jobs: int, gpus: Sequence[str] = ()) -> d
 
 
 def _say(case: Case, text: str) -> None:
-    """A line in one write: other jobs say theirs at the same time."""
+    """Print a line in one write, since other jobs print theirs at the same time."""
     print(f"{case.folder.name}: {text}\n", end="", flush=True)
 
 
 def _dealt(gpus: Sequence[str], jobs: int) -> "queue.SimpleQueue[dict[str, str]]":
-    """What each job adds to its environment."""
+    """A queue with one entry for each job: what that job's runs add to their environment."""
     free: queue.SimpleQueue[dict[str, str]] = queue.SimpleQueue()
     for job in range(jobs):
         free.put({"CUDA_VISIBLE_DEVICES": gpus[job % len(gpus)]} if gpus else {})
@@ -265,7 +275,7 @@ def _dealt(gpus: Sequence[str], jobs: int) -> "queue.SimpleQueue[dict[str, str]]
 
 @contextmanager
 def _taken(free: "queue.SimpleQueue[dict[str, str]]") -> Iterator[dict[str, str]]:
-    """One of them, for as long as a job runs, however it ends."""
+    """An entry of the queue; it is put back at the end, also after an exception."""
     gpu = free.get()
     try:
         yield gpu
@@ -274,7 +284,7 @@ def _taken(free: "queue.SimpleQueue[dict[str, str]]") -> Iterator[dict[str, str]
 
 
 def _has_begun(case: Case) -> bool:
-    """It can be resumed, if only from its beginning."""
+    """Whether the run can be resumed, even if only from its beginning."""
     return (case.folder / "run.json").is_file()
 
 
@@ -286,7 +296,10 @@ def _command(case: Case) -> list[str]:
 
 @contextmanager
 def _locked(folder: Path) -> Iterator[int]:
-    """A file descriptor whose lock says that this run is being trained. Raises RunError if another process holds it."""
+    """Hold the lock that says that this run is being trained; yields its file descriptor.
+
+    Raises RunError if another process holds it.
+    """
     folder.parent.mkdir(parents=True, exist_ok=True)
     with folder.with_name(f"{folder.name}.lock").open("w") as file:
         try:

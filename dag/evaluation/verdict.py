@@ -1,4 +1,4 @@
-"""What `dag.evaluate` writes: the report in Markdown and JSON, and the same prompts and seeds from every model side by side."""
+"""What `dag.evaluate` writes: the report in Markdown and JSON, and a sheet of pictures from every model."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -7,6 +7,7 @@ from typing import Any
 from torch import Tensor
 
 from dag.evaluation import sheets
+from dag.evaluation.figures import markdown
 from dag.evaluation.measure import BASE, BASE_AGAIN
 from dag.run import durable
 
@@ -19,31 +20,34 @@ def table(data: dict[str, Any]) -> str:
     others = ["diversity", "vendi", *data["distances"], "frechet", "kernel", "alignment"]
     if all("noun_top1" in row for row in data["models"]):
         others.append("noun_top1")
-    lines = ["| model | " + " | ".join([*rewards, *others]) + " |"]
-    lines.append("|---" * (1 + len(rewards) + len(others)) + "|")
+    rows = []
     for row in data["models"]:
-        cells = [row["model"]]
+        cells = {"model": row["model"]}
         for name in rewards:
             value = row["rewards"][name]
             error = "" if value["gain_error"] is None else f" ± {value['gain_error']:.2g}"
             gain = "" if row["model"] in (BASE, BASE_AGAIN) else f" ({value['gain']:+.3g}{error})"
-            cells.append(f"{value['mean']:.4g}{gain}")
-        cells += ["" if row[name] is None else format(row[name], ".3g") for name in others]
-        lines.append("| " + " | ".join(cells) + " |")
+            cells[name] = f"{value['mean']:.4g}{gain}"
+        cells |= {name: "" if row[name] is None else format(row[name], ".3g") for name in others}
+        rows.append(cells)
     count = len(data["prompts"]) * data["images_per_prompt"]
-    lines.append(
-        f"\n{len(data['prompts'])} prompts, {data['images_per_prompt']} pictures each ({count} a model), seed {data['seed']}, "
+    legend = (
+        f"{len(data['prompts'])} prompts, {data['images_per_prompt']} pictures each ({count} a model), seed {data['seed']}, "
         f"features of {data['features']}. Gains are over the base model with the same seeds, ± their standard error over "
         "prompts; vendi is the effective number of different pictures of a prompt; frechet and kernel are distances from "
         "the base model's pictures of other seeds, to be read against those of the base model itself. Judged: "
         + ", ".join(f"{name} at {place}" for name, place in data["checkpoints"].items())
         + "."
     )
-    return "\n".join(lines)
+    return f"{markdown(rows)}\n\n{legend}"
 
 
 def sheet(drawn: dict[str, Tensor], task_prompts: Sequence[str], images_per_prompt: int) -> Any:
-    """The same prompts and seeds from every model, side by side."""
+    """Pictures of every model side by side, drawn from the same prompts and seeds.
+
+    Args:
+        drawn: pictures (P * n, 3, H, W) by model.
+    """
     columns = min(images_per_prompt, _SHOWN_IMAGES)
     rows = [
         prompt * images_per_prompt + column
@@ -58,8 +62,9 @@ def sheet(drawn: dict[str, Tensor], task_prompts: Sequence[str], images_per_prom
 
 
 def write(folder: Path, data: dict[str, Any], drawn: dict[str, Tensor]) -> None:
+    """Write evaluation.md, pictures.png and evaluation.json into `folder`, which is made if need be."""
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "evaluation.md").write_text(table(data) + "\n", encoding="utf-8")
     sheet(drawn, data["prompts"], data["images_per_prompt"]).save(folder / "pictures.png")
-    # Last: where it is, the rest is.
+    # Written last: where this file exists, the others do too.
     durable.write_json(folder / "evaluation.json", data)

@@ -1,6 +1,6 @@
 """Operations on the transitions of a Gaussian denoising chain. Imports torch, never `dag`.
 
-`choose` picks their form, fused Triton kernels or plain PyTorch; nothing here imports triton before that.
+`choose` decides between fused Triton kernels and plain PyTorch; triton is imported only then.
 """
 
 from dag_kernels.dispatch import CHOICES, PLAIN, choose

@@ -6,8 +6,8 @@
 
     dloss/dlog F = g'(delta / s) / s = -dloss/dlog F',   dloss/dlog P_F = w dloss/dlog F
 
-A row is a few numbers, so eager PyTorch spends its time on launches. The derivative is known as soon as the residual is:
-forward stores it, and backward multiplies it by what comes from above.
+A transition is a few numbers, so eager PyTorch spends its time on launches. The derivative is known as soon as the residual
+is: forward stores it, and backward multiplies it by the upstream gradient.
 """
 
 import torch
@@ -71,7 +71,7 @@ class _DetailedBalance(torch.autograd.Function):
         rows = len(log_F)
         columns = [column.float().contiguous() for column in (log_F, log_pf, log_pb, log_F_next)]
         log_looking, _, _, is_terminal, scale, weight = options
-        # An absent column's pointer is never followed.
+        # The kernel never reads an absent column, so any pointer may stand for it.
         given = [columns[0] if c is None else c.contiguous() for c in options]
         result = torch.empty((4 if detach_next else 5, rows), dtype=torch.float32, device=log_F.device)
         launch(

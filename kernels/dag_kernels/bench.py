@@ -3,13 +3,13 @@
     python -m dag_kernels.bench [--op OP] [--check] [--csv FILE] [--plot DIR]
     python -m dag_kernels.bench --checklist DIR
 
-A row (`dag_kernels.timing`): median and 20/80 quantiles of the time, GB/s of the bytes that one fused pass would move and
-their share of this GPU's measured copy bandwidth, peak MiB beyond the inputs, kernel launches. What is wrong is not timed;
-`--check` stops after that check.
+A row (`dag_kernels.timing`) has the median and the 20/80 quantiles of the time, the GB/s of one fused pass and their share of
+this GPU's measured copy bandwidth, peak MiB beyond the inputs, and kernel launches. An operation with wrong results is not
+timed; `--check` only checks the results.
 
-`--checklist` does all that these kernels want a GPU for: it times them into DIR/kernels.csv, runs their tests, and lists
-what each needs of a GPU's registers; DIR/kernels.md tells how each part ended. Without a GPU it does what can be
-done without one and says what was not measured.
+`--checklist` does everything that these kernels need a GPU for: it writes their times to DIR/kernels.csv, runs their tests, and
+lists the registers that each kernel needs; DIR/kernels.md says how each part ended. Without a GPU it does what can be done
+without one and says what was not measured.
 """
 
 import argparse
@@ -31,12 +31,12 @@ from dag_kernels.timing import PROVIDERS, Row, bandwidth, rows_of, shown
 from dag_kernels.verify import check
 
 TESTS = Path(__file__).parents[2] / "tests" / "kernels" / "test_kernels.py"
-# Seconds for the tests, and for the registers.
+# Time limit in seconds, for the tests and for the registers each.
 _LIMIT = 300
 
 
 def rows(names: Sequence[str], device: torch.device, providers: Sequence[str] = PROVIDERS) -> Iterator[Row]:
-    """All rows of these operations in these forms, printed as they come."""
+    """Yield and print all rows of these operations with these providers."""
     copy, here = bandwidth(device), environment(device)
     print(f"copy bandwidth {copy:.0f} GB/s", flush=True)
     for name in names:
@@ -46,7 +46,7 @@ def rows(names: Sequence[str], device: torch.device, providers: Sequence[str] = 
 
 
 def check_all(names: Sequence[str], device: torch.device) -> None:
-    """Raises AssertionError where an operation is wrong."""
+    """Check the fused operations against the reference in three dtypes. Raises AssertionError if one is wrong."""
     for name in names:
         for dtype in (torch.bfloat16, torch.float16, torch.float32):
             check(OPS[name], OPS[name].make(4, (4, 32, 32), dtype, device, 0), choose("triton", device))
@@ -54,7 +54,7 @@ def check_all(names: Sequence[str], device: torch.device) -> None:
 
 
 def environment(device: torch.device) -> Row:
-    """What a figure depends on."""
+    """What measured figures depend on: machine, versions, GPU, commit."""
     described: Row = {"machine": platform.machine(), "python": platform.python_version(), "torch": torch.__version__}
     try:
         described["triton"] = importlib.metadata.version("triton")
@@ -76,7 +76,7 @@ def _commit() -> str | None:
 
 
 def plot(rows: Sequence[Row], folder: Path) -> None:
-    """Time against batch for each operation, at SD 1.x latents in bfloat16."""
+    """Draw time against batch size for each operation, at SD 1.x latents in bfloat16, one PNG each."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -102,7 +102,7 @@ def plot(rows: Sequence[Row], folder: Path) -> None:
 
 
 def checklist(out: Path, device: torch.device) -> int:
-    """All that these kernels want a GPU for, what only a GPU can tell first; returns the exit code."""
+    """Run all parts of the checklist, those that only a GPU can do first. Returns the exit code."""
     out.mkdir(parents=True, exist_ok=True)
     (out / "kernels.csv").unlink(missing_ok=True)
     parts = {"times": _times, "tests": _tests, "compiled times": _compiled_times, "registers and spills": _registers}
@@ -124,6 +124,7 @@ def checklist(out: Path, device: torch.device) -> int:
 
 
 def _write(path: Path, device: torch.device, results: dict[str, str]) -> None:
+    """Write how each part ended to a Markdown file."""
     here = ", ".join(f"{name} {value}" for name, value in environment(device).items() if value)
     lines = [f"- {name}: {text}" for name, text in results.items()]
     temporary = path.with_name(f".tmp-{path.name}")
@@ -136,7 +137,7 @@ def _times(out: Path, device: torch.device) -> tuple[bool, str]:
 
 
 def _compiled_times(out: Path, device: torch.device) -> tuple[bool, str]:
-    """Apart from the others: compiling takes most of the time."""
+    """Times of the compiled reference. A part of its own, since compiling takes most of the checklist's time."""
     return _appended(out, device, ("compiled",))
 
 

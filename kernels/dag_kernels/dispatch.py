@@ -1,4 +1,4 @@
-"""Which form of the operations a run uses: fused Triton kernels or plain PyTorch."""
+"""Decides which implementation of the operations a run uses: fused Triton kernels or plain PyTorch."""
 
 import functools
 
@@ -8,7 +8,7 @@ from dag_kernels import reference
 from dag_kernels.implementation import Kernels, is_interpreted
 
 CHOICES = ("auto", "triton", "torch")
-# A compiler's command line is longer than a reason should be.
+# Characters of an error message; a compiler's can be very long.
 _LONGEST_REASON = 200
 
 
@@ -16,8 +16,8 @@ def choose(kernels: str, device: torch.device) -> Kernels:
     """The operations for a device.
 
     Args:
-        device:  also the meta device, where "triton" counts launches and computes nothing.
-        kernels: "auto" takes Triton where it runs on CUDA, and PyTorch elsewhere; "triton" and "torch" insist.
+        kernels: "auto" takes Triton if it runs on this device, else PyTorch; "triton" and "torch" take that one.
+        device:  where the operations will run. On the meta device Triton's kernels count as launches and compute nothing.
 
     Raises:
         ValueError: Triton is asked for where it cannot run, or the choice is unknown.
@@ -35,7 +35,7 @@ def choose(kernels: str, device: torch.device) -> Kernels:
 
 
 def _obstacle(device: torch.device, may_interpret: bool) -> str | None:
-    """Why Triton cannot run there, or None."""
+    """Why Triton cannot run on this device; None if it can."""
     if device.type not in ("cuda", "meta") and not (may_interpret and is_interpreted()):
         return f"Triton needs a GPU, the run is on {device.type}"
     try:
@@ -47,9 +47,9 @@ def _obstacle(device: torch.device, may_interpret: bool) -> str | None:
 
 @functools.cache
 def _failure_of_a_trial(device: torch.device) -> str | None:
-    """What goes wrong when the kernels are launched once, on a few numbers; None if nothing does.
+    """Launch every kernel once on a few numbers; returns what went wrong, or None.
 
-    To import Triton proves little: where a C compiler or Python.h is missing, it raises at the first launch.
+    That triton can be imported proves little: where a C compiler or Python.h is missing, it raises at the first launch.
     """
     from dag_kernels.verify import launch_every_operation
 

@@ -1,4 +1,4 @@
-"""All operations in one implementation: what a run is handed, and what `verify` holds to the reference."""
+"""`Kernels`, one implementation of all operations: what `choose` returns and `verify` compares with the reference."""
 
 import os
 from collections.abc import Callable
@@ -9,17 +9,17 @@ from dag_kernels.reference import BalanceLoss, SampledStep, TransitionLogProbs
 
 @dataclass(frozen=True)
 class Kernels:
-    """The operations in one form; `dag_kernels.reference` documents their arguments."""
+    """One implementation of all operations; `dag_kernels.reference` documents their arguments."""
 
     name: str
     """"triton" or "torch"."""
     reason: str
-    """Why, for the run's record."""
+    """Why this implementation was chosen, for run.json."""
     transition_log_probs: Callable[..., TransitionLogProbs]
     sampling_step: Callable[..., SampledStep]
     detailed_balance: Callable[..., BalanceLoss]
 
 
 def is_interpreted() -> bool:
-    """Whether Triton runs its kernels in Python, on the CPU, for tests."""
+    """Whether Triton's interpreter runs the kernels in Python on the CPU, as in tests."""
     return os.environ.get("TRITON_INTERPRET") == "1"

@@ -1,4 +1,7 @@
-"""Memory layouts that the kernels walk: dense samples, all in one order, at any distance from each other."""
+"""Brings tensors into the memory layout that the kernels need: dense samples, all with one order of elements.
+
+The distance from sample to sample may be any.
+"""
 
 from typing import Any
 
@@ -7,10 +10,10 @@ from torch import Tensor
 
 
 def alike(*tensors: Tensor | None) -> tuple[Any, ...]:
-    """The tensors with each sample dense and all samples in the first one's order of elements.
+    """The tensors (B, ...) with dense samples, whose elements are in the same order as the first tensor's.
 
-    Sums over a sample do not care whether it lies as NCHW or channels-last, as long as all do alike. A tensor that
-    differs is copied; None stays None.
+    Sums over a sample are the same in NCHW and in channels-last, as long as all tensors have one order. A tensor with another
+    order is copied; None stays None.
     """
     first = tensors[0]
     assert first is not None
@@ -19,7 +22,7 @@ def alike(*tensors: Tensor | None) -> tuple[Any, ...]:
 
 
 def empty_alike(tensor: Tensor) -> Tensor:
-    """An uninitialised tensor of that shape and dtype, its samples in that order and next to each other."""
+    """An uninitialised tensor with the shape, dtype and order of elements of `tensor`, without gaps between samples."""
     strides = (tensor[0].numel(), *tensor.stride()[1:])
     return torch.empty_strided(tensor.shape, strides, dtype=tensor.dtype, device=tensor.device)
 
@@ -32,7 +35,7 @@ def _in_order(tensor: Tensor, strides: tuple[int, ...]) -> Tensor:
 
 
 def _is_dense(tensor: Tensor) -> bool:
-    """Whether a sample's elements fill its memory without gaps or overlap, in whatever order of its dims."""
+    """Whether the elements of a sample lie in memory without gaps or overlap, in any order of dims."""
     expected = 1
     for stride, size in sorted(zip(tensor.stride()[1:], tensor.shape[1:], strict=True)):
         if size > 1 and stride != expected:

@@ -1,6 +1,6 @@
 """Every operation in plain PyTorch: the specification that a fused kernel has to match.
 
-Owns the arithmetic only; which coefficient belongs to which step is `dag.chain.schedule`'s business.
+Owns the arithmetic only; `dag.chain.schedule` computes the coefficients of each step.
 
 Shapes: B samples, then any latent dims (C, H, W for images).
 """
@@ -25,8 +25,8 @@ def guided(output_cond: Tensor, output_uncond: Tensor, guidance_scale: float) ->
     """Classifier-free guidance, o_u + g (o_c - o_u).
 
     Args:
-        output_cond, output_uncond: network outputs of equal shape. The combination is made in their dtype:
-            cast to float32 first, or g amplifies the rounding of half precision.
+        output_cond, output_uncond: network outputs of equal shape. The result has their dtype: cast them to float32 first,
+            else g amplifies the rounding of half precision.
     """
     return output_uncond + guidance_scale * (output_cond - output_uncond)
 
@@ -47,16 +47,16 @@ def gaussian_log_prob(x: Tensor, mean: Tensor, std: Tensor) -> Tensor:
 
 
 class TransitionLogProbs(NamedTuple):
-    """Of B transitions, float32 (float64 for float64 inputs), **summed** over latent dims."""
+    """Log-probabilities and distances of B transitions, float32 (float64 for float64 inputs), **summed** over latent dims."""
 
     log_pf: Tensor
-    """(B,) log P_F(x_next | x_t), with the output's gradient."""
+    """(B,) log P_F(x_next | x_t); its gradient flows into the network's output."""
     log_pb: Tensor
     """(B,) log P_B(x_t | x_next)."""
     kl: Tensor | None
-    """(B,) KL to the policy of output_ref, with the output's gradient; None without one."""
+    """(B,) KL to the policy of output_ref, with a gradient like log_pf; None without output_ref."""
     gap: Tensor | None
-    """(B,) sum of (o - output_old)^2, with the output's gradient; None without one."""
+    """(B,) sum of (o - output_old)^2, with a gradient like log_pf; None without output_old."""
 
 
 def transition_log_probs(
@@ -69,15 +69,15 @@ def transition_log_probs(
     output_ref: Tensor | None = None,
     output_old: Tensor | None = None,
 ) -> TransitionLogProbs:
-    """Everything that training needs of B transitions; `dag_kernels.transition` has the formulas.
+    """Log-probabilities of B transitions, and distances to other policies; `dag_kernels.transition` has the formulas.
 
     Args:
-        x_t, x_next: (B, ...), the stored states, data: no gradient reaches them.
+        x_t, x_next: (B, ...) stored states; treated as data, no gradient flows into them.
         output:      (2B, ...) unconditional rows, then conditional ones, combined with guidance_scale; or (B, ...).
-        table:       (T, 7) mean_x, mean_output, sigma, noising_x, noising_std, x0_x, x0_output of every step, float32.
+        table:       (T, 7) float32, for every step mean_x, mean_output, sigma, noising_x, noising_std, x0_x, x0_output.
         k:           (B,) int64, the step of each row.
-        output_ref:  (B, ...) combined output of another policy, data.
-        output_old:  (B, ...) combined output at sampling time, data.
+        output_ref:  (B, ...) combined output of another policy; treated as data.
+        output_old:  (B, ...) combined output at sampling time; treated as data.
     """
     xt, xn = (at_least_float32(x.detach()) for x in (x_t, x_next))
     o = combined(output, len(x_t), guidance_scale)
@@ -98,16 +98,16 @@ def transition_log_probs(
 
 
 class SampledStep(NamedTuple):
-    """B samples, one step cleaner."""
+    """The result of one denoising step of B samples."""
 
     x_next: Tensor
-    """(B, ...) in the chain's dtype: rounded, hence the state."""
+    """(B, ...) the next state, rounded to the chain's dtype."""
     x0_hat: Tensor
     """(B, ...) float32, the clean latent predicted from x_t."""
     log_pf: Tensor
-    """(B,) float32, at the rounded x_next."""
+    """(B,) float32, log P_F at the rounded x_next, summed over latent dims."""
     log_pb: Tensor
-    """(B,) float32"""
+    """(B,) float32, log P_B at the rounded x_next, summed over latent dims."""
 
 
 def sampling_step(
@@ -120,15 +120,16 @@ def sampling_step(
     guidance_scale: float = 1.0,
     chain_dtype: torch.dtype = torch.float32,
 ) -> SampledStep:
-    """x_next = mu + sigma z with counter-based noise z, and its log-probs where it was rounded to.
+    """Sample x_next = mu + sigma z with counter-based noise z; log-probabilities are taken at the rounded x_next.
 
     Args:
-        x_t:       (B, ...) states.
-        output:    (2B, ...) or (B, ...) as in `transition_log_probs`.
-        table:     (T, 7) as there.
-        k:         the step of all rows.
-        seed:      64-bit integer.
-        sample_id: (B,) int64, global.
+        x_t:         (B, ...) states.
+        output:      (2B, ...) or (B, ...) as in `transition_log_probs`.
+        table:       (T, 7) as in `transition_log_probs`.
+        k:           the step of all rows.
+        seed:        64-bit integer.
+        sample_id:   (B,) int64, unique over batches, processes and restarts.
+        chain_dtype: dtype of x_next.
     """
     xt, o = at_least_float32(x_t), combined(output, len(x_t), guidance_scale)
     mean_x, mean_output, sigma, noising_x, noising_std, x0_x, x0_output = table[k].unbind()
@@ -144,12 +145,12 @@ def sampling_step(
 
 
 class BalanceLoss(NamedTuple):
-    """Of B transitions, float32."""
+    """The detailed-balance loss of B transitions, float32."""
 
     loss: Tensor
-    """(B,) with gradients to log_pf, log_F and (unless detached) log_F_next."""
+    """(B,) one loss for each transition; gradients flow into log_pf, log_F and (unless detached) log_F_next."""
     residual: Tensor
-    """(B,) unscaled, detached."""
+    """(B,) delta, not divided by the scale; detached."""
 
 
 def detailed_balance(
@@ -166,17 +167,20 @@ def detailed_balance(
     huber: float | None = None,
     detach_next: bool = True,
 ) -> BalanceLoss:
-    """g(delta / s), delta = log F + log P_F - log P_B - log F', g the square or beyond `huber` its tangent.
+    """The loss g(delta / s) of each transition, with delta = log F + log P_F - log P_B - log F'.
+
+    g is the square or, beyond `huber`, its tangent; see `penalty`.
 
     Args:
-        log_F, log_F_next:     (B,) the learnt flows at x_t and x_next.
-        log_pf, log_pb:        (B,)
+        log_F, log_F_next: (B,) the learnt flows at x_t and x_next.
+        log_pf, log_pb:    (B,) log P_F and log P_B of the transitions; log_pb is treated as data.
         log_looking, log_looking_next: (B,) forward-looking terms, added to the flows; both or neither.
-        log_reward:            (B,) log F' where `is_terminal`, whose end has no learnt flow; both or neither.
-        is_terminal:           (B,) bool.
-        scale:                 (B,) s; None is 1.
-        policy_weight:         (B,) factor of log_pf's gradient; None is 1.
-        detach_next:           no gradient to log_F_next.
+        log_reward:        (B,) log R(x_0); replaces log F' where `is_terminal`, since x_0 has no learnt flow.
+        is_terminal:       (B,) bool, whether x_next is x_0; given if log_reward is.
+        scale:             (B,) s; None is 1.
+        policy_weight:     (B,) factor of log_pf's gradient; None is 1.
+        huber:             |delta / s| from which the loss is linear; None for never.
+        detach_next:       no gradient flows into log_F_next.
     """
     if policy_weight is not None:
         log_pf = policy_weight * log_pf + (1 - policy_weight) * log_pf.detach()
@@ -194,7 +198,7 @@ def residual(log_F: Tensor, log_pf: Tensor, log_pb: Tensor, log_F_next: Tensor) 
 
 
 def with_rewarded_end(log_F_next: Tensor, log_reward: Tensor, is_terminal: Tensor) -> Tensor:
-    """log F(x_next), (B,): the log reward where the transition is the last, whose end has no learnt flow."""
+    """log F(x_next) (B,): the log reward in the last transition of a chain, since x_0 has no learnt flow."""
     return torch.where(is_terminal, log_reward, log_F_next)
 
 
@@ -206,7 +210,11 @@ def penalty(residual: Tensor, huber: float | None) -> Tensor:
 
 
 def combined(output: Tensor, num_samples: int, guidance_scale: float) -> Tensor:
-    """(B, ...) o, float32 or float64, of a network output of 2B rows (unconditional, conditional) or of B."""
+    """The guided output o (B, ...), at least float32.
+
+    Args:
+        output: (2B, ...) unconditional rows, then conditional ones; or (B, ...), which is returned without guidance.
+    """
     output = at_least_float32(output)
     if len(output) == num_samples:
         return output
@@ -215,11 +223,12 @@ def combined(output: Tensor, num_samples: int, guidance_scale: float) -> Tensor:
 
 
 def at_least_float32(x: Tensor) -> Tensor:
+    """The tensor in float32, or in float64 if it has that dtype."""
     return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
 def _multiply_32(multiplier: int, words: Tensor) -> tuple[Tensor, Tensor]:
-    """High and low 32 bits of a 32 x 32 bit product, in 16-bit halves so that int64 never overflows."""
+    """(high, low) 32 bits of a product of 32-bit integers; computed in 16-bit halves, so that int64 never overflows."""
     low, high = words & 0xFFFF, words >> 16
     from_low, from_high = multiplier * low, multiplier * high
     middle = (from_low >> 16) + (from_high & 0xFFFF)

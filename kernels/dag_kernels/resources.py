@@ -1,8 +1,8 @@
-"""What the kernels need of a GPU, without one: registers, spills and shared memory, by Triton's own compiler.
+"""Registers, spills and shared memory of the kernels, found without a GPU by Triton's own compiler.
 
     python -m dag_kernels.resources [--json FILE]
 
-Must run without TRITON_INTERPRET=1, under which kernels are Python functions.
+Does not work with TRITON_INTERPRET=1, with which kernels are Python functions.
 """
 
 import argparse
@@ -15,6 +15,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from dag_kernels.table import markdown
+
 ARCHITECTURES = (80, 86, 89, 90, 100, 120)
 LATENT_DTYPES = ("fp16", "fp32")
 RECORDED = Path(__file__).parent / "results" / "resources.json"
@@ -23,7 +25,10 @@ Row = dict[str, str | int]
 
 
 def kernels() -> Iterator[tuple[str, Any, dict[str, str], dict[str, Any], int]]:
-    """(name, kernel, signature with LATENT for the latents' dtype, compile-time values, warps) of each kernel."""
+    """Yield (name, kernel, signature, compile-time values, warps) of each kernel.
+
+    In signatures LATENT stands for the dtype of latents.
+    """
     from dag_kernels import balance, sampling, transition
 
     latents = dict.fromkeys(("x_t", "x_next", "output", "reference", "old"), "*LATENT")
@@ -82,12 +87,13 @@ def measure(architectures: tuple[int, ...] = ARCHITECTURES, dtypes: tuple[str, .
 def _compile(
     kernel: Any, signature: dict[str, str], constants: dict[str, Any], warps: int, architecture: int
 ) -> dict[str, int]:
+    """Registers, spilled bytes and shared bytes of a kernel, compiled for one architecture."""
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
     typed = signature | dict.fromkeys(constants, "constexpr")
-    # As at the recipes' shapes: aligned pointers and sizes.
+    # Pointers and sizes are multiples of 16, as they are at the recipes' shapes.
     aligned = {
         (i,): [["tt.divisibility", 16]] for i, kind in enumerate(typed.values()) if kind[0] == "*" or kind == "i32"
     }
@@ -97,7 +103,7 @@ def _compile(
 
 
 def _ptxas(ptx: str, architecture: int) -> dict[str, int]:
-    """Registers a thread and spilled bytes, as ptxas reports them."""
+    """Registers per thread and spilled bytes, as ptxas reports them."""
     import triton
 
     binaries = Path(triton.__file__).parent / "backends/nvidia/bin"
@@ -113,20 +119,12 @@ def _ptxas(ptx: str, architecture: int) -> dict[str, int]:
     return {"registers": int(registers[1]), "spilled_bytes": sum(map(int, spills))}
 
 
-def table(rows: list[Row]) -> str:
-    """Markdown."""
-    names = ("kernel", "dtype", "sm", "registers", "spilled_bytes", "shared_bytes")
-    lines = [" | ".join(names), " | ".join("---" for _ in names)]
-    lines += [" | ".join(str(row[name]) for name in names) for row in rows]
-    return "\n".join(f"| {line} |" for line in lines)
-
-
 def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m dag_kernels.resources")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the rows there")
     arguments = parser.parse_args()
     rows = measure()
-    print(table(rows))
+    print(markdown(rows, ("kernel", "dtype", "sm", "registers", "spilled_bytes", "shared_bytes")))
     if arguments.json is not None:
         arguments.json.write_text(json.dumps(rows, indent=0) + "\n", encoding="utf-8")
     return 0

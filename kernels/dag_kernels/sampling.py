@@ -3,9 +3,9 @@
     z      = standard normal of (seed, sample, k), Philox4x32-10 and Box-Muller as in `dag_kernels.reference`
     x_next = round(a x_t + b o + sigma z),   x0_hat = c x_t + d o,   log P_F and log P_B at the rounded x_next
 
-Bytes an element with a half-precision chain: 6 read (x_t, o_u, o_c), 6 written (x_next, x0_hat in float32). The noise is
-made in registers: it is neither read nor written, and does not depend on the batch. Uniforms are float32 here, float64
-in the reference: z differs by less than 2e-6.
+Bytes per element with a half-precision chain: 6 read (x_t, o_u, o_c), 6 written (x_next, x0_hat in float32). The noise is
+made in registers: it is neither read nor written, and does not depend on the batch. Uniform numbers are float32 here and
+float64 in the reference, so z differs by less than 2e-6.
 """
 
 import torch
@@ -21,9 +21,9 @@ from dag_kernels.transition import BLOCK, COLUMNS, NUM_WARPS, combine, log_densi
 
 @triton.jit
 def minus_log(word):
-    """-log u of u = (word + 1/2) 2^-32, to float32 rounding on both ends."""
+    """-log u of u = (word + 1/2) 2^-32, accurate to float32 rounding for u near 0 and near 1."""
     u = (word.to(tl.float32) + 0.5) * 2.3283064365386963e-10
-    # Near 1 float32 has no digits left for log u: there from 1 - u, which is exact.
+    # Near u = 1 float32 has no digits left for log u, so there a series in v = 1 - u, which is exact, replaces it.
     v = ((word ^ 0xFFFFFFFF).to(tl.float32) + 0.5) * 2.3283064365386963e-10
     series = v * (1.0 + v * (0.5 + v * (0.3333333333 + v * (0.25 + v * 0.2))))
     return tl.where(v < 0.03, series, -tl.log(u))
@@ -31,7 +31,7 @@ def minus_log(word):
 
 @triton.jit
 def box_muller(word_radius, word_angle):
-    """Two standard normals of two 32-bit words."""
+    """Two standard normals from two 32-bit words."""
     radius = tl.sqrt(2.0 * minus_log(word_radius))
     angle = (word_angle.to(tl.float32) + 0.5) * 1.4629180792671596e-09  # 2 pi 2^-32
     return radius * tl.cos(angle), radius * tl.sin(angle)
@@ -39,7 +39,7 @@ def box_muller(word_radius, word_angle):
 
 @triton.jit
 def normals(seed, sample, k, first, BLOCK: tl.constexpr):
-    """(BLOCK,) noise of the elements first .. first + BLOCK - 1 of a sample; `first` is a multiple of 4."""
+    """The noise (BLOCK,) of the elements first .. first + BLOCK - 1 of a sample; `first` is a multiple of 4."""
     counter = (first // 4 + tl.arange(0, BLOCK // 4)).to(tl.uint32)
     zero = tl.zeros((BLOCK // 4,), tl.uint32)
     sample_low = zero + (sample & 0xFFFFFFFF).to(tl.uint32)
@@ -51,7 +51,7 @@ def normals(seed, sample, k, first, BLOCK: tl.constexpr):
     return tl.interleave(tl.interleave(z0, z2), tl.interleave(z1, z3))
 
 
-# Seed and step are run-time values: compiling anew for a seed of 1 or a step divisible by 16 would help nobody.
+# Triton would compile the kernel again for a seed of 1 or a step divisible by 16, which makes nothing faster.
 @triton.jit(do_not_specialize=["seed", "k"])
 def sampling_step_fwd_kernel(
     x_t, output, table, sample_id, x_next, x0_hat, result,
@@ -73,7 +73,7 @@ def sampling_step_fwd_kernel(
         o = combine(output, b, num_samples, stride_output, offsets, mask, guidance, GUIDED)
         mean = mean_x * xt + mean_output * o
         exact = mean + sigma * normals(seed, sample, k, start, BLOCK)
-        # The rounded value is the state: the log-probs are taken there.
+        # The rounded value is the next state, so the log-probabilities are taken there.
         rounded = exact.to(x_next.dtype.element_ty)
         tl.store(x_next + b * D + offsets, rounded, mask=mask)
         tl.store(x0_hat + b * D + offsets, x0_x * xt + x0_output * o, mask=mask)
@@ -97,12 +97,12 @@ def sampling_step(
     chain_dtype: torch.dtype = torch.float32,
 ) -> SampledStep:
     """The Triton form of `dag_kernels.reference.sampling_step`: same arguments, same results."""
-    # Noise is laid out by the flat index over (C, H, W): the order of elements matters here.
+    # The noise of an element depends on its flat index over (C, H, W), so the kernel needs contiguous samples.
     x_t, output = alike(x_t.contiguous(), output)
     x_next = torch.empty(x_t.shape, dtype=chain_dtype, device=x_t.device)
     x0_hat = torch.empty(x_t.shape, dtype=torch.float32, device=x_t.device)
     result = torch.empty((2, len(x_t)), dtype=torch.float32, device=x_t.device)
-    # Triton passes integers as signed: the same 64 bits.
+    # Triton passes integers as signed ones: the same 64 bits, read as a signed integer.
     signed = seed - (1 << 64) if seed >= 1 << 63 else seed
     launch(
         sampling_step_fwd_kernel, (len(x_t),), result,

@@ -1,4 +1,7 @@
-"""One row for each fused operation: its inputs, outputs and bytes, for the tests and the benchmark alike."""
+"""A specification of each fused operation: how to make inputs, which gradients it has, and the bytes that it moves.
+
+Tests and benchmark build their inputs from it.
+"""
 
 import math
 from collections.abc import Callable
@@ -16,23 +19,26 @@ Shape = tuple[int, ...]
 
 @dataclass(frozen=True)
 class OpSpec:
+    """What tests and benchmark need to know about one fused operation."""
+
     name: str
-    """Of the function, in `dag_kernels.reference` and in `Kernels`."""
+    """The function's name in `dag_kernels.reference` and in `Kernels`."""
     make: Callable[[int, Shape, torch.dtype, torch.device, int], Inputs]
-    """(B, latent shape, dtype, device, seed) -> keyword arguments."""
+    """Maps (B, latent shape, dtype, device, seed) to keyword arguments."""
     gradients: tuple[str, ...]
-    """Inputs that get a gradient."""
+    """Names of the inputs that get a gradient."""
     bytes_moved: Callable[[int, Shape, torch.dtype], tuple[int, int]]
-    """(forward, backward) of one fused pass, each input read once and each output written once."""
+    """Maps (B, latent shape, dtype) to the bytes (forward, backward) of one fused pass, which reads and writes all once."""
     module: str
-    """Where the Triton form is, for the tests that must pass before it is timed."""
+    """The module of `dag_kernels` with the Triton kernel."""
 
     def reference(self) -> Callable[..., Any]:
+        """The operation in plain PyTorch."""
         return getattr(reference, self.name)
 
 
 def step_table(num_steps: int, device: torch.device, seed: int) -> Tensor:
-    """(num_steps, 7) coefficients of the order that a 50-step DDPM chain has."""
+    """Random coefficients (num_steps, 7), of the size that those of a 50-step DDPM chain have."""
     generator = torch.Generator().manual_seed(seed)
     uniform = torch.rand(num_steps, 7, generator=generator)
     # mean_x, mean_output, sigma, noising_x, noising_std, x0_x, x0_output
@@ -49,7 +55,7 @@ def _latents(B: int, shape: Shape, dtype: torch.dtype, device: torch.device, see
 def _transition_inputs(B: int, shape: Shape, dtype: torch.dtype, device: torch.device, seed: int) -> Inputs:
     x_t, noise, uncond, cond, ref, old = _latents(B, shape, dtype, device, seed, 6)
     table, k = step_table(50, device, seed), torch.arange(B, device=device) % 50
-    # x_next within a few sigma of the mean, as a sampled one is.
+    # x_next is within a few sigma of the mean, like a sampled state.
     output = torch.cat([uncond, uncond + 0.1 * cond])
     o = reference.combined(output.double(), B, 5.0)
     coefficients = [c.reshape(-1, *([1] * len(shape))) for c in table.double()[k, :5].unbind(1)]
@@ -101,7 +107,7 @@ def _balance_inputs(B: int, shape: Shape, dtype: torch.dtype, device: torch.devi
         "log_looking": 20 * log_looking,
         "log_looking_next": 20 * log_looking_next,
         "log_reward": 20 * log_reward,
-        # The end's learnt flow has no meaning; here every third row is an end.
+        # Every third transition is the last of its chain.
         "is_terminal": torch.arange(B, device=device) % 3 == 2,
         "scale": 50 + 10 * scale.abs(),
         "policy_weight": weight.abs(),

@@ -1,4 +1,4 @@
-"""A CSV file that grows row by row, each on its way to the disk at once, and that a crash leaves readable."""
+"""A CSV file that grows row by row; each row is written at once, and after a crash the file is still readable."""
 
 import csv
 import io
@@ -10,7 +10,7 @@ from typing import Any
 
 
 def append(path: Path, row: Mapping[str, Any]) -> None:
-    """Add a row. A key that the file has no column for gets one; lists and mappings are written as JSON."""
+    """Append a row to the file. New keys become new columns; lists and mappings are written as JSON."""
     columns, known = _columns(path), read(path)
     if new := [name for name in row if name not in columns]:
         columns += new
@@ -22,7 +22,7 @@ def append(path: Path, row: Mapping[str, Any]) -> None:
 
 
 def read(path: Path) -> list[dict[str, str]]:
-    """The complete rows, "" where a row has no value; [] if there is no file."""
+    """All complete rows, with "" where a row has no value; [] if there is no file."""
     if not path.exists():
         return []
     complete = path.read_text(encoding="utf-8").rpartition("\n")[0]
@@ -30,7 +30,7 @@ def read(path: Path) -> list[dict[str, str]]:
 
 
 def drop(path: Path, column: str, value: str) -> None:
-    """Take out the rows whose column has this value."""
+    """Remove the rows that have this value in the column."""
     rows = read(path)
     kept = [row for row in rows if row.get(column) != value]
     if len(kept) < len(rows):
@@ -38,10 +38,10 @@ def drop(path: Path, column: str, value: str) -> None:
 
 
 def markdown(rows: Iterable[Mapping[str, Any]], columns: Iterable[str]) -> str:
-    """A table of these columns, without those that are empty in every row."""
+    """The rows as a Markdown table of these columns, without columns that are empty in every row."""
     rows = list(rows)
     shown = [name for name in columns if any(row.get(name) not in (None, "") for row in rows)]
-    lines = [shown, ["---"] * len(shown), *([str(row.get(name) or "") for name in shown] for row in rows)]
+    lines = [shown, ["---"] * len(shown), *([_cell(row.get(name)) for name in shown] for row in rows)]
     return "\n".join("| " + " | ".join(cell.replace("|", "/") for cell in line) + " |" for line in lines)
 
 
@@ -53,7 +53,7 @@ def _columns(path: Path) -> list[str]:
 
 
 def _replace(path: Path, columns: list[str], rows: Iterable[Mapping[str, Any]]) -> None:
-    """The whole file anew, or the old one if this is interrupted."""
+    """Write the complete file again; if that is interrupted, the old file stays."""
     temporary = path.with_name(f".tmp-{os.getpid()}-{path.name}")
     temporary.write_text(_lines(columns, [dict(zip(columns, columns, strict=True)), *rows]), encoding="utf-8")
     os.replace(temporary, path)
@@ -70,5 +70,5 @@ def _lines(columns: list[str], rows: Iterable[Mapping[str, Any]]) -> str:
 def _cell(value: Any) -> str:
     if isinstance(value, list | tuple | dict):
         return json.dumps(value)
-    # One line a row: what a crash cuts short is then the last line alone.
+    # A row is one line, so that a crash can damage the last line only.
     return "" if value is None else " ".join(str(value).splitlines())

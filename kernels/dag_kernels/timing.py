@@ -1,7 +1,7 @@
 """The rows of the benchmark: each fused operation against plain PyTorch, eager and compiled, on one GPU.
 
-Nothing is timed that is wrong: a fused operation is checked (`dag_kernels.verify`) on the very inputs of its row. What goes
-wrong in one row is that row's `error`, and the next row goes on.
+A fused operation is timed only if it is right (`dag_kernels.verify`) on the inputs of the row. If something fails, the row
+has `error` in place of its figures, and the next row follows.
 """
 
 import itertools
@@ -17,14 +17,15 @@ from dag_kernels.verify import check
 Row = dict[str, Any]
 
 LATENT = (4, 64, 64)
-# (samples, latent shape, whether it is compiled too): a micro-batch of a 24 GB card, a tile, and as many as fill a GPU.
+# (samples, latent shape, whether the compiled reference is timed too): a micro-batch on a 24 GB GPU, a tile, and enough samples
+# to fill a GPU.
 CASES = ((3, LATENT, True), (8, LATENT, False), (64, LATENT, True))
 DTYPE = torch.bfloat16
 PROVIDERS = ("eager", "compiled", "fused")
 
 
 def bandwidth(device: torch.device) -> float:
-    """GB/s of copying 1 GiB on the device, read and write counted. Nothing of it stays allocated."""
+    """GB/s of copying 1 GiB on the device, counting bytes read and written. The memory is freed again."""
     gb_s = _copied_gb_s(device)
     if device.type == "cuda":
         torch.cuda.empty_cache()
@@ -38,7 +39,11 @@ def _copied_gb_s(device: torch.device) -> float:
 
 
 def rows_of(spec: OpSpec, device: torch.device, copy_gb_s: float, chosen: Sequence[str] = PROVIDERS) -> Iterator[Row]:
-    """Every row of an operation in the chosen forms; one that could not be measured has `error` in place of its figures."""
+    """Yield every row of an operation with the chosen providers; a row that failed has `error` in place of its figures.
+
+    Args:
+        copy_gb_s: the device's copy bandwidth, from `bandwidth`.
+    """
     modes = ("forward", "both") if spec.gradients else ("forward",)
     for B, shape, with_compiled in CASES:
         providers = [name for name in chosen if with_compiled or name != "compiled"]
@@ -56,11 +61,11 @@ def rows_of(spec: OpSpec, device: torch.device, copy_gb_s: float, chosen: Sequen
 
 
 def _provider(spec: OpSpec, provider: str, inputs: Inputs, device: torch.device) -> Callable[..., Any]:
-    """The operation in one form. Raises AssertionError if the fused one is wrong on these inputs."""
+    """The operation of one provider. Raises AssertionError if the fused one is wrong on these inputs."""
     if provider == "eager":
         return spec.reference()
     if provider == "compiled":
-        # Without it PyTorch gives up after some shapes of one function, and silently runs the rest eagerly.
+        # Without a reset PyTorch compiles a function for a few shapes only, and silently runs further shapes eagerly.
         torch._dynamo.reset()
         return torch.compile(spec.reference(), dynamic=False)
     kernels = choose("triton", device)
@@ -93,7 +98,7 @@ def _figures(
 
 
 def _call(spec: OpSpec, op: Callable[..., Any], inputs: Inputs, with_backward: bool) -> Callable[[], object]:
-    """The operation alone, or with all its gradients from ones."""
+    """A call of the operation; with backward also all its gradients, from upstream gradients of one."""
     inputs = dict(inputs)
     if not with_backward:
         return lambda: op(**inputs)
@@ -118,7 +123,7 @@ def _quantiles(call: Callable[[], object]) -> tuple[float, float, float]:
 
 
 def _peak_mib(call: Callable[[], object]) -> float:
-    """Allocated by one call beyond what was there."""
+    """Peak MiB that one call allocates beyond what was allocated before it."""
     torch.cuda.synchronize()
     torch.cuda.reset_peak_memory_stats()
     before = torch.cuda.memory_allocated()
@@ -139,7 +144,7 @@ def _launches(call: Callable[[], object]) -> int:
 
 
 def shown(row: Mapping[str, Any]) -> str:
-    """One line of a row."""
+    """A row as one line to print."""
     case = f"{row['op']:22} {row['provider']:9} {row['mode']:8} {row['dtype']:9} {row['B']:5} x {row['shape']:9} "
     if "error" in row:
         return f"{case} not measured: {row['error']}"

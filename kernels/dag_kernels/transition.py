@@ -10,10 +10,10 @@ Backward, from G_f = dL/dlog_pf, G_k = dL/dkl, G_g = dL/dgap of a sample:
 
     do  = G_f (b / sigma) r + G_k (b / sigma)^2 (o - o_ref) + 2 G_g (o - o_old),     do_c = g do,  do_u = (1 - g) do
 
-Nothing is saved but the inputs: backward reads them again and writes its gradient straight into one tensor of the
-network's (2B, ...) layout. Bytes an element of a half-precision latent: forward 8 (x_t, x_next, o_u, o_c), 2 more for
-each of o_ref and o_old; backward the same and 4 written. One program walks a sample and adds in a fixed order, so the
-result does not depend on the batch. Arithmetic and sums are float32 whatever the dtypes.
+Only the inputs are saved: backward reads them again and writes its gradient into one tensor with the layout of the network's
+output (2B, ...). Bytes per element of a half-precision latent: forward 8 (x_t, x_next, o_u, o_c), 2 more for each of o_ref and
+o_old; backward reads the same and writes 4. In forward one program sums a sample in a fixed order, so the result does not
+depend on the batch. Arithmetic and sums are float32 for all dtypes.
 """
 
 import torch
@@ -26,7 +26,7 @@ from dag_kernels.layout import alike, empty_alike
 from dag_kernels.reference import TransitionLogProbs
 
 BLOCK = 2048
-# Of the coefficient table: mean_x, mean_output, sigma, noising_x, noising_std, x0_x, x0_output.
+# Columns of the coefficient table: mean_x, mean_output, sigma, noising_x, noising_std, x0_x, x0_output.
 COLUMNS = tl.constexpr(7)
 NUM_WARPS = 8
 
@@ -147,10 +147,10 @@ class _TransitionLogProbs(torch.autograd.Function):
 def _launch(
     tensors: tuple[Tensor | None, ...], guidance_scale: float
 ) -> tuple[list[Tensor], list[int | float], dict[str, int | bool]]:
-    """(pointers, sizes, compile-time options) that both kernels share."""
+    """The arguments that both kernels share: (pointers, sizes, compile-time options)."""
     x_t, x_next, output, reference, old, table, k = tensors
     assert x_t is not None and x_next is not None and output is not None and table is not None and k is not None
-    # An absent tensor's pointer is never followed.
+    # The kernels never read an absent tensor, so any pointer may stand for it.
     latents = [x_t if tensor is None else tensor for tensor in (x_t, x_next, output, reference, old)]
     sizes = [len(x_t), x_t[0].numel(), *(latent.stride(0) for latent in latents), guidance_scale]
     options = {

@@ -1,7 +1,7 @@
-"""Is a fused operation right? By one rule, for the tests and, before anything is timed, for the benchmark.
+"""Checks whether a fused operation is right, for the tests and, before anything is timed, for the benchmark.
 
-The reference is the specification, in float64 the truth, and in the inputs' own dtype the measure: a fused operation
-may err at most twice as far from the truth as plain PyTorch does.
+The rule: a fused operation may be at most twice as far from the truth as plain PyTorch. The truth is the reference
+(`dag_kernels.reference`) in float64, plain PyTorch is the reference in the inputs' own dtype.
 """
 
 from collections.abc import Callable
@@ -20,10 +20,13 @@ Named = dict[str, Tensor]
 def assert_as_good_as(
     name: str, found: Tensor, plain: Tensor, exact: Tensor, *, factor: float = 2.0, terms: float = 0.0
 ) -> None:
-    """The largest error of `found` is at most `factor` times that of `plain`, both against `exact` (float64).
+    """Raise AssertionError unless the largest error of `found` is at most `factor` times that of `plain`.
 
-    Where plain PyTorch is exact by luck, a rounding on the way in and one on the way out are allowed all the same, of
-    the largest value or of the largest of the `terms` whose difference it is.
+    Where plain PyTorch is exact by luck, two roundings are allowed all the same: of the largest value, or of `terms`.
+
+    Args:
+        exact: the same result in float64, against which both errors are measured.
+        terms: the size of the terms whose difference the result is, if they nearly cancel.
     """
     assert found.dtype == plain.dtype and found.shape == plain.shape, name
     assert bool(found.isfinite().all()), f"{name}: not finite"
@@ -39,12 +42,12 @@ def assert_as_good_as(
 
 
 def in_double(inputs: Inputs) -> Inputs:
-    """The same values in float64."""
+    """The inputs with all floating-point tensors in float64."""
     return {n: v.double() if isinstance(v, Tensor) and v.is_floating_point() else v for n, v in inputs.items()}
 
 
 def run(op: Callable[..., Any], spec: OpSpec, inputs: Inputs, seed: int) -> tuple[Named, Named]:
-    """(outputs, gradients) by name; what flows back into each output is random and fixed by the seed."""
+    """Run an operation; returns (outputs, gradients) by name. The upstream gradients are random, from `seed`."""
     inputs = dict(inputs)
     for name in spec.gradients:
         inputs[name] = inputs[name].clone().requires_grad_()
@@ -61,7 +64,7 @@ def run(op: Callable[..., Any], spec: OpSpec, inputs: Inputs, seed: int) -> tupl
 
 
 def check(spec: OpSpec, inputs: Inputs, kernels: Kernels) -> None:
-    """AssertionError, naming the output or gradient, unless the fused operation is right on these inputs."""
+    """Raise AssertionError, which names the output or gradient, unless the fused operation is right on these inputs."""
     if spec.name == "sampling_step":
         return _check_sampling(inputs, kernels)
     found, found_gradients = run(getattr(kernels, spec.name), spec, inputs, seed=1)
@@ -94,10 +97,10 @@ def launch_every_operation(kernels: Kernels, device: torch.device) -> None:
 
 
 def _check_sampling(inputs: Inputs, kernels: Kernels) -> None:
-    """The state up to the noise's tolerance and one rounding of the chain; the rest at the state that was found."""
+    """Check a sampling step: x_next up to the tolerance of the noise and one rounding, the rest at the x_next found."""
     found, plain = kernels.sampling_step(**inputs), reference.sampling_step(**inputs)
     dtype = found.x_next.dtype
-    # The interpreter cuts float32 off to bfloat16, where a GPU rounds: a whole unit in the last place.
+    # The interpreter truncates float32 to bfloat16, where a GPU rounds: an error of up to one unit in the last place.
     units = 2 if is_interpreted() and dtype == torch.bfloat16 else 1
     rtol = units * torch.finfo(dtype).eps
     torch.testing.assert_close(found.x_next.double(), plain.x_next.double(), rtol=rtol, atol=2e-6)
@@ -113,6 +116,6 @@ def _check_sampling(inputs: Inputs, kernels: Kernels) -> None:
 
 
 def _terms(inputs: Inputs) -> float:
-    """The larger of the two terms of a log-probability, which nearly cancel: D |log std + h|."""
+    """D |log std + h|, the size of the two terms of a log-probability, which nearly cancel."""
     std = inputs["table"][:, [2, 4]].double()
     return inputs["x_t"][0].numel() * float((std.log() + reference.HALF_LOG_2PI).abs().max())

@@ -1,12 +1,12 @@
-"""What takes too long for the tests: runs that are killed again and again, and a run that goes on for an hour.
+"""Trials that take too long for the tests: runs that are killed again and again, an hour's run, many random inputs.
 
     python tests/by_hand/endurance.py kill --kills 100 --folder DIR
     python tests/by_hand/endurance.py soak --minutes 60 --folder DIR
     python tests/by_hand/endurance.py fuzz --examples 5000 --folder DIR
 
 `kill` trains small runs on the embedded model, ends them by SIGKILL at random moments, resumes them, and compares every
-metric and weight with an undisturbed run. `soak` watches memory, open files and the run folder. `fuzz` gives nonsense to
-what reads from outside. Each prints a table.
+metric and weight with an undisturbed run. `soak` watches memory, open files and the run folder of one long run. `fuzz` gives
+random input to all code that reads from outside. Each prints a table.
 """
 
 import argparse
@@ -45,20 +45,20 @@ KINDS = {
 
 
 def arguments(kind: str, *place: str, overrides: Sequence[str]) -> list[str]:
-    """Of `train_dag.py` on one of `KINDS`."""
+    """The arguments of `train_dag.py` for one of `KINDS`; `place` is `--out` or `--resume` with the folder."""
     recipe, own = KINDS[kind]
     chosen = [word for override in (*overrides, *own) for word in ("--set", override)]
     return ["--recipe", str(ROOT / "recipes" / recipe), *chosen, *place]
 
 
 def forked(words: list[str], log: Path) -> int:
-    """`train_dag.py` in a process of its own that has its imports already; returns its number."""
+    """Run `train_dag.py` in a forked process, which need not import anything again; returns the process id."""
     import torch
 
     import dag.training.launch  # noqa: F401
     import train_dag
 
-    torch.set_num_threads(1)  # a pool of threads would not survive the fork
+    torch.set_num_threads(1)  # threads do not survive a fork
     process = os.fork()
     if process == 0:
         with log.open("ab") as file:
@@ -75,7 +75,7 @@ def start(kind: str, epochs: int, log: Path, *place: str) -> int:
 
 
 def ended(process: int, seconds: float) -> int | None:
-    """The exit code of a process that ends by itself within some seconds; None if it has not."""
+    """The exit code of a process if it ends within so many seconds, else None."""
     until = time.monotonic() + seconds
     while time.monotonic() < until:
         found, status = os.waitpid(process, os.WNOHANG)
@@ -95,7 +95,7 @@ def tensors(path: Path) -> dict[str, bytes]:
 
 @dataclass
 class Tally:
-    """What happened to the runs that were killed."""
+    """Counts of what happened to the runs that were killed."""
 
     kills: int = 0
     runs: int = 0
@@ -108,7 +108,7 @@ class Tally:
 
 
 def kill_until_done(kind: str, run: Path, epochs: int, chance: random.Random, longest: float, tally: Tally) -> None:
-    """Start, kill and resume a run until one start comes to its end."""
+    """Start, kill and resume a run until it ends by itself."""
     log = run.with_suffix(".log")
     while True:
         place = ("--resume" if (run / "run.json").exists() else "--out", str(run))
@@ -125,7 +125,7 @@ def kill_until_done(kind: str, run: Path, epochs: int, chance: random.Random, lo
 
 
 def look_at(run: Path, tally: Tally) -> None:
-    """What a kill has left: nothing that looks like a checkpoint may be less than one."""
+    """Count what a kill has left; a folder named like a checkpoint must be a complete one."""
     folder = run / "checkpoints"
     found = checkpoint.candidates(folder)
     tally.while_writing += any(folder.glob(".tmp-*"))
@@ -135,7 +135,7 @@ def look_at(run: Path, tally: Tally) -> None:
 
 
 def kill(folder: Path, kills: int, epochs: int, longest: float | None, seed: int, kinds: Sequence[str]) -> int:
-    """Returns 0 if every run that was killed ended as the undisturbed one."""
+    """Kill runs so many times; returns 0 if every one of them ended equal to the undisturbed run."""
     chance, tally = random.Random(seed), Tally()
     began = time.monotonic()
     for kind in kinds:
@@ -165,7 +165,7 @@ def kill(folder: Path, kills: int, epochs: int, longest: float | None, seed: int
 
 
 def soak(folder: Path, minutes: float) -> int:
-    """A run of the main recipe with a checkpoint every minute, watched from outside, ended by SIGTERM."""
+    """Watch a run of the main recipe from outside, with a checkpoint every minute, and end it by SIGTERM."""
     overrides = (
         *("train.epochs=100000", "train.trajectories=32", "evaluation.every=4", "evaluation.prompts=4"),
         *("train.learning_rate=1e-4", "checkpoint.every=2", "checkpoint.minutes=1"),
@@ -210,7 +210,7 @@ def watched(process: int, run: Path, minute: float) -> str:
 
 
 def fuzz(folder: Path, examples: int) -> int:
-    """The property tests of test_fuzz.py with so many examples each; an exception ends it with its example."""
+    """Run the property tests of test_fuzz.py with so many examples each; a failure prints its example."""
     from helpers import fuzz as targets
     from helpers.tiny_rewards import reward_of
     from hypothesis import HealthCheck, given, settings
@@ -237,7 +237,9 @@ def main() -> int:
     commands = parser.add_subparsers(dest="command", required=True)
     killing = commands.add_parser("kill")
     killing.add_argument("--kills", type=int, default=100)
-    killing.add_argument("--longest", type=float, help="seconds that a start may live at most; default: of a whole run")
+    killing.add_argument(
+        "--longest", type=float, help="seconds that a start may live at most; default: of a complete run"
+    )
     killing.add_argument("--epochs", type=int, default=5, help="of each run")
     killing.add_argument("--seed", type=int, default=0)
     killing.add_argument("--kinds", nargs="+", choices=list(KINDS), default=list(KINDS))

@@ -1,7 +1,7 @@
-"""How much of an update's gradient is signal: `python tests/by_hand/gradient_agreement.py RECIPE [--after N]`.
+"""Measures how much of an update's gradient is signal: `python tests/by_hand/gradient_agreement.py RECIPE [--after N]`.
 
-Trains N epochs, then holds the policy still and takes the gradients of the next updates, each of its own trajectories.
-Prints their mean pairwise cosine: the share of a gradient's squared length that another one confirms.
+Trains N epochs, then keeps the policy fixed and takes the gradients of the next updates, each from other trajectories. Prints
+their mean pairwise cosine, which is the share of a gradient's squared length that is signal and not noise.
 """
 
 import argparse
@@ -20,7 +20,7 @@ _ROLLOUTS = 4
 
 
 def gradients(trainer: Trainer, first: int) -> Tensor:
-    """(updates, weights) of the policy on fresh rollouts; the flow goes on learning, the policy does not."""
+    """The policy's gradients (updates, weights) on new rollouts; the flow goes on learning, the policy stays fixed."""
     optimizer, found = trainer.components.learner.updates.policy, list[Tensor]()
 
     def step() -> float:

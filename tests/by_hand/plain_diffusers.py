@@ -1,6 +1,6 @@
-"""A run's LoRA in plain diffusers: nothing of ours but the noise.
+"""Draws pictures from a run's LoRA with plain diffusers; only the noise is this project's.
 
-Also a command: `python tests/by_hand/plain_diffusers.py RUN` prints the largest pixel difference to the run's own pictures.
+As a command, `python tests/by_hand/plain_diffusers.py RUN` prints the largest pixel difference from this project's pictures.
 """
 
 import json
@@ -19,7 +19,7 @@ from dag.recipe import Memory, Recipe
 
 @torch.no_grad()
 def pictures(recipe: Recipe, folder: Path, weight_name: str, prompts: list[str], sample_id: list[int]) -> Tensor:
-    """(N, 3, H, W) in [0, 1] from StableDiffusionPipeline's own text encoder, UNet, scheduler and VAE."""
+    """Pictures (N, 3, H, W) in [0, 1] from StableDiffusionPipeline's own text encoder, UNet, scheduler and VAE."""
     pipeline = StableDiffusionPipeline.from_pretrained(resolve(recipe.model), dtype=torch.float32, safety_checker=None)
     pipeline.load_lora_weights(folder, weight_name=weight_name)
     scheduler = DDIMScheduler.from_config(pipeline.scheduler.config)

@@ -1,4 +1,4 @@
-"""Vendi score, Frechet and kernel distance against published implementations, on one run's pictures.
+"""Compares Vendi score, Frechet and kernel distance with published implementations, on one run's pictures.
 
 pip install vendi-score torchmetrics scipy
 python tests/by_hand/published_statistics.py RUN

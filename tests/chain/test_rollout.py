@@ -1,4 +1,4 @@
-"""Sampling: states, noise, precision; and prompts drawn for an epoch."""
+"""Sampling: states, noise, precision; and the prompts of an epoch."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -16,7 +16,7 @@ MakeRecipe = Callable[..., Recipe]
 
 
 def test_the_stored_state_is_the_state(make_recipe: MakeRecipe) -> None:
-    """Each stored state follows from the one before it, the network and the seed: nothing else was carried along."""
+    """Each stored state follows from the stored state before it, the network and the seed alone."""
     recipe = make_recipe(sampler={"chain_dtype": "fp16"})
     parts = parts_of(recipe)
     policy, schedule, ids = parts.policy, parts.policy.schedule, torch.tensor([3, 8])
@@ -36,7 +36,7 @@ def test_the_stored_state_is_the_state(make_recipe: MakeRecipe) -> None:
 
 
 def test_a_prior_takes_the_place_of_the_noising_kernel(make_recipe: MakeRecipe) -> None:
-    """log p_pre of the same step, whatever the policy has become: an untrained one is in balance with it."""
+    """log P_B is then log p_pre of the same step, also for a trained policy; an untrained one has log P_F = log P_B."""
     recipe = make_recipe()
     parts = parts_of(recipe)
     policy, schedule, text = parts.policy, parts.policy.schedule, parts.text[torch.tensor([0, 1])]
@@ -93,7 +93,7 @@ def test_the_conditional_branch_is_the_one_with_the_prompt(make_recipe: MakeReci
 
 
 def test_guidance_in_fp32_beats_guidance_in_half_precision(make_recipe: MakeRecipe) -> None:
-    """Against guidance combined in float64 from the same branches: fp32 adds no error, the model's dtype does."""
+    """Compared with guidance in float64 from the same branches, fp32 adds no error, the model's own dtype does."""
     errors = {}
     for dtype in ("fp32", "model"):
         parts = parts_of(make_recipe(model={"dtype": "bf16"}, sampler={"guidance_scale": 7.5, "guidance_dtype": dtype}))
@@ -122,7 +122,7 @@ def test_old_outputs_are_recomputed_from_the_chain(make_recipe: MakeRecipe) -> N
         with torch.no_grad():
             output = parts.policy.predict(tile.chain[k], schedule.timesteps[k].expand(2), text).guided
         noise = standard_normal(0, ids, k, (4, 8, 8))
-        # Four float32 roundings of numbers of the states' size, divided by b.
+        # The bound: four float32 roundings of numbers of the states' size, divided by b.
         bound = 4 * 2**-24 * float(tile.chain.abs().max()) / float(schedule.mean_output[k].abs())
         found = schedule.output_of(tile.chain[k], tile.chain[k + 1], noise, k)
         torch.testing.assert_close(found, output, rtol=0, atol=2 * bound)

@@ -1,4 +1,4 @@
-"""The Gaussian chain: closed forms that pin every coefficient, on production code."""
+"""The Gaussian chain: closed forms that determine every coefficient of `Schedule`."""
 
 import pytest
 import torch
@@ -20,13 +20,13 @@ def data(*seed: int) -> torch.Tensor:
 
 
 def network_output(schedule: Schedule, x_t: torch.Tensor, x_0: torch.Tensor, k: int) -> torch.Tensor:
-    """What a perfect network says when the data is the single point x_0, in the schedule's prediction type."""
+    """The output, in the schedule's prediction type, of a perfect network for data that is the single point x_0."""
     signal, noise = schedule.alpha_bar_t[k].sqrt(), (1 - schedule.alpha_bar_t[k]).sqrt()
     eps = (x_t - signal * x_0) / noise
     return {"epsilon": eps, "v_prediction": signal * eps - noise * x_0, "sample": x_0}[schedule.prediction_type]
 
 
-# 50 steps of Stable Diffusion's schedule, computed by hand from the DDIM formulas in float64.
+# Values at some of 50 steps of Stable Diffusion's schedule, computed apart from this code from the DDIM formulas in float64.
 TABLE = {
     0: (981, 0.005776, 0.007282, 1.122852, -0.232936, 0.454463, 13.15846, -13.12041, 0.890590, 0.454808),
     10: (781, 0.043456, 0.051364, 1.087187, -0.171142, 0.390750, 4.79706, -4.69167, 0.919805, 0.392376),
@@ -51,14 +51,14 @@ COLUMNS = (
 def test_coefficients_of_stable_diffusion(k: int) -> None:
     schedule = Schedule.from_diffusers(stable_diffusion(), 50)
     found = [float(getattr(schedule, name)[k]) for name in COLUMNS]
-    # The table is printed to five decimals at least.
+    # The values above have at least five decimals.
     assert found == pytest.approx(TABLE[k], rel=0, abs=5.1e-6)
 
 
 @pytest.mark.parametrize("prediction_type", PREDICTION_TYPES)
 @pytest.mark.parametrize("steps", [1, 7, 50])
 def test_detailed_balance_holds_exactly_for_a_point_mass(prediction_type: str, steps: int) -> None:
-    """log F_t = log q(x_t | x_0), the perfect network as P_F: Bayes' rule makes every residual zero, on any states."""
+    """With log F_t = log q(x_t | x_0) and the perfect network as P_F, every residual is zero by Bayes' rule, at any states."""
     schedule = Schedule.from_diffusers(stable_diffusion(prediction_type=prediction_type), steps)
     x_0 = data(1)
     for k in range(schedule.num_transitions):
@@ -75,7 +75,7 @@ def test_detailed_balance_holds_exactly_for_a_point_mass(prediction_type: str, s
             schedule.log_pb(x_t, x_next, k),
             log_q(x_next, schedule.alpha_bar_next[k]),
         )
-        # Relative to the size of the four terms, whose rounding does not cancel.
+        # The tolerance is relative to the four terms, whose rounding errors do not cancel.
         assert float(delta.abs().max()) < 1e-9 * float(schedule.log_pb(x_t, x_next, k).abs().max().clamp(min=1))
 
 
@@ -105,7 +105,7 @@ def test_log_probs_equal_torch_distributions(reduction: str) -> None:
 
 
 def test_eta_one_is_the_ddpm_posterior() -> None:
-    """sigma^2 = (1 - ab_next) / (1 - ab_t) * beta and diffusers' own DDIM step agree with ours."""
+    """sigma^2 is (1 - ab_next) / (1 - ab_t) * beta, and a step equals that of diffusers' DDIM scheduler."""
     scheduler = stable_diffusion()
     schedule, x_t, output = Schedule.from_diffusers(scheduler, 50), data(1), data(2)
     scheduler.set_timesteps(50)
@@ -193,7 +193,7 @@ def test_gradients_reach_the_network_output_alone() -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
 def test_half_precision_states_are_computed_in_float32(dtype: torch.dtype) -> None:
-    """Against float64 on the same rounded inputs: no worse than twice plain float32 torch."""
+    """The error against float64 on the same rounded inputs is at most twice that of plain float32 PyTorch."""
     exact, on_device = (Schedule.from_diffusers(stable_diffusion(), 50) for _ in range(2))
     on_device = on_device.to("cpu")
     x_t, x_next, output = (data(i).to(dtype) for i in range(3))

@@ -1,4 +1,4 @@
-"""The checklist: what it leaves behind however it ends, with stages that stand for the dear ones; and its real commands."""
+"""The checklist: what it leaves behind however it ends (with stub stages, which take no time), and its real commands."""
 
 import csv
 import json
@@ -29,8 +29,8 @@ from dag.rewards import build_reward, checked
 from dag.rewards.stand_in import StandIn
 
 ROOT = Path(__file__).parents[2]
-HERE = {"gpu": "a card, 24.0 GiB", "commit": "abc"}
-# A stage: `python -m stub_stage WORD FOLDER NAME`. Keeps count of its starts.
+HERE = {"gpu": "a GPU, 24.0 GiB", "commit": "abc"}
+# The program of a stub stage, `python -m stub_stage WORD FOLDER NAME`. It counts its starts; WORD says how it behaves.
 STUB = """
 import os, subprocess, sys, time
 from pathlib import Path
@@ -45,7 +45,7 @@ if word == "error":
     row("second", error="out of memory")
 if word == "raises" and len(counter.read_text()) == 1:
     print("halfway")
-    raise RuntimeError("the card fell off\\nand more is said\\n")
+    raise RuntimeError("the GPU fell off\\nand more is said\\n")
 if word == "hangs" and len(counter.read_text()) == 1:
     child = subprocess.Popen(["sleep", "300"])
     (Path(os.environ["STUB_COUNTS"]) / "pids").write_text(f"{os.getpid()} {child.pid}")
@@ -56,7 +56,7 @@ row("last", ms_total=2.5)
 
 @pytest.fixture
 def counts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A folder that counts how often each stub began."""
+    """A folder with a file for each stub stage, which holds an x for each time that it started."""
     (tmp_path / "stubs").mkdir()
     (tmp_path / "stubs" / "stub_stage.py").write_text(STUB)
     (tmp_path / "counts").mkdir()
@@ -73,7 +73,7 @@ def stub(name: str, word: str = "rows", share: float = 60.0) -> Stage:
 
 
 def lines_of(folder: Path) -> dict[str, str]:
-    """{stage: what summary.md says of it}."""
+    """The line of each stage in summary.md, by the stage's name."""
     text = (folder / "summary.md").read_text()
     return dict(re.findall(r"^- (\w+): (.*)$", text, re.MULTILINE))
 
@@ -101,15 +101,15 @@ def test_stages_that_end_in_every_way(tmp_path: Path, counts: Path, capsys: pyte
     out = tmp_path / "out"
     chosen = [stub("good"), stub("partly", "error"), stub("broken", "raises"), stub("afterwards")]
     assert runner.run(out, 10, True, chosen) == 1
-    told = lines_of(out)
-    assert re.fullmatch(r"done in \d+ s, 2 rows", told["good"])
-    assert re.fullmatch(r"done in \d+ s, 3 rows, of which 1 could not be measured", told["partly"])
-    assert told["broken"] == ("FAILED: RuntimeError: the card fell off (1 row; logs.txt, after `==== broken`)"), (
+    said = lines_of(out)
+    assert re.fullmatch(r"done in \d+ s, 2 rows", said["good"])
+    assert re.fullmatch(r"done in \d+ s, 3 rows, of which 1 could not be measured", said["partly"])
+    assert said["broken"] == ("FAILED: RuntimeError: the GPU fell off (1 row; logs.txt, after `==== broken`)"), (
         "its error, and the row it had before"
     )
-    assert told["afterwards"].startswith("done"), "a stage that fails stops no other"
+    assert said["afterwards"].startswith("done"), "a stage that fails stops no other"
     text = (out / "summary.md").read_text()
-    assert text.startswith("# Checklist: a card, 24.0 GiB\n")
+    assert text.startswith("# Checklist: a GPU, 24.0 GiB\n")
     assert "| second |  | out of memory |" in text
     assert "Traceback" in (out / "logs.txt").read_text()
     assert text in capsys.readouterr().out
@@ -132,13 +132,13 @@ def test_what_is_done_is_not_run_again(tmp_path: Path, counts: Path) -> None:
 def test_a_stage_that_overruns_is_killed_with_what_it_started(
     tmp_path: Path, counts: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Its rows stay; the time goes on; a stage for which too little is left does not begin."""
+    """The rows of the killed stage stay. A stage for which too little time is left is not started."""
     monkeypatch.setattr(runner, "LEAST_SECONDS", 3.0)
     out, chosen = tmp_path / "out", [stub("slow", "hangs", 20), stub("late", share=3)]
     assert runner.run(out, 12 / 60, True, chosen) == 1
-    told = lines_of(out)
-    assert told["slow"] == "FAILED: over its 10 s (1 row; logs.txt, after `==== slow`)"
-    assert re.fullmatch(r"not measured: [012] s were left for it; the same command goes on from here", told["late"])
+    said = lines_of(out)
+    assert said["slow"] == "FAILED: over its 10 s (1 row; logs.txt, after `==== slow`)"
+    assert re.fullmatch(r"not measured: [012] s were left for it; the same command goes on from here", said["late"])
     assert not (counts / "late").exists()
     for process in map(int, (counts / "pids").read_text().split()):
         wait_for(lambda process=process: not is_alive(process))  # type: ignore[misc]
@@ -146,7 +146,7 @@ def test_a_stage_that_overruns_is_killed_with_what_it_started(
 
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM], ids=lambda number: number.name)
 def test_killed_in_the_middle(tmp_path: Path, counts: Path, number: signal.Signals) -> None:
-    """Readable, it says what is missing, nothing goes on in the background, and the same command goes on from there."""
+    """The folder is readable and says what is missing, no process is left, and the same command continues from there."""
     out, chosen = tmp_path / "out", [stub("good"), stub("slow", "hangs"), stub("never")]
     program = f"""
         import sys
@@ -168,20 +168,20 @@ def test_killed_in_the_middle(tmp_path: Path, counts: Path, number: signal.Signa
     if number == signal.SIGTERM:
         wait_for(lambda: not is_alive(child))
     elif is_alive(child):
-        os.kill(child, signal.SIGKILL)  # the stage's own, of which a killed stage could tell nobody
+        os.kill(child, signal.SIGKILL)  # the process that the stage started, which the runner's death does not end
         wait_for(lambda: not is_alive(child))
-    told = lines_of(out)
-    assert told["good"].startswith("done")
+    said = lines_of(out)
+    assert said["good"].startswith("done")
     assert re.fullmatch(r"not measured: it began with \d+ s and did not end \(.*it is still running, or was killed\)",
-                        told["slow"])  # fmt: skip
-    assert told["never"] == "not measured: it was not reached"
+                        said["slow"])  # fmt: skip
+    assert said["never"] == "not measured: it was not reached"
     assert labels(out, "slow") == ["first"]
     assert runner.run(out, 10, True, chosen) == 0
     assert (counts / "good").read_text() == "x"
     assert labels(out, "slow") == ["first", "last"]
 
 
-@pytest.mark.parametrize("changed", [{"gpu": "another card"}, {"commit": "def"}, {"torch": "3.0"}], ids=str)
+@pytest.mark.parametrize("changed", [{"gpu": "another GPU"}, {"commit": "def"}, {"torch": "3.0"}], ids=str)
 def test_another_machine_or_version_is_refused(
     tmp_path: Path,
     counts: Path,
@@ -234,7 +234,7 @@ EVERY = [(has_gpu, stage) for has_gpu in (True, False) for stage in stages.stage
 
 @pytest.mark.parametrize(("has_gpu", "stage"), EVERY, ids=lambda value: getattr(value, "name", str(value)))
 def test_a_stages_command_is_one(has_gpu: bool, stage: Stage, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Also on a GPU: its options exist, its recipes load with every override, and rows go where the summary looks."""
+    """With and without a GPU: the options exist, the recipes load with every override, rows go where the summary looks."""
     monkeypatch.chdir(ROOT)
     module, *words = stage.command
     if module == "dag_kernels.bench":
@@ -285,7 +285,7 @@ QUICK = ["--recipe", str(ROOT / "recipes/tiny_cpu.yaml"), "--repeats", "1"]
 def test_a_row_that_breaks_does_not_end_the_others(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Whatever it raises; each row is on the disk before the next begins."""
+    """This holds for every exception; and each row is on the disk before the next is measured."""
     result, breaking = tmp_path / "rows.csv", {"one pass": ValueError("no such engine"), "a=1": RunError("too small")}
     seen: list[int] = []
 
@@ -354,7 +354,7 @@ def test_a_profile_of_the_step(tmp_path: Path) -> None:
 
 # -- the trial run ------------------------------------------------------------------------------------------------
 
-# `train_dag.py` without training: what it leaves, and one fault.
+# A program in place of `train_dag.py` that trains nothing: it leaves the files of a run, with one fault.
 TRAINED = """
 import json, signal, sys, time
 from pathlib import Path
@@ -390,7 +390,7 @@ sys.exit(1 if fault == "exits 1" else 0)
 
 @pytest.fixture
 def trial(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., list[trial_run.Row]]:
-    """The trial with `train_dag.py` replaced by one that has a fault."""
+    """A function that makes the trial with a program in place of `train_dag.py` that has a fault."""
     (tmp_path / "trained.py").write_text(TRAINED)
 
     def run(fault: str, device: str = "cpu") -> list[trial_run.Row]:
@@ -453,7 +453,7 @@ def test_a_random_reward_is_the_network_without_its_weights() -> None:
 
 
 def measured(folder: Path, gpu: str | None, rows: list[dict[str, str]]) -> Path:
-    """A checklist's folder."""
+    """Write the folder of a checklist that ran on `gpu`."""
     folder.mkdir(parents=True)
     (folder / "checklist.json").write_text(json.dumps({"machine": {"gpu": gpu}, "stages": {}}))
     with (folder / "training.csv").open("w") as file:
@@ -469,29 +469,29 @@ def test_what_is_missing_and_where_it_goes(tmp_path: Path, capsys: pytest.Captur
     (root / "README.md").write_text("| peak |\n| not measured |\n")
     (root / "recipes" / "a.yaml").write_text("# Time: not measured.\n")
     rows = [{"stage": "full_24gb", "label": "one pass"}, {"stage": "lora_12gb", "label": "x", "error": "too small"}]
-    measured(root / missing.RESULTS / "card", "a card", rows)
+    measured(root / missing.RESULTS / "GPU", "a GPU", rows)
     mine = measured(tmp_path / "mine", "mine", [{"stage": "paper", "label": "stored"}])
     assert missing.show(mine, root) == 0
-    told = capsys.readouterr().out
-    stage = {line.split()[0]: line for line in told.splitlines() if not line.startswith(" ") and line}
-    assert stage["full_24gb"].endswith(f"1 of 1 rows on a card in {root / missing.RESULTS / 'card'}")
+    said = capsys.readouterr().out
+    stage = {line.split()[0]: line for line in said.splitlines() if not line.startswith(" ") and line}
+    assert stage["full_24gb"].endswith(f"1 of 1 rows on a GPU in {root / missing.RESULTS / 'GPU'}")
     assert stage["paper"].endswith(f"1 of 1 rows on mine in {mine}")
     assert stage["lora_12gb"].endswith("not measured"), "a row with an error measures nothing"
     assert stage["lora_24gb"].endswith("not measured")
-    assert "goes to recipes/README.md at '`aesthetic_12gb.yaml`', each recipe's line `# Hardware:`" in told
-    assert "2 of 10 stages are measured" in told
-    assert told.endswith("  README.md:2: | not measured |\n  recipes/a.yaml:1: # Time: not measured.\n")
+    assert "goes to recipes/README.md at '`aesthetic_12gb.yaml`', each recipe's line `# Hardware:`" in said
+    assert "2 of 10 stages are measured" in said
+    assert said.endswith("  README.md:2: | not measured |\n  recipes/a.yaml:1: # Time: not measured.\n")
 
 
 def test_a_cpus_checklist_measures_no_gpu(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     mine = measured(tmp_path / "mine", None, [{"stage": "paper", "label": "stored"}])
     assert bench.main(["missing", str(mine)]) == 0
-    told = capsys.readouterr().out
-    assert told.startswith(f"{mine} is of a machine without a GPU: it measures nothing here\n")
-    assert re.search(r"^paper +not measured$", told, re.MULTILINE)
+    said = capsys.readouterr().out
+    assert said.startswith(f"{mine} is of a machine without a GPU: it measures nothing here\n")
+    assert re.search(r"^paper +not measured$", said, re.MULTILINE)
 
 
 def test_a_summary_without_rows(tmp_path: Path) -> None:
-    """Also of a folder in which nothing has begun."""
+    """A folder in which no stage has started has a summary too."""
     here = Checklist(tmp_path, [stub("one")])
     assert "- one: not measured: it was not reached" in here.summary()

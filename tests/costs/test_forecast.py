@@ -1,4 +1,4 @@
-"""Predicted memory against tensors counted while the embedded model really trains."""
+"""Predicted memory against the bytes of tensors that are counted while the embedded model really trains."""
 
 from collections.abc import Callable
 from functools import partial
@@ -42,7 +42,7 @@ def recipe_of(change: dict[str, Any]) -> Recipe:
 
 
 def measured(recipe: Recipe, run: RunFolder) -> dict[str, int]:
-    """Peak bytes of the phases of a second epoch: the first has left gradients and optimizer states."""
+    """Peak bytes of each phase in a second epoch, when gradients and optimizer states are in memory."""
     trainer = Trainer(recipe, run, parts_of(recipe))
     peaks: dict[str, int] = {}
 
@@ -66,7 +66,7 @@ def measured(recipe: Recipe, run: RunFolder) -> dict[str, int]:
     return peaks
 
 
-# In float32: half precision is predicted with CUDA's rules of autocast, under which norms keep more than on a CPU.
+# In float32, since half precision is predicted as on CUDA, where norms keep more tensors than on a CPU.
 CHANGES: list[dict[str, Any]] = [
     {},
     {"memory": {"checkpointing": "selective"}},
@@ -121,7 +121,7 @@ def test_the_levers_that_would_help_are_named_and_their_peaks_hold(monkeypatch: 
 def test_a_budget_refuses_before_anything_is_loaded(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
 ) -> None:
-    """For a model of the hub nothing is downloaded; it is taken for what its name stands for here, an SD 1.5."""
+    """A model of the hub is not downloaded for this: an SD 1.5 with random weights is counted in its place."""
     monkeypatch.chdir(tmp_path)
     # Each costs seconds to follow; one is enough to see it named.
     monkeypatch.setattr("dag.costs.forecast.LEVERS", LEVERS[1:2])

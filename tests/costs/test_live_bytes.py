@@ -1,4 +1,4 @@
-"""Bytes alive, against numbers worked out by hand; the meta device against the CPU."""
+"""Counted bytes of live tensors, against numbers computed by hand; and the meta device against the CPU."""
 
 from collections.abc import Callable
 from functools import partial
@@ -26,7 +26,7 @@ def unet(device: str, folder: Path = ASSETS / "embedded/unet") -> Any:
 
 
 def unet_call(model: Any, rows: int = 4) -> tuple[Callable[[], object], list[Tensor]]:
-    """(forward and, where there are gradients, backward pass of the embedded UNet; what exists before)."""
+    """A call that runs the embedded UNet forward and, if gradients are on, backward; and the tensors that exist before it."""
     device, dtype = model.conv_in.weight.device, model.conv_in.weight.dtype
     x_t, text = torch.zeros(rows, 4, 16, 16, device=device, dtype=dtype), torch.zeros(rows, 24, 128, device=device)
     t = torch.zeros(rows, device=device)
@@ -87,11 +87,13 @@ def test_the_peak_of_a_layer_is_the_one_worked_out_by_hand(device: str) -> None:
         live.include([x, weight, bias])
         with torch.no_grad():
             F.relu(F.linear(x, weight, bias))
-    # Before and after the ReLU.
+    # The activations before and after the ReLU.
     assert live.peak == existing + 2 * activation
     assert live.current == existing
-    # y; the gradient before the ReLU; the loss and its gradient; the gradients of weight and bias.
-    assert peak_of(step, [x, weight, bias]) == existing + 2 * activation + 2 * 4 + 4 * (32 * 16 + 32)
+    gradients = 4 * (32 * 16 + 32)  # of weight and bias
+    scalars = 2 * 4  # the loss and its gradient
+    # The two activations are y and the gradient before the ReLU.
+    assert peak_of(step, [x, weight, bias]) == existing + 2 * activation + scalars + gradients
 
 
 @DEVICES
@@ -107,8 +109,10 @@ def test_checkpointing_keeps_one_layer_instead_of_all(device: str) -> None:
 
     activation = 4 * 512 * 32
     plain, checkpointed = (peak_of(partial(step, setting)) // activation for setting in (False, True))
-    # What each Tanh keeps and 2 gradients; the end of each layer, what the last layer's keep, and a gradient.
-    assert (plain, checkpointed) == (4 * 3 + 2, 4 + 3 + 1)
+    num_layers, kept_in_a_layer = len(layers), 3  # each Tanh keeps its output
+    all_kept = num_layers * kept_in_a_layer + 2  # and two gradients
+    ends_kept = num_layers + kept_in_a_layer + 1  # the end of each layer, what the last layer keeps, one gradient
+    assert (plain, checkpointed) == (all_kept, ends_kept)
 
 
 @DEVICES

@@ -1,4 +1,4 @@
-"""The loop that trains, on the meta device by a GPU's rules: nothing waits inside a transition, and nothing mixes devices."""
+"""The training loop on the meta device in the place of a GPU: no transition waits for the GPU, and no devices are mixed."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -27,7 +27,7 @@ ONE_PASS = {"train": {"rollout": "one_pass"}}
 
 
 def small(make_recipe: MakeRecipe, **sections: Any) -> Recipe:
-    """In half precision on the smallest model."""
+    """A recipe in half precision on the smallest model."""
     recipe = make_recipe(**sections)
     return recipe.model_copy(update={"model": recipe.model.model_copy(update={"dtype": "bf16"})})
 
@@ -36,11 +36,11 @@ def small(make_recipe: MakeRecipe, **sections: Any) -> Recipe:
 
 
 def test_the_24_gb_recipe_asks_little_of_a_gpu() -> None:
-    """One transition of its real step, gradients, reward network and optimizer included."""
+    """One transition of the real training loop, with gradients, optimizer states and the reward network."""
     found = rehearse(load(ROOT / "recipes/aesthetic_24gb.yaml"))
     assert found.launches <= 3000, found.transition.kernels
     assert found.transition.host_copies == {}
-    # Sample ids, the final picture there and back, and one look at all its rewards.
+    # Copies of sample ids, of the final pictures to the reward and its values back, and one check of all rewards.
     assert found.per_tile.host_copies.total() <= 4, found.per_tile.host_copies
     assert found.peak <= 14 * GIB
 
@@ -76,7 +76,7 @@ def test_a_reward_of_files_costs_one_copy_each_way(make_recipe: MakeRecipe) -> N
 def test_chains_in_cpu_memory_cost_a_copy_for_each_end(make_recipe: MakeRecipe) -> None:
     found = rehearse(small(make_recipe, memory={"chains": "cpu"}))
     assert found.transition.host_copies.keys() == {"dag/chain/trajectory.py:states"}
-    # The transition's own ends, and the flow's.
+    # One copy for each end of the transition; the flow may need more.
     assert found.transition.host_copies["dag/chain/trajectory.py:states"] >= 2
 
 
@@ -86,11 +86,11 @@ def test_the_predicted_peak_is_that_of_the_step_that_trains(make_recipe: MakeRec
     assert rehearse(recipe).peak == pytest.approx(Simulation(recipe).peak("one pass"), rel=0.1)
 
 
-# -- that the guard can bite --------------------------------------------------------------------------------------
+# -- that the guard finds mistakes --------------------------------------------------------------------------------
 
 
 def patched(monkeypatch: pytest.MonkeyPatch, disturb: Callable[[Any, Tensor], object]) -> None:
-    """Something happens to the states in every flow evaluation."""
+    """Do something with the states in every flow evaluation."""
     from dag.training.flow_fit import FlowFit
 
     original = FlowFit.log_F_tilde_at
@@ -132,7 +132,7 @@ def test_kernels_are_counted_and_views_are_not() -> None:
             (x.T.reshape(16)[2:] + 1).detach()
         x.mul_(2)
         torch.zeros(3) + 1
-    # A transposed matrix is copied to be flat.
+    # In the part: a copy, since a transposed matrix cannot be viewed as flat, and the addition.
     assert counted.counts.kernels == {"a part": 2, "rest": 1}
     assert counted.counts.host_copies == {}
 

@@ -26,7 +26,7 @@ FEW = ("--prompts", "2", "--images", "2")
 
 @pytest.fixture(scope="module")
 def make_run(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
-    """Two epochs on the embedded model."""
+    """A function that trains the embedded model for two epochs and returns the run."""
 
     def make(*overrides: str) -> Path:
         chosen = [
@@ -48,7 +48,7 @@ def run(make_run: Callable[..., Path]) -> Path:
 
 
 def untrained(run: Path, folder: Path) -> Path:
-    """A copy whose adapter adds nothing."""
+    """A copy of a run whose adapter is zero."""
     shutil.copytree(run, folder, symlinks=False)
     checkpoint = chosen(folder / "checkpoints")
     weights = checkpoint / "policy.safetensors"
@@ -71,7 +71,7 @@ def test_a_run_is_judged_beside_its_base_model(run: Path, tmp_path: Path, capsys
     assert [row["model"] for row in data["models"]] == ["base", "base, other seeds", "run", "still"]
     assert list(base["rewards"]) == ["colourfulness", "compressibility"]
     assert data["trained_on"] == [["colourfulness"], ["colourfulness"]]
-    # An adapter that adds nothing draws the base model's pictures.
+    # A model whose adapter is zero draws the base model's pictures.
     assert {**zero, "model": "base"} == base
     assert again["frechet"] is again["kernel"] is None, "distances are from these pictures"
     assert trained["frechet"] != base["frechet"] > 1e-4
@@ -115,13 +115,13 @@ def test_own_prompts_rewards_and_features(run: Path, tmp_path: Path) -> None:
 
 
 def absolute(first: Tensor, second: Tensor) -> Tensor:
-    """Mean absolute difference of pixels."""
+    """A perceptual distance for tests: the mean absolute difference of pixels."""
     return (first - second).abs().mean()
 
 
 def test_a_perceptual_distance_is_the_mean_over_pairs_of_a_prompt() -> None:
     grey = torch.tensor([0.0, 0.2, 0.6, 0.5, 0.5, 0.8]).reshape(6, 1, 1, 1).expand(6, 3, 4, 4)
-    # |0 - .2|, |0 - .6|, |.2 - .6| and 0, .3, .3
+    # The pairs of the first prompt: |0 - .2|, |0 - .6|, |.2 - .6|; of the second: 0, .3, .3.
     assert perceptual.within_prompt_distance(absolute, grey, 3) == pytest.approx((0.4 + 0.2) / 2, abs=1e-6)
 
 

@@ -1,4 +1,4 @@
-"""Diversity and distance of pictures' features, against closed forms and plain definitions."""
+"""Statistics of pictures' features, against closed forms and direct definitions."""
 
 import numpy as np
 import pytest
@@ -26,7 +26,7 @@ def test_vendi_counts_different_pictures() -> None:
     assert vendi_score(basis) == pytest.approx(5)
     assert vendi_score(basis[[0, 0, 0, 0]]) == pytest.approx(1)
     assert vendi_score(basis[[0, 0, 1, 1, 2, 2]]) == pytest.approx(3)
-    # Shares of 3/4 and 1/4.
+    # Two different pictures with shares 3/4 and 1/4: exp of their entropy.
     assert vendi_score(basis[[0, 0, 0, 1]]) == pytest.approx(np.exp(-0.75 * np.log(0.75) - 0.25 * np.log(0.25)))
 
 
@@ -49,7 +49,7 @@ def test_frechet_of_a_shift_and_of_a_scale() -> None:
 
 @pytest.mark.parametrize(("n", "m", "width"), [(200, 150, 5), (20, 30, 64)])
 def test_frechet_is_its_definition_with_a_matrix_square_root(n: int, m: int, width: int) -> None:
-    """Also with fewer pictures than features, where both covariances are singular."""
+    """This includes fewer pictures than features, where both covariances are singular."""
     a, b = rows(n, width).double().numpy(), (1.5 * rows(m, width, seed=1) + 0.3).double().numpy()
     c_a, c_b = np.cov(a, rowvar=False), np.cov(b, rowvar=False)
     root = np.sqrt(np.linalg.eigvals(c_a @ c_b).astype(complex)).real.sum()

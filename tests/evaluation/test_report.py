@@ -1,4 +1,4 @@
-"""Following a run by its lines, and its pictures on one sheet."""
+"""`python -m dag.report`: the lines and curves of a run; and sheets of pictures."""
 
 import json
 import threading
@@ -18,7 +18,7 @@ ROOT = Path(__file__).parents[2]
 
 @pytest.fixture
 def run(tmp_path: Path) -> RunFolder:
-    """A run of three epochs that has not begun."""
+    """The folder of a run of three epochs, without any row of metrics yet."""
     folder = RunFolder.create(tmp_path / "run")
     recipe = load(ROOT / "recipes/tiny_cpu.yaml", ["train.epochs=3"])
     folder.write_description({"recipe": recipe.model_dump(mode="json")})
@@ -76,7 +76,8 @@ def test_no_run_there(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Non
 def test_many_sheets_take_several_rows() -> None:
     colours = ("red", "green", "blue", "black", "orange")
     joined = sheets.beside([Image.new("RGB", (30, 20), colour) for colour in colours])
-    assert joined.size == (4 * 30 + 3 * 12, 2 * 20 + 12)
-    places = [(index * 42, 0) for index in range(4)] + [(0, 32)]
+    width, height, gap, abreast, rows = 30, 20, 12, 4, 2
+    assert joined.size == (abreast * width + (abreast - 1) * gap, rows * height + (rows - 1) * gap)
+    places = [(index * (width + gap), 0) for index in range(abreast)] + [(0, height + gap)]
     assert [joined.getpixel(place) for place in places] == [ImageColor.getrgb(colour) for colour in colours]
     assert sheets.beside([Image.new("RGB", (30, 20))] * 2).size == (72, 20)

@@ -1,4 +1,4 @@
-"""Studies on the embedded model: every run once, what is missing and nothing else, figures from what was measured."""
+"""Studies on the embedded model: only missing runs are run, and figures are drawn from what was measured."""
 
 import csv
 import fcntl
@@ -71,7 +71,7 @@ def _one_core(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def rows_of(*points: tuple[float, float]) -> list[dict[str, Any]]:
-    """Rows with a fixed evaluation of (reward, diversity), and rollouts of the same reward after the first."""
+    """Rows of metrics.jsonl whose fixed evaluations have (reward, diversity); rollouts, from epoch 1 on, have that reward."""
     return [
         {
             "epoch": epoch,
@@ -158,7 +158,7 @@ def test_every_run_of_every_study_has_a_valid_recipe_and_a_folder_of_its_own(sca
 
 @pytest.mark.parametrize("name", ["unregularised", "regularised"])
 def test_a_comparison_differs_in_the_objective_alone(name: str) -> None:
-    """Same trajectories and updates, as many settings tried, and the same learning rates among them."""
+    """The methods have the same trajectories and updates, and try equally many settings with the same learning rates."""
     study = reproduce.STUDIES["tiny"]["comparison"][name]
     for tried in zip(*(method.tried for method in study.methods), strict=True):
         settings = {method.name: setting for method, setting in zip(study.methods, tried, strict=True)}
@@ -177,7 +177,7 @@ def test_a_comparison_differs_in_the_objective_alone(name: str) -> None:
 
 @pytest.fixture(scope="module")
 def done(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A study that has run: its folder."""
+    """The folder of a study that has run."""
     out = tmp_path_factory.mktemp("study")
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("dag.evaluation.reproduce.run_missing", run_here)
@@ -199,7 +199,7 @@ def again(done: Path, monkeypatch: pytest.MonkeyPatch, *options: str) -> int:
 
 
 def metrics(run: Path) -> list[dict[str, Any]]:
-    """Without what no two runs share."""
+    """The rows of a run's metrics.jsonl, without times and memory."""
     rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     return [{k: v for k, v in row.items() if not k.startswith(("seconds", "memory", "peak"))} for row in rows]
 
@@ -285,8 +285,8 @@ def test_a_failed_run_is_named_and_the_others_go_on(tmp_path: Path, capsys: pyte
     reward.write_text("def score(images, prompts):\n    raise ValueError('no')\n")
     broken = Method("broken", "tiny_cpu_ddpo.yaml", (f"reward={{name: custom, path: '{reward}:score'}}",))
     study = Study("t", "q", (broken,), SHORT)
-    whole = Method("whole", "tiny_cpu_ddpo.yaml")
-    cases = cases_of(replace(study, methods=(broken, whole)), tmp_path / "study", 1, {})
+    working = Method("working", "tiny_cpu_ddpo.yaml")
+    cases = cases_of(replace(study, methods=(broken, working)), tmp_path / "study", 1, {})
     assert run_missing(cases, 1) == {cases[0]: 1}
     assert cases[1].is_complete()
     log = tmp_path / "study" / "broken-s0.log"
@@ -301,7 +301,7 @@ def test_tuning_takes_the_highest_reward_among_those_that_keep_the_subject(monke
         reward, kept = rows[case.setting.learning_rate]
         return [{"reward_mean": reward, "eval_reward_mean": reward, "noun_top1": kept}]
 
-    monkeypatch.setattr("dag.evaluation.study.Case.rows", read)
+    monkeypatch.setattr("dag.evaluation.study.Case.metrics", read)
     monkeypatch.setattr("dag.evaluation.study.Case.is_complete", lambda case: case.setting.learning_rate in rows)
     tuned = tuning_cases(STUDY, Path("x"))
     assert best_settings(tuned) == {"dag_db": Setting(0.001)}

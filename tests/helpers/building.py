@@ -1,6 +1,7 @@
-"""Builds the parts of a recipe and one scored rollout, as the trainer does."""
+"""Builds components, rollouts and updates of a recipe as the trainer does, and disturbs them; what many tests share."""
 
 import json
+import math
 import signal
 from collections.abc import Callable
 from dataclasses import replace
@@ -24,18 +25,26 @@ from dag.training.stored import StoredTraining
 from dag.training.trainer import Trainer
 
 CPU = torch.device("cpu")
-# What no two runs share.
+# Metrics that differ between any two runs: times and memory.
 MEASURED = {*(f"{kind}_{name}" for kind in ("seconds", "memory_gib") for name in PHASES), "peak_memory_gib"}
 
 
 def rows(run: Path) -> list[dict[str, Any]]:
-    """metrics.jsonl without times and memory."""
+    """The rows of a run's metrics.jsonl, without times and memory."""
     lines = (run / "metrics.jsonl").read_text().splitlines()
     return [{key: value for key, value in json.loads(line).items() if key not in MEASURED} for line in lines]
 
 
+NEVER = 10**9
+
+
 class Soon(Interrupt):
-    """A signal that comes at the n-th safe point."""
+    """A signal that comes at a safe point.
+
+    Args:
+        points: how many safe points pass before it; NEVER lets the run end.
+        number: the signal.
+    """
 
     def __init__(self, points: float, number: signal.Signals = signal.SIGTERM) -> None:
         super().__init__()
@@ -48,7 +57,18 @@ class Soon(Interrupt):
 
     @signal.setter
     def signal(self, value: object) -> None:
-        """Nothing else sets it."""
+        """Ignored: the signal comes from `points` alone."""
+
+
+def tiles(recipe: Recipe) -> int:
+    """Tiles of a rollout."""
+    return math.ceil(recipe.train.trajectories / recipe.sampler.tile)
+
+
+def micro_batches(recipe: Recipe) -> int:
+    """Micro-batches of an epoch's updates on a stored rollout; each is some trajectories at one step."""
+    train = recipe.train
+    return train.updates * math.ceil(train.trajectories / train.updates / train.micro_batch) * recipe.sampler.steps
 
 
 def parts_of(recipe: Recipe) -> Components:
@@ -56,31 +76,31 @@ def parts_of(recipe: Recipe) -> Components:
 
 
 def rolled_out(recipe: Recipe, run: RunFolder) -> tuple[Trainer, Trajectories]:
-    """A trainer and its first epoch's trajectories."""
+    """A trainer of the recipe, and the trajectories of its first epoch."""
     trainer = Trainer(recipe, run, parts_of(recipe))
     return trainer, sampled(trainer)
 
 
 def sampled(trainer: Trainer, epoch: int = 0) -> Trajectories:
-    """The trajectories of an epoch."""
+    """Sample and score the trajectories of an epoch."""
     return trainer.sample(trainer.begin_epoch(epoch))
 
 
 def updated(trainer: Trainer, trajectories: Trajectories, epoch: int = 0) -> dict[str, Any]:
-    """Train on a rollout; the updates' metrics."""
+    """Train on stored trajectories; returns the metrics of the updates."""
     state = trainer.begin_epoch(epoch)
     trainer.train_on(trajectories, state)
     return state.measured
 
 
 def one_pass(trainer: Trainer, epoch: int = 0) -> tuple[Trajectories, dict[str, Any]]:
-    """Train while sampling; the trajectories and the updates' metrics."""
+    """Train an epoch in one pass; returns its trajectories and the metrics of the updates."""
     state = trainer.begin_epoch(epoch)
     return trainer.train_in_one_pass(state), state.measured
 
 
 def learnt(learner: Learner, trajectories: Trajectories, epoch: int, score: Score | None = None) -> dict[str, Any]:
-    """Train on a rollout without a trainer; the updates' metrics."""
+    """Train on stored trajectories without a trainer; returns the metrics of the updates."""
     state = fresh_state(learner, epoch)
     for _ in StoredTraining(learner, PhaseMeter(CPU)).steps(state, trajectories, score):
         pass
@@ -88,7 +108,7 @@ def learnt(learner: Learner, trajectories: Trajectories, epoch: int, score: Scor
 
 
 def walked(learner: Learner, batch: Batch, epoch: int, scorer: Callable[[Batch], Score]) -> EpochState:
-    """Train while sampling without a trainer; the state at the end."""
+    """Train an epoch in one pass without a trainer; returns the state at its end."""
     state = fresh_state(learner, epoch)
     for _ in OnePass(learner, PhaseMeter(CPU)).steps(state, batch, scorer):
         pass
@@ -101,7 +121,7 @@ def fresh_state(learner: Learner, epoch: int) -> EpochState:
 
 
 def disturb(parts: Components, scale: float = 0.05) -> None:
-    """Give the adapter (and the flow) non-zero weights: a fresh LoRA adds nothing, and hides what depends on it."""
+    """Add noise to the adapter and the flow: a new LoRA adds nothing, which would hide what depends on it."""
     generator = torch.Generator().manual_seed(11)
     modules = [*parts.policy.trainable(), *(parts.flow.parameters() if parts.flow is not None else ())]
     with torch.no_grad():
@@ -111,13 +131,18 @@ def disturb(parts: Components, scale: float = 0.05) -> None:
 
 
 def write(recipe: Recipe, path: Path) -> str:
-    """A recipe as a YAML file; its path."""
+    """Write a recipe as a YAML file; returns its path."""
     path.write_text(yaml.safe_dump(json.loads(recipe.model_dump_json(exclude_none=True))))
     return str(path)
 
 
 def poisoned(trainer: Trainer, sample: int, k: int, times: int) -> None:
-    """The loss of a transition is not finite, so often."""
+    """Make the loss of one transition infinite the first `times` times that it is trained.
+
+    Args:
+        sample: the trajectory's sample id.
+        k:      the transition's step.
+    """
     learner, left = trainer.components.learner, times
     of_step = learner.loss.of_step
 

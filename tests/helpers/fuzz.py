@@ -1,4 +1,4 @@
-"""Nonsense for what reads from outside: recipes, checkpoints, requests. Each must answer in its own words, never crash."""
+"""Random input for all code that reads from outside: recipes, checkpoints, requests. It must be refused, never crash."""
 
 import base64
 import io
@@ -22,7 +22,7 @@ from dag.run.checkpoint import Position
 from dag.training import plan
 
 RECIPES = sorted((Path(__file__).parents[2] / "recipes").rglob("*.yaml"))
-# What came of how many tries.
+# How many tries had which result.
 SEEN: Counter[str] = Counter()
 
 # -- recipes ------------------------------------------------------------------------------------------------------
@@ -57,17 +57,17 @@ RECIPE_BYTES = (
 
 
 def try_recipe(content: bytes, overrides: list[str], folder: Path) -> None:
-    """It loads, and can then be planned, or it is refused in words that name the file or the override."""
+    """Load a recipe and plan it. If it is refused, every line of the message must name the file or the override."""
     file = folder / "recipe.yaml"
     file.write_bytes(content)
     try:
         recipe = load(file, overrides)
     except UsageError as error:
         if not all(line.startswith((str(file), "--set ")) for line in str(error).splitlines()):
-            raise AssertionError(f"not in lines of its own: {error}") from error
+            raise AssertionError(f"a line names neither file nor override: {error}") from error
         SEEN["recipes refused"] += 1
         return
-    with suppress(UsageError):  # of a model folder that is not there
+    with suppress(UsageError):  # the model's folder may be missing
         plan.describe(recipe, 3)
     SEEN["recipes loaded"] += 1
 
@@ -83,7 +83,7 @@ DAMAGE = st.tuples(
 
 
 def write_checkpoints(folder: Path) -> None:
-    """Two small complete ones."""
+    """Write two small complete checkpoints."""
     for epoch in (1, 2):
         groups = {"policy": {"a": torch.full((40,), float(epoch))}, "learner": {}}
         state: dict[str, Any] = {"epoch": epoch, "flight": [], "fingerprint": {}}
@@ -91,7 +91,7 @@ def write_checkpoints(folder: Path) -> None:
 
 
 def damage(folder: Path, kind: str, where: int, junk: bytes, tree: Any) -> None:
-    """Spoil the newer of two checkpoints."""
+    """Damage the newer of two checkpoints."""
     newer = folder / "epoch_0002"
     files = sorted(newer.iterdir())
     file = files[where % len(files)]
@@ -108,10 +108,10 @@ def damage(folder: Path, kind: str, where: int, junk: bytes, tree: Any) -> None:
     elif kind == "replace":
         file.write_bytes(junk)
     elif kind == "manifest":
-        told = json.loads((newer / checkpoint.MANIFEST).read_text())
+        manifest = json.loads((newer / checkpoint.MANIFEST).read_text())
         key = ["format", "files", f"files/{file.name}", "files/../../escape"][where % 4].split("/", 1)
-        (told if len(key) == 1 else told[key[0]])[key[-1]] = json.loads(json.dumps(tree, default=str))
-        (newer / checkpoint.MANIFEST).write_text(json.dumps(told))
+        (manifest if len(key) == 1 else manifest[key[0]])[key[-1]] = json.loads(json.dumps(tree, default=str))
+        (newer / checkpoint.MANIFEST).write_text(json.dumps(manifest))
     elif kind == "extra":
         (folder / f"epoch_{where}").mkdir(exist_ok=True)
         (folder / "epoch_12x").mkdir()
@@ -122,14 +122,14 @@ def damage(folder: Path, kind: str, where: int, junk: bytes, tree: Any) -> None:
 
 
 def try_checkpoint(damaged: tuple[str, int, bytes, Any], folder: Path) -> None:
-    """The newest that is whole is taken, whatever lies above it; what is taken can be read."""
+    """Damage the newer of two checkpoints: the newest complete one must be taken, and must be readable."""
     shutil.rmtree(folder, ignore_errors=True)
     write_checkpoints(folder)
     damage(folder, *damaged)
     try:
         found, skipped = checkpoint.newest(folder, lambda state: None)
     except RunError:
-        raise AssertionError("the older checkpoint is whole") from None
+        raise AssertionError("the older checkpoint is complete") from None
     assert found is not None
     assert checkpoint.load_state(found)["epoch"] == Position.of(found).epoch  # type: ignore[union-attr]
     assert checkpoint.load_tensors(found, "policy")["a"].isfinite().all()
@@ -169,7 +169,7 @@ REQUESTS = (
 
 
 def try_request(body: bytes, server: RewardServer) -> None:
-    """A status and JSON that says what is wrong, or one finite number a picture."""
+    """Send a request: the answer must be one finite number for each picture, or an error status with a reason."""
     status, answer = server.answer(body)
     json.dumps(answer, allow_nan=False)
     assert status in (200, 400, 500)

@@ -18,7 +18,7 @@ SCHEMAS = {
 
 
 def sections_below(section: type[Section]) -> Iterator[type[Section]]:
-    """A section and all that its keys can hold."""
+    """A section and all sections that its keys can hold, directly or not."""
     yield section
     for field in section.model_fields.values():
         for inner in sections_in(field.annotation):
@@ -26,20 +26,20 @@ def sections_below(section: type[Section]) -> Iterator[type[Section]]:
 
 
 def sections_in(annotation: Any) -> set[type[Section]]:
-    """The sections a type annotation of the schema mentions."""
+    """The sections that a type annotation of the schema mentions."""
     if isinstance(annotation, type) and issubclass(annotation, Section):
         return {annotation}
     return {section for argument in typing.get_args(annotation) for section in sections_in(argument)}
 
 
 def names_in(annotation: Any) -> set[str]:
-    """Names of the recipe's sections that a type annotation allows: those it mentions, and their subclasses."""
+    """Names of the sections that a type annotation allows: those that it mentions, and their subclasses."""
     allowed = tuple(sections_in(annotation))
     return {name for name, section in SECTIONS.items() if issubclass(section, allowed)}
 
 
 def names_behind(section: type[Section], attribute: str) -> set[str]:
-    """The sections that a key or a property of a section holds."""
+    """Names of the sections that a key or a property of a section holds."""
     if field := section.model_fields.get(attribute):
         return names_in(field.annotation)
     found = getattr(section, attribute, None)
@@ -51,10 +51,10 @@ FIELDS = {(name, field) for name, section in SECTIONS.items() for field in secti
 
 
 class Reader(ast.NodeVisitor):
-    """Which fields of which sections a module reads, by following names from annotated parameters.
+    """Finds which keys of which sections a module reads, by following names from annotated parameters.
 
-    Flow-insensitive and per module: every assignment to a name adds to what that name may be. A dump of a section
-    reads its fields; a dump of the whole recipe is a record of the run and reads none.
+    The order of statements does not matter: every assignment to a name adds to the sections that the name may be. A dump of
+    a section counts as reading its keys; a dump of the complete recipe is a record of the run and counts as reading none.
     """
 
     def __init__(self, module: ast.Module) -> None:
@@ -145,7 +145,7 @@ class Reader(ast.NodeVisitor):
 
 
 def properties_of(source: str) -> str:
-    """The properties in a module, which pass on what they read; its other functions check keys, which is no use of them."""
+    """The properties in a module of the schema. Its other functions only check keys, which does not count as reading."""
     functions = [node for node in ast.walk(ast.parse(source)) if isinstance(node, ast.FunctionDef)]
     kept = [f for f in functions if any(ast.unparse(decorator) == "property" for decorator in f.decorator_list)]
     sections = f"from dag.recipe import {', '.join(SECTIONS)}, Balance"

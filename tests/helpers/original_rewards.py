@@ -1,8 +1,8 @@
-"""What the published reward models compute, in plain tensor algebra on their own files' keys.
+"""The published reward models in plain tensor algebra, on the keys of their own weight files.
 
-An oracle for `dag.rewards`: written from the architectures, sharing no code with transformers, and itself compared
-with the original programs (OpenAI's CLIP, open_clip's ViT-H as HPSv2 loads it, ImageReward) on random networks, where
-scores agree to 2e-6. Float64 throughout, so that only the code under test rounds.
+A reference for `dag.rewards`: it is written from the architectures and shares no code with transformers. It was compared with
+the original programs (OpenAI's CLIP, open_clip's ViT-H as HPSv2 loads it, ImageReward) on random networks, where scores agree
+to 2e-6. All is computed in float64, so that only the code under test rounds.
 
 Legend: B pictures, P patches + 1, S tokens, W width, E embedding.
 """
@@ -33,7 +33,7 @@ def normed(state: State, name: str, x: Tensor, eps: float) -> Tensor:
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor, heads: int, bias: Tensor | float = 0.0) -> Tensor:
-    """(B, S, W) of queries, keys and values of that width; `bias` is added to the (B, heads, S, S) logits."""
+    """Multi-head attention (B, S, W) of queries, keys and values; `bias` is added to the (B, heads, S, S) logits."""
     q, k, v = (x.unflatten(-1, (heads, -1)).transpose(1, 2) for x in (q, k, v))
     weights = (q @ k.transpose(-1, -2) / math.sqrt(q.shape[-1]) + bias).softmax(-1)
     return (weights @ v).transpose(1, 2).flatten(2)
@@ -61,7 +61,7 @@ def clip_tower(state: State, prefix: str, x: Tensor, heads: int, act: Activation
 
 
 def clip_image(state: State, pixels: Tensor, heads: int, act: Activation) -> Tensor:
-    """(B, E) unit vectors of (B, 3, S, S) preprocessed pixels."""
+    """Unit embeddings (B, E) of preprocessed pixels (B, 3, height, width)."""
     kernel = state["visual.conv1.weight"].double()
     patches = functional.conv2d(pixels.double(), kernel, stride=kernel.shape[-1]).flatten(2).transpose(1, 2)
     first = state["visual.class_embedding"].double().expand(len(pixels), 1, -1)
@@ -72,7 +72,7 @@ def clip_image(state: State, pixels: Tensor, heads: int, act: Activation) -> Ten
 
 
 def clip_text(state: State, ids: Tensor, heads: int, act: Activation) -> Tensor:
-    """(B, E) unit vectors of (B, S) token ids; the largest id, end of text, is where the sentence is read off."""
+    """Unit embeddings (B, E) of token ids (B, S), taken at the largest id, which is the end of the text."""
     S = ids.shape[1]
     x = state["token_embedding.weight"].double()[ids] + state["positional_embedding"].double()[:S]
     causal = torch.full((S, S), -torch.inf, dtype=torch.float64).triu(1)
@@ -82,7 +82,7 @@ def clip_text(state: State, ids: Tensor, heads: int, act: Activation) -> Tensor:
 
 
 def linear_head(state: State, x: Tensor) -> Tensor:
-    """(B,) through layers.N in the order of N."""
+    """Scores (B,) of features through the linear layers `layers.N`, in the order of N."""
     for number in sorted({int(name.split(".")[1]) for name in state}):
         x = affine(state, f"layers.{number}", x)
     return x.squeeze(-1)
@@ -92,7 +92,7 @@ def linear_head(state: State, x: Tensor) -> Tensor:
 
 
 def image_reward(state: State, pixels: Tensor, ids: Tensor, mask: Tensor, vision_heads: int, text_heads: int) -> Tensor:
-    """(B,) standardised scores of preprocessed pixels and padded tokens."""
+    """Standardised scores (B,) of preprocessed pixels and padded tokens."""
     picture = blip_vision(state, pixels, vision_heads)
     text = blip_text(state, ids, mask, picture, text_heads)
     head = {name.removeprefix("mlp."): value for name, value in state.items() if name.startswith("mlp.")}
@@ -100,7 +100,7 @@ def image_reward(state: State, pixels: Tensor, ids: Tensor, mask: Tensor, vision
 
 
 def blip_vision(state: State, pixels: Tensor, heads: int) -> Tensor:
-    """(B, P, W) normalised tokens."""
+    """The normalised tokens (B, P, W) of BLIP's vision encoder."""
     root = "blip.visual_encoder"
     kernel, offset = (state[f"{root}.patch_embed.proj.{kind}"].double() for kind in ("weight", "bias"))
     patches = functional.conv2d(pixels.double(), kernel, offset, stride=kernel.shape[-1]).flatten(2).transpose(1, 2)
@@ -115,7 +115,7 @@ def blip_vision(state: State, pixels: Tensor, heads: int) -> Tensor:
 
 
 def blip_text(state: State, ids: Tensor, mask: Tensor, picture: Tensor, heads: int) -> Tensor:
-    """(B, S, W): BERT with bidirectional self-attention over the mask and cross-attention to the picture."""
+    """The states (B, S, W) of BLIP's text encoder, a BERT with cross-attention to the picture; `mask` hides padding."""
     root = "blip.text_encoder"
     words, places = (state[f"{root}.embeddings.{kind}_embeddings.weight"].double() for kind in ("word", "position"))
     x = normed(state, f"{root}.embeddings.LayerNorm", words[ids] + places[: ids.shape[1]], 1e-12)
@@ -136,7 +136,7 @@ def blip_text(state: State, ids: Tensor, mask: Tensor, picture: Tensor, heads: i
 
 
 class Weights:
-    """Draws named tensors; a matrix keeps the size of what goes through it, norms and biases are far from trivial."""
+    """Draws random weights by name: matrices keep the scale of their input, norms and biases are far from 1 and 0."""
 
     def __init__(self, seed: int) -> None:
         self.generator, self.state = torch.Generator().manual_seed(seed), State()
@@ -156,7 +156,7 @@ class Weights:
 def random_clip(
     seed: int, vocabulary: int, *, context: int, vision: int, text: int, embedding: int, size: int = 28, patch: int = 7
 ) -> State:
-    """A CLIP of two layers a tower in OpenAI's layout; `vision` and `text` are widths."""
+    """Weights of a CLIP with two layers in each tower, in OpenAI's layout; `vision` and `text` are widths."""
     w = Weights(seed)
     w.draw("visual.class_embedding", vision)
     w.draw("visual.positional_embedding", (size // patch) ** 2 + 1, vision, scale=0.5)
@@ -182,7 +182,7 @@ def random_clip(
 
 
 def random_head(seed: int, width: int, prefix: str = "") -> State:
-    """LAION's and ImageReward's linear layers, narrower."""
+    """Weights of linear layers like LAION's and ImageReward's, but narrower."""
     w = Weights(seed)
     widths = (width, 12, 10, 8, 6, 1)
     for number, rows, columns in zip((0, 2, 4, 6, 7), widths[1:], widths, strict=False):
@@ -191,7 +191,10 @@ def random_head(seed: int, width: int, prefix: str = "") -> State:
 
 
 def random_image_reward(seed: int, vocabulary: int, *, vision: int = 24, text: int = 16, size: int = 32) -> State:
-    """ImageReward.pt of two layers a tower, patches of 16 px; its pixels come in faint, so that epsilons matter."""
+    """Weights like ImageReward.pt with two layers in each tower and patches of 16 px.
+
+    Pixels enter with a small scale, so that the epsilons of layer norms matter.
+    """
     w, eye, ear = Weights(seed), "blip.visual_encoder", "blip.text_encoder"
     w.draw(f"{eye}.cls_token", 1, 1, vision, scale=0.01)
     w.draw(f"{eye}.pos_embed", 1, (size // 16) ** 2 + 1, vision, scale=0.005)

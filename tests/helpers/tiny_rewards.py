@@ -1,4 +1,4 @@
-"""Rewards by name and options, and small random networks as files in the layouts of the published ones."""
+"""Builds rewards by name and options, and writes small random networks in the file layouts of the published ones."""
 
 import json
 from pathlib import Path
@@ -14,7 +14,7 @@ from dag.rewards.clip import EMBEDDED
 
 VOCABULARY = len(json.loads((EMBEDDED / "tokenizer.json").read_text(encoding="utf-8"))["model"]["vocab"])
 WORDS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "a", "photo", "of", "cat", "two", "dog", "cats", "dogs", "&"]
-# What published files do not tell, and what is different in these small networks: heads of 8.
+# The number of heads is not in published files; these small networks have heads of width 8.
 HEADS = {"vision_config": {"num_attention_heads": 4}, "text_config": {"num_attention_heads": 2}}
 GELU = {tower: {**section, "hidden_act": "gelu"} for tower, section in HEADS.items()}
 BLIP = {
@@ -50,12 +50,12 @@ def image_reward_state() -> State:
 
 
 def section_of(name: str, **options: Any) -> Any:
-    """The section that a recipe's `reward: {name: ..., option: ...}` becomes."""
+    """The schema's section of a recipe's `reward: {name: ..., option: ...}`."""
     return TypeAdapter(RewardTerm).validate_python({"name": name, **options})
 
 
 def reward_of(name: str, **options: Any) -> Any:
-    """A recipe's reward on the CPU."""
+    """A recipe's reward, built on the CPU."""
     return build_reward(section_of(name, **options), torch.device("cpu"))
 
 
@@ -65,7 +65,7 @@ def saved(state: Any, path: Path) -> str:
 
 
 def options_of(name: str, folder: Path) -> dict[str, Any]:
-    """What a recipe would write to load the small network of a reward; makes its files. {} where it needs none."""
+    """Write the files of a small network for a reward; returns the options that load it, {} if it needs no network."""
     architecture = BLIP if name == "image_reward" else GELU if name in ("pickscore", "hpsv2") else HEADS
     config = folder / "config.json"
     config.write_text(json.dumps(architecture), encoding="utf-8")

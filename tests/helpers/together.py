@@ -1,4 +1,4 @@
-"""What `test_processes.py` runs in each process: torchrun --nproc_per_node 2 tests/helpers/together.py RECIPES FOLDER."""
+"""The program that `test_processes.py` starts: torchrun --nproc_per_node 2 tests/helpers/together.py RECIPES FOLDER."""
 
 import json
 import signal
@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from helpers.building import Soon
+from helpers.building import NEVER, Soon
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -20,18 +20,22 @@ from dag.run.processes import Processes
 from dag.training.build import Components, build
 from dag.training.trainer import Trainer
 
-_DISTURBED = 1  # the process to which things happen
+_DISTURBED = 1  # rank of the process that gets the signal, the failure and the lack of memory
+# Safe points before the signal: it comes in the second epoch, the first that trains the policy.
+_STOP_AFTER = 9
+# The reward is called five times for each tile (x0_hat at four states, the final picture): this call is in the second tile.
+_FAIL_AT_CALL = 7
 
 
-def trainer_of(recipe: Recipe, run: Path, world: Processes, points: float = 1e9) -> Trainer:
-    assert world.accelerator is not None
-    parts = build(recipe, world.accelerator.device, lambda text: None, processes=world)
-    interrupt = Soon(points if world.rank == _DISTURBED else 1e9, signal.SIGINT)
-    return Trainer(recipe, RunFolder(run), parts, processes=world, interrupt=interrupt)
+def trainer_of(recipe: Recipe, run: Path, processes: Processes, points: float = NEVER) -> Trainer:
+    assert processes.accelerator is not None
+    parts = build(recipe, processes.accelerator.device, lambda text: None, processes=processes)
+    interrupt = Soon(points if processes.rank == _DISTURBED else NEVER, signal.SIGINT)
+    return Trainer(recipe, RunFolder(run), parts, processes=processes, interrupt=interrupt)
 
 
 def first_gradients(parts: Components) -> dict[str, Tensor]:
-    """Fills with the policy's gradients as the first optimizer step sees them: summed, not yet clipped."""
+    """A dict that will hold the policy's gradients at the first optimizer step: summed over processes, not yet clipped."""
     stepper, seen = parts.learner.updates.policy, dict[str, Tensor]()
     original = stepper.step
 
@@ -45,7 +49,7 @@ def first_gradients(parts: Components) -> dict[str, Tensor]:
 
 
 def failing(parts: Components, error: Exception, at: int) -> None:
-    """The reward raises once, at its n-th call."""
+    """Make the reward raise once, at its n-th call."""
     original, calls = parts.reward.total, 0
 
     def total(*arguments: Any, **options: Any) -> Any:
@@ -58,47 +62,50 @@ def failing(parts: Components, error: Exception, at: int) -> None:
     parts.reward.total = total  # type: ignore[method-assign]
 
 
-def disturbed(recipe: Recipe, folder: Path, world: Processes) -> dict[str, Any]:
-    """A run that one process stops, another that one fails in, a third in which one runs out of memory; all go on."""
-    told: dict[str, Any] = {}
-    try:
-        trainer_of(recipe, folder / "stopped", world, points=9).fit()
-    except StoppedError as error:
-        told["stopped"] = [error.number, error.saved]
-    trainer_of(recipe, folder / "stopped", world).fit(is_resumed=True)
+def disturbed(recipe: Recipe, folder: Path, processes: Processes) -> dict[str, Any]:
+    """Three runs that are disturbed in one process only: stopped, failed, out of memory. The first two are resumed.
 
-    trainer = trainer_of(recipe, folder / "failed", world)
-    if world.rank == _DISTURBED:
-        failing(trainer.components, RunError("no answer"), at=7)
+    Returns what this process saw of them.
+    """
+    outcome: dict[str, Any] = {}
+    try:
+        trainer_of(recipe, folder / "stopped", processes, points=_STOP_AFTER).fit()
+    except StoppedError as error:
+        outcome["stopped"] = [error.number, error.saved]
+    trainer_of(recipe, folder / "stopped", processes).fit(is_resumed=True)
+
+    trainer = trainer_of(recipe, folder / "failed", processes)
+    if processes.rank == _DISTURBED:
+        failing(trainer.components, RunError("no answer"), at=_FAIL_AT_CALL)
     try:
         trainer.fit()
     except RunError as error:
-        told["failed"] = str(error)
-    trainer_of(recipe, folder / "failed", world).fit(is_resumed=True)
+        outcome["failed"] = str(error)
+    trainer_of(recipe, folder / "failed", processes).fit(is_resumed=True)
 
     wider = recipe.model_copy(update={"sampler": recipe.sampler.model_copy(update={"tile": 2})})
-    trainer = trainer_of(wider, folder / "small", world)
-    if world.rank == _DISTURBED:
-        failing(trainer.components, torch.OutOfMemoryError("CUDA out of memory"), at=7)
+    trainer = trainer_of(wider, folder / "small", processes)
+    if processes.rank == _DISTURBED:
+        failing(trainer.components, torch.OutOfMemoryError("CUDA out of memory"), at=_FAIL_AT_CALL)
     trainer.fit()
-    told["tile"] = trainer.tile
-    return told
+    outcome["tile"] = trainer.tile
+    return outcome
 
 
 def main(recipes: Path, folder: Path) -> None:
-    world = Processes(Accelerator(cpu=True))
+    processes = Processes(Accelerator(cpu=True))
     given = {name: parse(data, name) for name, data in json.loads(recipes.read_text()).items()}
     for name, recipe in given.items():
-        trainer = trainer_of(recipe, folder / name, world)
+        trainer = trainer_of(recipe, folder / name, processes)
         gradients = first_gradients(trainer.components)
         trainer.fit()
-        if world.is_main:
+        if processes.is_main:
             save_file(gradients, folder / name / "gradients.safetensors")
-    told = world.objects(disturbed(next(iter(given.values())), folder, world))
-    if world.is_main:
-        (folder / "told.json").write_text(json.dumps(told))
-    assert world.accelerator is not None
-    world.accelerator.end_training()
+    outcome = processes.objects(disturbed(next(iter(given.values())), folder, processes))
+    if processes.is_main:
+        (folder / "outcome.json").write_text(json.dumps(outcome))
+    assert processes.accelerator is not None
+    processes.accelerator.end_training()
 
 
 if __name__ == "__main__":

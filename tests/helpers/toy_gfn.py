@@ -1,9 +1,9 @@
-"""Diffusion chains in one or two dimensions whose data law, target and optimum are known in closed form.
+"""Diffusion chains in one or two dimensions whose data distribution, target and optimum are known in closed form.
 
-The model is exact: its data law is a Gaussian mixture, so the score is a formula. The policy is that score
-plus a learnt table, one per step, of normalised radial basis functions; the flow is such a table too. What is
-under test (the chain's coefficients and densities, the residual, the objectives) comes from `dag`; here are
-the mixtures, the tables, a training loop and an independent reference.
+The pretrained model is exact: its data distribution is a Gaussian mixture, so the score is a formula. The policy is that score
+plus a learnt combination of normalised radial basis functions, with a table of weights for each step; so is the flow. What is
+under test (the chain's coefficients and densities, the residual, the objectives) comes from `dag`; this module has the
+mixtures, the tables, a training loop and an independent reference.
 
 Legend: S seeds trained at once, B trajectories each, N = S * B rows (seed-major), T transitions, D dimensions
 of the state, J basis functions. Transitions are (T, N, ...) here, flattened step-major into `Transition`.
@@ -21,38 +21,38 @@ from dag.objectives import Objective
 from dag.objectives.transition import Transition, residual_table
 
 
-class Law(Protocol):
-    """Something with a log density, perhaps not normalised."""
+class Density(Protocol):
+    """A density, perhaps not normalised."""
 
     def log_prob(self, x: Tensor) -> Tensor:
-        """(N,) of x (N, D)."""
+        """Log density (N,) at x (N, D)."""
         ...
 
 
 @dataclass(frozen=True)
 class Mixture:
-    """sum_i weights_i N(means_i, sd^2 I): weights (M,), means (M, D)."""
+    """The Gaussian mixture sum_i weights_i N(means_i, sd^2 I), with weights (M,) and means (M, D)."""
 
     weights: Tensor
     means: Tensor
     sd: float
 
     def log_prob(self, x: Tensor) -> Tensor:
-        """(N,) log density of x (N, D)."""
+        """Log density (N,) at x (N, D)."""
         return self._log_joint(x, torch.ones(())).logsumexp(1)
 
     def eps(self, x: Tensor, alpha_bar: Tensor) -> Tensor:
-        """The optimal noise prediction, -sqrt(1 - ab) score(x) of this law noised to `alpha_bar`, (N, D)."""
+        """The optimal noise prediction (N, D): -sqrt(1 - ab) score(x) of this distribution noised to `alpha_bar`."""
         posterior = self._log_joint(x, alpha_bar).softmax(1)
         pull = x - alpha_bar.sqrt() * (posterior @ self.means)
         return (1 - alpha_bar).sqrt() * pull / noised_variance(self.sd, alpha_bar)
 
     def nearest_mode(self, x: Tensor) -> Tensor:
-        """(N,) int64, the mode whose mean is closest to x (N, D)."""
+        """The mode (N,) int64 whose mean is closest to x (N, D)."""
         return torch.cdist(x, self.means).argmin(1)
 
     def _log_joint(self, x: Tensor, alpha_bar: Tensor) -> Tensor:
-        """(N, M) log weight_i + log N(x; sqrt(ab) mean_i, V I)."""
+        """log weight_i + log N(x; sqrt(ab) mean_i, V I), (N, M)."""
         variance = noised_variance(self.sd, alpha_bar)
         square = (x[:, None] - alpha_bar.sqrt() * self.means).square().sum(2)
         return self.weights.log() - 0.5 * square / variance - 0.5 * x.shape[1] * (2 * math.pi * variance).log()
@@ -60,7 +60,7 @@ class Mixture:
 
 @dataclass(frozen=True)
 class Bowl:
-    """log R = slope x - (x - centre)^2 / 2 in one dimension: a reward that a pretrained model's law is tilted by."""
+    """The reward log R = slope x - (x - centre)^2 / 2 in one dimension, for tilting the data distribution."""
 
     slope: float
     centre: float
@@ -70,15 +70,15 @@ class Bowl:
 
 
 def noised_variance(sd: float, alpha_bar: Tensor) -> Tensor:
-    """Variance of a mode of `sd` after noising to `alpha_bar`."""
+    """Variance of a mode with standard deviation `sd` after noising to `alpha_bar`."""
     return alpha_bar * sd**2 + 1 - alpha_bar
 
 
 def toy_schedule(mode_sd: float, steps: int = 16) -> Schedule:
-    """`steps` transitions with log-SNR linear in [-5, 5].
+    """A schedule of `steps` transitions with log-SNR linear in [-5, 5].
 
-    The mean of a DDPM step is exact for any data law. Its variance is replaced by the exact one for a single
-    mode of `mode_sd`, so that only the Gaussian shape of a step keeps a trained policy from its target.
+    The mean of a DDPM step is exact for any data distribution. Its variance is replaced by the exact one for a single mode
+    with standard deviation `mode_sd`, so that only the Gaussian shape of a step keeps a trained policy from its target.
     """
     alpha_bars = torch.linspace(-5, 5, steps + 1, dtype=torch.float64).sigmoid()
     ab_t, ab_next = alpha_bars[:-1], alpha_bars[1:]
@@ -89,9 +89,9 @@ def toy_schedule(mode_sd: float, steps: int = 16) -> Schedule:
 
 
 def basis(x: Tensor, centres: Tensor) -> Tensor:
-    """(N, J) normalised radial basis functions of x (N, D).
+    """Normalised radial basis functions (N, J) of x (N, D).
 
-    Their centres are the J = C^D points with coordinates in `centres` (C,); their width is the spacing.
+    Their centres are the J = C^D points with coordinates in `centres` (C,); their width is the spacing of the centres.
     """
     spacing = centres[1] - centres[0]
     per_dim = (-0.5 * ((x[:, :, None] - centres) / spacing).square()).softmax(2)
@@ -103,18 +103,18 @@ def basis(x: Tensor, centres: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class Rollout:
-    """Trajectories sampled without gradient, and all that depends on them but not on the weights."""
+    """Trajectories sampled without gradient, and what is computed from them once, without the learnt weights."""
 
     states: Tensor
-    """(T + 1, N, D), noise first."""
+    """(T + 1, N, D) states, noise first."""
     features: Tensor
     """(T, N, J) basis functions of every state but the last."""
     exact_eps: Tensor
-    """(T, N, D) the data law's noise prediction."""
+    """(T, N, D) noise prediction of the pretrained model."""
     log_looking: Tensor
-    """(T, N) alpha_bar * log R(x0_hat), with the x0_hat of the policy that sampled."""
+    """(T, N) forward-looking term alpha_bar * log R(x0_hat), with the x0_hat of the policy that sampled."""
     log_reward: Tensor
-    """(N,)"""
+    """(N,) log R of the final states."""
 
 
 @dataclass(frozen=True)
@@ -123,7 +123,7 @@ class Settings:
 
     iterations: int = 800
     warmup: int = 100
-    """The first of the iterations, which train the flow alone."""
+    """Iterations at the beginning that train only the flow."""
     policy_lr: float = 5e-3
     flow_lr: float = 5e-2
     decay: bool = True
@@ -132,20 +132,20 @@ class Settings:
     """Trajectories per update, for each seed."""
 
     def learning_rates(self, iteration: int) -> tuple[float, float]:
-        """(policy's, flow's)."""
+        """Learning rates (of the policy, of the flow) at an iteration."""
         left = 2 * (1 - iteration / self.iterations)
         factor = min(1.0, left) if self.decay else 1.0
         return (0.0 if iteration < self.warmup else factor * self.policy_lr), factor * self.flow_lr
 
 
 class ToyGFN:
-    """The pretrained chain with a learnt residual and flow, for S seeds that share nothing but the loop.
+    """The pretrained chain with a learnt policy and flow, for S seeds that are trained at once but share nothing.
 
-    `policy` (T, S, J, D) is added to the noise prediction, `flow` (T, S, J, 1) is log F~; both start at zero. The target
-    is the reward, or with `has_prior` the data law times the reward.
+    `policy` (T, S, J, D) is the table of what is added to the noise prediction, `flow` (T, S, J, 1) that of log F~; both
+    start at zero. The target is the reward, or with `has_prior` the data distribution times the reward.
     """
 
-    def __init__(self, data: Mixture, reward: Law, centres: Tensor, seeds: int, has_prior: bool = False) -> None:
+    def __init__(self, data: Mixture, reward: Density, centres: Tensor, seeds: int, has_prior: bool = False) -> None:
         self.data, self.reward, self.centres, self.has_prior = data, reward, centres, has_prior
         self.schedule = toy_schedule(data.sd).to("cpu")  # in float32, like the states
         self.seeds, self.dims = seeds, data.means.shape[1]
@@ -155,16 +155,16 @@ class ToyGFN:
         self.generators = [torch.Generator().manual_seed(seed) for seed in range(seeds)]
 
     def noise(self, batch: int) -> Tensor:
-        """(S * B, D) standard normal, each seed from its own generator."""
+        """Standard normal noise (S * B, D), with a generator for each seed."""
         return torch.cat([torch.randn(batch, self.dims, generator=generator) for generator in self.generators])
 
     def output(self, k: int, features: Tensor, exact_eps: Tensor) -> Tensor:
-        """(N, D) the policy's noise prediction at step k."""
+        """The policy's noise prediction (N, D) at step k."""
         return exact_eps + self._lookup(self.policy[k : k + 1], features[None])[0]
 
     @torch.no_grad()
     def rollout(self, batch: int) -> Rollout:
-        """`batch` trajectories of the current policy for each seed."""
+        """Sample `batch` trajectories of the current policy for each seed."""
         schedule, x = self.schedule, self.noise(batch)
         states, features, exact, log_looking = [x], [], [], []
         for k in range(schedule.num_transitions):
@@ -214,7 +214,7 @@ class ToyGFN:
     def _advantage(
         self, objective: Objective, rollout: Rollout, log_F_tilde: Tensor, log_pf: Tensor, log_pb: Tensor
     ) -> Tensor | None:
-        """(T * N,) advantages, from rewards or residuals as the objective chooses; each seed on its own."""
+        """Advantages (T * N,), from rewards or residuals as the objective defines them, separately for each seed."""
         T, N = log_pf.shape
         rewards = rollout.log_reward.split(N // self.seeds)
         from_rewards = [objective.observe(reward, torch.zeros(len(reward))) for reward in rewards]
@@ -229,7 +229,7 @@ class ToyGFN:
         return torch.cat(given).T.flatten() if given else None
 
     def train(self, objective: Objective, settings: Settings) -> None:
-        """On-policy: one update from all transitions of every rollout."""
+        """Train on-policy: each rollout gives one update from all its transitions."""
         optimizer = torch.optim.Adam([{"params": [self.policy]}, {"params": [self.flow]}], betas=(0.9, 0.99), eps=1e-4)
         for iteration in range(settings.iterations):
             for group, rate in zip(optimizer.param_groups, settings.learning_rates(iteration), strict=True):
@@ -242,18 +242,18 @@ class ToyGFN:
 
     @torch.no_grad()
     def samples(self, count: int) -> Tensor:
-        """(S, count, D) final states of fresh trajectories."""
+        """The final states (S, count, D) of new trajectories."""
         return self.rollout(count).states[-1].view(self.seeds, count, self.dims)
 
     @torch.no_grad()
     def initial_log_F(self, count: int) -> Tensor:
-        """(S,) mean of log F over the initial noise."""
+        """The mean of log F over the initial noise, (S,)."""
         rollout = self.rollout(count)
         log_F = self._lookup(self.flow, rollout.features)[0, :, 0] + rollout.log_looking[0]
         return log_F.view(self.seeds, count).mean(1)
 
     def _lookup(self, table: Tensor, features: Tensor) -> Tensor:
-        """(T, N, D') values of a table (T, S, J, D') at features (T, N, J)."""
+        """The values (T, N, D') of a table (T, S, J, D') at features (T, N, J)."""
         T, N, J = features.shape
         return (features.view(T, self.seeds, N // self.seeds, J) @ table).flatten(1, 2)
 
@@ -266,17 +266,17 @@ def clip_per_seed(table: Tensor, norm: float = 1.0) -> None:
 
 
 GRID = torch.linspace(-5, 5, 1001, dtype=torch.float64)
-"""Where laws in one dimension are tabulated, as probabilities (1001,) float64 of its points."""
+"""The points on which distributions in one dimension are tabulated, as probabilities (1001,) float64."""
 
 
 @dataclass(frozen=True)
 class Fit:
-    """How far a law in one dimension is from another."""
+    """The distance of a distribution in one dimension from another."""
 
     left: float
-    """The law's mass below zero."""
+    """The distribution's mass below zero."""
     kl: float
-    """KL(law || other) of histograms with bins of 0.1, in nats."""
+    """KL(distribution || other) of histograms with bins of 0.1, in nats."""
     w1: float
     """Wasserstein-1 distance."""
 
@@ -284,41 +284,41 @@ class Fit:
         return f"left mass {self.left:.3f}  KL {self.kl:.4f}  W1 {self.w1:.3f}"
 
 
-def fit(law: Tensor, other: Tensor) -> Fit:
-    """Compare two laws on GRID."""
-    p, q = (values[:-1].view(-1, 10).sum(1) for values in (law, other))
+def fit(distribution: Tensor, other: Tensor) -> Fit:
+    """Compare two distributions on GRID."""
+    p, q = (values[:-1].view(-1, 10).sum(1) for values in (distribution, other))
     return Fit(
-        left=float(law[: len(GRID) // 2].sum()),
+        left=float(distribution[: len(GRID) // 2].sum()),
         kl=float((torch.xlogy(p, p) - torch.xlogy(p, q)).sum()),
-        w1=float((law.cumsum(0) - other.cumsum(0)).abs().sum() * (GRID[1] - GRID[0])),
+        w1=float((distribution.cumsum(0) - other.cumsum(0)).abs().sum() * (GRID[1] - GRID[0])),
     )
 
 
-def on_grid(*factors: Law) -> Tensor:
-    """The product of one-dimensional densities as a law on GRID."""
+def on_grid(*factors: Density) -> Tensor:
+    """The product of one-dimensional densities as a distribution on GRID."""
     points = GRID.float()[:, None]
     return torch.stack([factor.log_prob(points).double() for factor in factors]).sum(0).softmax(0)
 
 
 def histogram(samples: Tensor) -> Tensor:
-    """Samples (n,) as a law on GRID, each at its nearest point."""
+    """Samples (n,) as a distribution on GRID, each at its nearest point."""
     spacing = GRID[1] - GRID[0]
     nearest = ((samples.double() - GRID[0]) / spacing).round().clamp(0, len(GRID) - 1).long()
     return torch.bincount(nearest, minlength=len(GRID)).double() / len(samples)
 
 
-def best_gaussian_steps(reward: Law, schedule: Schedule, prior: Mixture | None = None) -> tuple[Tensor, float]:
+def best_gaussian_steps(reward: Density, schedule: Schedule, prior: Mixture | None = None) -> tuple[Tensor, float]:
     """The best policy with steps N(mu_k(x), sigma_k^2), by dynamic programming.
 
-    Returns its law on GRID and the mean of log F_0 over the initial noise.
+    Returns its distribution on GRID and the mean of log F_0 over the initial noise.
 
-    Detailed balance cannot hold exactly where the posterior F' P_B / F of a step is not Gaussian. What DAG's
-    updates then leave at rest minimises KL(P_F || F' P_B / F) in each step: backwards from log F_T = log R,
+    Detailed balance cannot hold exactly where the posterior F' P_B / F of a step is not Gaussian. The fixed point of DAG's
+    updates then minimises KL(P_F || F' P_B / F) in each step; going backwards from log F_T = log R,
 
         log F_k(x) = max_mu E_{x' ~ N(mu, sigma_k^2)}[log F_{k+1}(x') + log P_B(x | x') - log P_F(x')].
 
-    mu is searched on GRID; nothing of `dag` but the noise levels and sigma enters. With the data law as a prior, whose
-    chain has steps N(m_k(x), sigma_k^2), log P_B above is the log-prob of that step.
+    mu is searched on GRID; of `dag` only the noise levels and sigma are used. With the data distribution as a prior, whose
+    chain has steps N(m_k(x), sigma_k^2), the log-probability of that step takes the place of log P_B.
     """
     log_F = reward.log_prob(GRID.float()[:, None]).double()
     kernels = []
@@ -334,7 +334,7 @@ def best_gaussian_steps(reward: Law, schedule: Schedule, prior: Mixture | None =
             gain = step @ log_F - 0.5 * ((GRID - mean[:, None]) / sigma).square()
         log_F, best = gain.max(1)
         kernels.append(step[best])
-    initial = law = (-0.5 * GRID.square()).softmax(0)
+    initial = distribution = (-0.5 * GRID.square()).softmax(0)
     for kernel in reversed(kernels):
-        law = law @ kernel
-    return law, float(initial @ log_F)
+        distribution = distribution @ kernel
+    return distribution, float(initial @ log_F)

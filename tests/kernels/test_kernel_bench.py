@@ -1,4 +1,4 @@
-"""The kernels' benchmark without a GPU: which rows it has, what becomes of one that breaks, and the file they go to."""
+"""The kernels' benchmark without a GPU: its rows, a row that fails, and the CSV file."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -14,7 +14,7 @@ CPU = torch.device("cpu")
 
 @pytest.fixture
 def stopwatch(monkeypatch: pytest.MonkeyPatch) -> list[Callable[[], object]]:
-    """What only a GPU tells is replaced; holds the calls that were timed, each of which has run once."""
+    """Replaces the measurements that need a GPU; holds the calls that were timed, each of which has run once."""
     pytest.importorskip("triton")
     timed: list[Callable[[], object]] = []
 
@@ -36,7 +36,7 @@ def rows_of(name: str) -> list[timing.Row]:
 
 
 def test_about_forty_rows() -> None:
-    """Small enough for a few minutes: one dtype, and the compiled form at two shapes alone."""
+    """Few enough rows for a few minutes: one dtype, and the compiled reference at two shapes only."""
     modes = {name: 2 if spec.gradients else 1 for name, spec in OPS.items()}
     count = sum(count * (3 if compiled else 2) for count in modes.values() for _, _, compiled in timing.CASES)
     assert count == 40
@@ -87,7 +87,7 @@ def test_a_row_that_breaks_does_not_end_the_others(stopwatch: list[Any], monkeyp
 
 
 def test_every_compiled_row_is_compiled(stopwatch: list[Any], monkeypatch: pytest.MonkeyPatch) -> None:
-    """PyTorch compiles a function for some shapes and then runs it eagerly without a word; more shapes than that here."""
+    """PyTorch compiles a function for a limited number of shapes, then silently runs it eagerly; here are more shapes."""
     monkeypatch.undo()
     for name, stub in (("_peak_mib", lambda call: 1.0), ("_launches", lambda call: 1)):
         monkeypatch.setattr(timing, name, stub)
@@ -128,10 +128,10 @@ def test_the_checklist_tells_how_each_part_ended(
     monkeypatch.setattr(bench, "_tests", breaks)
     monkeypatch.setattr(bench, "_registers", lambda out, device: (True, "none spills"))
     assert bench.checklist(tmp_path / "out", CPU) == 1
-    told = (tmp_path / "out" / "kernels.md").read_text()
-    assert "- times: not measured: there is no GPU" in told
-    assert "- tests: FAILED: OSError: no such program" in told
-    assert "- registers and spills: none spills" in told
+    said = (tmp_path / "out" / "kernels.md").read_text()
+    assert "- times: not measured: there is no GPU" in said
+    assert "- tests: FAILED: OSError: no such program" in said
+    assert "- registers and spills: none spills" in said
     last = capsys.readouterr().out.splitlines()[-1]
     assert "README" in last
     assert "dag" not in last.replace("dag_kernels", "")
@@ -199,3 +199,8 @@ def test_rows_of_one_value_are_dropped(tmp_path: Path) -> None:
 def test_a_table_shows_the_columns_that_have_values() -> None:
     shown = table.markdown([{"a": "1", "b": "", "c": "x|y"}, {"a": "2", "b": ""}], ("a", "b", "c", "d"))
     assert shown.splitlines() == ["| a | c |", "| --- | --- |", "| 1 | x/y |", "| 2 |  |"]
+
+
+def test_a_markdown_table_shows_zeros_and_leaves_empty_columns_out() -> None:
+    rows: list[dict[str, Any]] = [{"a": 0, "b": None, "c": ""}, {"a": "x|y"}]
+    assert table.markdown(rows, ("a", "b", "c")) == "| a |\n| --- |\n| 0 |\n| x/y |"

@@ -1,4 +1,4 @@
-"""Kernels compiled for GPUs that are not here: nothing spills, and no kernel needs more than was recorded."""
+"""Kernels compiled for GPUs without having one: no kernel spills, and none needs more registers than was recorded."""
 
 import json
 import os
@@ -13,8 +13,10 @@ pytest.importorskip("triton")
 
 
 def test_no_kernel_spills_or_has_grown(tmp_path: Path) -> None:
-    """Compiled in a process without the interpreter. After a deliberate change: `python -m dag_kernels.resources --json`
-    kernels/dag_kernels/results/resources.json."""
+    """The kernels are compiled in a process without the interpreter.
+
+    After a deliberate change: `python -m dag_kernels.resources --json kernels/dag_kernels/results/resources.json`.
+    """
     out = tmp_path / "rows.json"
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     command = [sys.executable, "-m", "dag_kernels.resources", "--json", str(out)]

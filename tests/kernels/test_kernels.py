@@ -21,9 +21,9 @@ pytest.importorskip("triton")
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 FUSED = choose("triton", DEVICE)
-# Below, at and above one block of elements; odd sizes.
+# Samples smaller than, equal to and larger than a kernel's block of elements, also with odd sides.
 SHAPES = [(4, 16, 16), (4, 33, 17), (3, 5, 7), (1, 1, 1), (4, 32, 32)]
-# What the recipes produce: SD 1.x, SDXL, 16 channels. The interpreter would take minutes.
+# The shapes of SD 1.x, of SDXL and of models with 16 channels; for a GPU only, since the interpreter would take minutes.
 LARGE_SHAPES = [(4, 64, 64), (4, 128, 128), (16, 64, 64)]
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 every_op = pytest.mark.parametrize("spec", OPS.values(), ids=OPS)
@@ -32,7 +32,7 @@ every_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=lambda dtype: str(dty
 
 @pytest.fixture(autouse=True)
 def poison() -> Iterator[None]:
-    """Memory from torch.empty is NaN: a kernel that leaves an element out shows."""
+    """Fill memory of torch.empty with NaN, so that an element that a kernel does not write is found."""
     torch.use_deterministic_algorithms(True, warn_only=True)
     torch.utils.deterministic.fill_uninitialized_memory = True  # type: ignore[attr-defined]
     yield
@@ -125,7 +125,7 @@ def channels_last(x: Tensor) -> Tensor:
 
 
 def with_gaps(x: Tensor) -> Tensor:
-    """The same values, every other row of a larger tensor."""
+    """The same values as every other row of a larger tensor, whose other rows are NaN."""
     wide = x.repeat_interleave(2, dim=0)
     wide[1::2] = torch.nan
     return wide[::2]
@@ -151,7 +151,7 @@ def test_transitions_in_any_layout(change: Callable[[Tensor], Tensor], which: st
 
 @pytest.mark.parametrize("change", [channels_last, with_gaps, transposed], ids=lambda f: f.__name__)
 def test_sampling_in_any_layout(change: Callable[[Tensor], Tensor]) -> None:
-    """The noise belongs to an element's place in (C, H, W), not to its place in memory."""
+    """The noise of an element depends on its index in (C, H, W), not on its place in memory."""
     spec = OPS["sampling_step"]
     inputs = spec.make(2, (4, 6, 10), torch.float32, DEVICE, 3)
     changed = inputs | {name: change(inputs[name]) for name in ("x_t", "output")}
@@ -173,19 +173,19 @@ def test_alike_copies_only_what_differs() -> None:
 
 @every_op
 def test_a_row_does_not_depend_on_its_batch(spec: OpSpec) -> None:
-    """Bit for bit: sums are taken in a fixed order, noise belongs to the sample."""
+    """Equal bit for bit: sums have a fixed order, and noise depends on the sample id."""
     inputs = spec.make(3, (4, 9, 9), torch.float32, DEVICE, 5)
-    whole = fused(spec)(**inputs)
+    complete = fused(spec)(**inputs)
     row = {n: v[1:2] if isinstance(v, Tensor) and len(v) == 3 else v for n, v in inputs.items()}
     if "output" in inputs:
         row["output"] = inputs["output"][1::3]
     alone = fused(spec)(**row)
     for name, value in alone._asdict().items():
-        assert value is None or torch.equal(value[0], getattr(whole, name)[1]), name
+        assert value is None or torch.equal(value[0], getattr(complete, name)[1]), name
 
 
 def test_the_sampled_steps_log_probs_are_the_transitions() -> None:
-    """What sampling stores and what training recomputes must be one number, or the first ratio is not 1."""
+    """The log-probabilities that sampling stores and that training recomputes must be equal, else the first ratio is not 1."""
     spec = OPS["sampling_step"]
     for dtype in DTYPES:
         inputs = spec.make(3, (4, 16, 16), dtype, DEVICE, 5)
@@ -219,7 +219,7 @@ def test_the_references_gradients_are_those_of_finite_differences(spec: OpSpec) 
     if not spec.gradients:
         return
     leaves = [inputs[name].clone().requires_grad_() for name in spec.gradients]
-    # The weight of the policy's gradient is no derivative of anything.
+    # policy_weight changes the gradient but not the loss, so finite differences cannot check it.
     others = {n: v for n, v in inputs.items() if n not in spec.gradients and n != "policy_weight"}
 
     def op(*values: Tensor) -> tuple[Tensor, ...]:
@@ -268,7 +268,7 @@ NO_COMPILER = "Failed to find C compiler. Please specify via CC environment vari
 
 @pytest.fixture
 def untried() -> Iterator[None]:
-    """No device has been tried yet, and what a test makes of one is forgotten."""
+    """Forget, before and after the test, whether kernels could be launched on a device."""
     dispatch._failure_of_a_trial.cache_clear()
     yield
     dispatch._failure_of_a_trial.cache_clear()
@@ -304,7 +304,7 @@ def test_auto_falls_back_where_a_launch_fails_and_tries_once(monkeypatch: pytest
         raise OSError("fatal error: Python.h: No such file or directory")
 
     monkeypatch.setattr(verify, "run", fails)
-    # There may be no such device to make them on.
+    # No inputs are made, since there may be no GPU to make them on.
     monkeypatch.setattr(verify, "OPS", {name: replace(spec, make=lambda *given: {}) for name, spec in OPS.items()})
     for _ in range(2):
         found = choose("auto", torch.device("cuda", 0))

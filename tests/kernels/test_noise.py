@@ -1,4 +1,4 @@
-"""Counter-based noise: known answers, moments, independence of the batch layout."""
+"""Counter-based noise: published values of the generator, moments, independence of the batch."""
 
 import pytest
 import torch
@@ -18,7 +18,7 @@ def counter(word: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.
     ],
 )
 def test_philox_known_answers(word: int, key: int, expected: tuple[int, ...]) -> None:
-    """Published with the generator (Random123's kat_vectors)."""
+    """The known answers that were published with the generator (Random123's kat_vectors)."""
     assert tuple(int(w) for w in philox_4x32(counter(word), key)) == expected
 
 

@@ -1,4 +1,4 @@
-"""What is trained, in half precision: float32 masters, fused LoRA, frozen convolutions."""
+"""The trained weights of a model in half precision: float32 masters, fused LoRA layers, frozen convolutions."""
 
 import copy
 from collections.abc import Callable
@@ -29,7 +29,7 @@ CONVOLUTIONS = ["to_q", "to_k", "to_v", "to_out.0", "conv1", "conv2", "conv_shor
 
 
 def policy_of(recipe: Recipe) -> tuple[StableDiffusion, Tensor]:
-    """(a policy whose adapter does something, embeddings of three prompts)."""
+    """A policy whose adapter is not zero, and the embeddings of three prompts."""
     policy = cast(StableDiffusion, families.load(recipe.model_copy(update={"seed": 0}), CPU))
     text = policy.encode(["a cat", "a dog", "a bird"])
     generator = torch.Generator().manual_seed(11)
@@ -44,7 +44,7 @@ def policy_of(recipe: Recipe) -> tuple[StableDiffusion, Tensor]:
 
 
 class CudaAutocast(TorchFunctionMode):
-    """CUDA's autocast on a CPU: unlike a CPU's own it computes norms and upsampling in float32."""
+    """CUDA's autocast on a CPU: unlike the CPU's autocast, it computes norms and upsampling in float32."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
@@ -57,7 +57,7 @@ class CudaAutocast(TorchFunctionMode):
 
 
 def autocast_form(policy: StableDiffusion) -> Any:
-    """The same network with float32 factors in peft's own layers, for autocast."""
+    """The policy's network with peft's own layers and float32 LoRA factors, as one would use it under autocast."""
     network = copy.deepcopy(policy.denoiser)
     masters = dict(zip(policy.weights.names, policy.weights.masters, strict=True))
     for name, weight in network.named_parameters():
@@ -71,9 +71,9 @@ def autocast_form(policy: StableDiffusion) -> Any:
 
 
 def test_loss_and_gradient_err_at_most_twice_as_far_as_autocasts() -> None:
-    """Against float64 with the same (half-precision) frozen weights, on the embedded model, at four steps of the chain.
+    """The truth is float64 with the same half-precision frozen weights; on the embedded model, at four steps of the chain.
 
-    The largest error of three samples is a matter of luck, that of 24 is not: then both forms err alike within a fifth.
+    Over 24 samples the largest errors of both forms are equal within a fifth; over three samples they are a matter of luck.
     """
     recipe = load(ROOT / "recipes/tiny_cpu.yaml", ["model.dtype=bf16"])
     policy, text = policy_of(recipe)
@@ -175,7 +175,7 @@ def test_gradients_are_summed_in_float32(
 
 
 def test_a_backward_pass_that_breaks_off_leaves_nothing(make_recipe: MakeRecipe) -> None:
-    """As where memory runs out: what it left in the copies is no part of the next gradient."""
+    """A backward pass may run out of memory; what it left in the half-precision copies must not enter the next gradient."""
     policy, text = half(make_recipe)
     stepper = ClippedOptimizer("policy", torch.optim.AdamW(policy.trainable()), 1.0, policy.weights)
 
@@ -203,7 +203,7 @@ def test_a_backward_pass_that_breaks_off_leaves_nothing(make_recipe: MakeRecipe)
 
 
 def test_gradients_and_optimizer_states_lie_like_their_weights(make_recipe: MakeRecipe) -> None:
-    """Fused AdamW refuses others; small and large gradients, also after a resume."""
+    """Fused AdamW refuses tensors whose memory layouts differ; they must be equal after a resume too."""
     from dag.run import optimizer_state
 
     policy, text = half(make_recipe, kind="full")
@@ -232,7 +232,7 @@ def test_a_step_moves_masters_and_what_computes(make_recipe: MakeRecipe, kind: s
         rows = policy.predict(x_t, policy.schedule.timesteps[1].expand(3), text).branches
         stepper.backward(rows.float().square().sum())
         stepper.step()
-    # Steps far below a half-precision digit are not lost.
+    # The float32 masters keep steps that are far below the last digit in half precision.
     assert all(not torch.equal(old, new) for old, new in zip(before, policy.trainable(), strict=True))
     for master, computing in zip(policy.trainable(), policy.weights.copies, strict=True):
         assert torch.equal(computing, master.to(torch.bfloat16))
@@ -318,7 +318,7 @@ def test_a_frozen_convolution_gives_the_same_bits(
 
 
 def test_factors_of_frozen_convolutions_are_trained(make_recipe: MakeRecipe) -> None:
-    """peft makes them of the class of what they adapt."""
+    """peft gives LoRA factors the class of the layer that they adapt, here a frozen convolution's."""
     policy, text = policy_of(make_recipe(adapter={"targets": CONVOLUTIONS}))
     assert any(type(module) is FrozenConv2d for module in policy.denoiser.modules())
     backward(policy, text, 1)

@@ -38,7 +38,7 @@ def test_everything_shipped_fits_twelve_megabytes() -> None:
 
 
 def test_plain_diffusers_draws_with_it_and_a_lora_as_the_readme_says(embedded: Recipe, tmp_path: Path) -> None:
-    """No argument about precision: the files are fp16, and all parts must open in one dtype that a CPU computes in."""
+    """The README passes no dtype: the files are fp16, and all parts must load in one dtype that a CPU can compute in."""
     from diffusers import StableDiffusionPipeline
 
     pipe = StableDiffusionPipeline.from_pretrained(ASSETS / "embedded")
@@ -58,7 +58,7 @@ def _drawn(pipe: Any) -> Any:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_our_loader_reads_the_files_as_they_are(dtype: torch.dtype) -> None:
-    """Whatever dtype the shipped configs name."""
+    """The dtype that the shipped configs name does not matter to this project's loader."""
     stored = load_file(ASSETS / "embedded/text_encoder/model.safetensors")
     read = load_text_encoder(ASSETS / "embedded", dtype, torch.device("cpu")).state_dict()
     assert {value.dtype for value in stored.values()} == {torch.float16}
@@ -68,7 +68,7 @@ def test_our_loader_reads_the_files_as_they_are(dtype: torch.dtype) -> None:
 
 
 def test_the_build_writes_what_ships(tmp_path: Path) -> None:
-    """The last step of `python -m dag.assets.build`, on the finished modules: the same weights and configs."""
+    """`save` of `dag.assets.build` writes the shipped weights and configs again from the loaded modules."""
     from diffusers import UNet2DConditionModel
     from transformers import CLIPTextModel
 
@@ -102,7 +102,7 @@ def test_old_and_new_tokenizer_files_agree() -> None:
 
 @pytest.mark.slow
 def test_pictures_show_what_was_asked_for(embedded: Recipe) -> None:
-    """Far above the 1 in 69 of chance; the model card has the measured figures."""
+    """By chance 1 in 69 would be right; the model card has the measured shares."""
     parts = parts_of(embedded)
     images = generate(parts.policy, parts.text, list(range(45)), 0, embedded.sampler)
     top1, top5 = judge.noun_accuracy(judge.load_judge(), images, parts.prompts)
@@ -112,7 +112,7 @@ def test_pictures_show_what_was_asked_for(embedded: Recipe) -> None:
 
 @pytest.mark.slow
 def test_the_scorer_prefers_the_right_prompt(embedded: Recipe) -> None:
-    """For pictures of the embedded model, the prompt they were drawn from beats another animal's more often than not."""
+    """Pictures of the embedded model mostly score higher with their own prompt than with another animal's."""
     from helpers.tiny_rewards import reward_of
 
     parts = parts_of(embedded)

@@ -1,4 +1,4 @@
-"""Every lever on memory, on and off: what it may change, and that it does something."""
+"""Every lever on memory: on and off give the same results up to what the lever may change, and it saves something."""
 
 import json
 import os
@@ -35,14 +35,14 @@ def run(tmp_path: Path) -> RunFolder:
 
 
 def states(parts: Components, count: int = 4) -> tuple[Tensor, Tensor, Tensor]:
-    """Inputs of `predict`."""
+    """Random inputs (x_t, t, text) of `predict`."""
     generator = torch.Generator().manual_seed(3)
     x_t = torch.randn(count, *parts.policy.latent_shape, generator=generator)
     return x_t, parts.policy.schedule.timesteps[1].expand(count), parts.text[torch.arange(count) % len(parts.text)]
 
 
 def gradients(parts: Components) -> list[Tensor]:
-    """Of a prediction's squares with respect to the adapter."""
+    """The gradients of the adapter for the sum of a prediction's squares."""
     for parameter in parts.policy.trainable():
         parameter.grad = None
     parts.policy.predict(*states(parts)).branches.float().square().sum().backward()
@@ -51,7 +51,7 @@ def gradients(parts: Components) -> list[Tensor]:
 
 
 def saved_bytes(parts: Components) -> int:
-    """Of the tensors that a prediction keeps for its backward, each storage once, weights left out."""
+    """Bytes of the tensors that a prediction keeps for its backward pass, each storage once, without weights."""
     seen: dict[int, int] = {}
     weights = {p.untyped_storage().data_ptr() for p in parts.policy.denoiser.parameters()}
 
@@ -96,7 +96,7 @@ def test_memory_layout_changes_rounding_alone(make_recipe: MakeRecipe) -> None:
 
 @pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a compiler")
 def test_compiled_blocks_change_rounding_alone(make_recipe: MakeRecipe) -> None:
-    """Also without the adapter, whose switch is inside the compiled blocks."""
+    """This includes predictions without the adapter, whose switch is inside the compiled blocks."""
     found, pretrained = [], []
     for is_compiled in (False, True):
         parts = parts_of(make_recipe(memory={"compile": is_compiled}))
@@ -113,7 +113,7 @@ def test_compiled_blocks_change_rounding_alone(make_recipe: MakeRecipe) -> None:
 
 @pytest.fixture
 def quick_compiler(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """dynamo as it is, and no code generated for what it captures; its settings are put back."""
+    """torch.compile with dynamo but without generated code; dynamo's settings are restored."""
     monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="eager"))
     names = ("recompile_limit", "accumulated_recompile_limit", "fail_on_recompile_limit_hit")
     with torch._dynamo.config.patch({name: getattr(torch._dynamo.config, name) for name in names}):
@@ -122,7 +122,7 @@ def quick_compiler(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 
 def call_patterns(parts: Components, most: int) -> None:
-    """Numbers of rows, with and without gradients, adapter and guidance."""
+    """Call `predict` for 1 to `most` rows with all combinations that training needs."""
     for count in range(1, most + 1):
         parts.policy.predict(*states(parts, count))
         with torch.no_grad():
@@ -132,7 +132,7 @@ def call_patterns(parts: Components, most: int) -> None:
 
 
 def test_every_call_pattern_is_compiled_once(make_recipe: MakeRecipe, quick_compiler: None) -> None:
-    """dynamo's own limit of 8 would leave the rest as it is, and say so in a log that nobody reads."""
+    """With dynamo's default limit of 8, further call patterns would run uncompiled, with a warning in a log only."""
     parts = parts_of(make_recipe(memory={"compile": True}))
     call_patterns(parts, 3)
     found = compilations()
@@ -205,13 +205,13 @@ def test_determinism_is_switched_and_switched_back(monkeypatch: pytest.MonkeyPat
 
 
 def test_a_deterministic_run_is_on_a_cpu_the_same_run(make_recipe: MakeRecipe, tmp_path: Path) -> None:
-    """From before the model is loaded to the end, and not beyond."""
+    """The deterministic setting holds from before the model is loaded until the run ends, and not after it."""
     (tmp_path / "mine.py").write_text(
-        "import torch\ndef tell():\n"
+        "import torch\ndef show():\n"
         f"    with open({str(tmp_path / 'seen')!r}, 'a') as file:\n"
         "        print(torch.are_deterministic_algorithms_enabled(), file=file)\n"
-        "def score(images, prompts):\n    tell()\n    return images.mean((1, 2, 3))\n"
-        "tell()\n"
+        "def score(images, prompts):\n    show()\n    return images.mean((1, 2, 3))\n"
+        "show()\n"
     )
     sections: dict[str, Any] = {"reward": {"name": "custom", "path": f"{tmp_path / 'mine.py'}:score"}}
     sections |= {"train": {"epochs": 1, "rollout": "one_pass"}, "evaluation": {"every": 9}}
@@ -249,7 +249,7 @@ TOLD = (
 
 @pytest.fixture
 def xformers(make_recipe: MakeRecipe, monkeypatch: pytest.MonkeyPatch) -> Callable[[Exception | None], str]:
-    """diffusers' own trial of xformers on a GPU that seems to be there; the argument is what the trial's call raises."""
+    """A function that lets diffusers try xformers on a pretended GPU, where the call raises the given error."""
     from diffusers.models import attention_processor
 
     class Operations:
@@ -274,7 +274,7 @@ def xformers(make_recipe: MakeRecipe, monkeypatch: pytest.MonkeyPatch) -> Callab
 
 
 @pytest.mark.parametrize(
-    ("error", "told"),
+    ("error", "reason"),
     [
         (NotImplementedError(TOO_NEW), TOLD),
         (ValueError("unsupported head size\nand more"), "unsupported head size"),
@@ -284,11 +284,11 @@ def xformers(make_recipe: MakeRecipe, monkeypatch: pytest.MonkeyPatch) -> Callab
     ids=lambda value: type(value).__name__,
 )
 def test_xformers_that_cannot_run_is_one_line(
-    xformers: Callable[[Exception | None], str], error: Exception, told: str
+    xformers: Callable[[Exception | None], str], error: Exception, reason: str
 ) -> None:
     with pytest.raises(UsageError) as refused:
         xformers(error)
-    expected = f"memory.attention=xformers does not run here ({told}); use auto, PyTorch's own attention"
+    expected = f"memory.attention=xformers does not run here ({reason}); use auto, PyTorch's own attention"
     assert str(refused.value) == expected
 
 
@@ -357,7 +357,7 @@ def test_a_frozen_unconditional_branch_is_the_pretrained_one(make_recipe: MakeRe
     torch.testing.assert_close(both.branches[:4], pretrained.branches[:4], rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(both.branches[4:], adapted.branches[4:], rtol=1e-5, atol=1e-5)
     assert float((adapted.branches[:4] - both.branches[:4]).abs().max()) > 1e-3
-    # No graph for the unconditional rows.
+    # The unconditional rows keep no graph.
     frozen.policy.predict(*states(frozen)).branches[:4].float().sum().backward()
     assert all(p.grad is None or not p.grad.any() for p in frozen.policy.trainable())
 
@@ -419,11 +419,13 @@ def test_chains_are_stored_once_and_in_order() -> None:
 
 
 def test_bytes_of_a_trajectory(make_recipe: MakeRecipe, run: RunFolder) -> None:
-    """SD 1.5's 4x64x64 latents and 50 steps in fp16: 51 states and three scalars a step."""
+    """A stored trajectory has T + 1 states, three float32 scalars for each step, a float32 reward and two int64 ids."""
     for chain, size in (("fp32", 4), ("fp16", 2)):
-        _, trajectories = rolled_out(make_recipe(sampler={"chain_dtype": chain}), run)
-        # Besides: reward in float32, two int64 ids.
-        assert trajectories.bytes_per_trajectory == 5 * 256 * size + 3 * 4 * 4 + 4 + 16
+        recipe = make_recipe(sampler={"chain_dtype": chain})
+        _, trajectories = rolled_out(recipe, run)
+        steps, latent, fp32, int64 = recipe.sampler.steps, 4 * 8 * 8, 4, 8
+        states, scalars = (steps + 1) * latent * size, 3 * steps * fp32
+        assert trajectories.bytes_per_trajectory == states + scalars + fp32 + 2 * int64
 
 
 @pytest.mark.parametrize("chains", ["device", "cpu"])
@@ -435,7 +437,7 @@ def test_where_chains_wait_changes_nothing(make_recipe: MakeRecipe, run: RunFold
 
 
 def test_the_fused_optimizer_goes_on_from_a_checkpoint() -> None:
-    """What a GPU runs with `adamw`, here in its form for a CPU: its step count is a tensor beside the weights."""
+    """A GPU runs `adamw` as fused AdamW, tested here in its form for a CPU; its step count is a tensor."""
     from dag.run import optimizer_state
 
     def optimizer_of(weights: list[Tensor]) -> torch.optim.Optimizer:

@@ -1,4 +1,4 @@
-"""Loading models: every way it can fail is one clear sentence; adapters reach the layers they name."""
+"""Loading models: every failure is one clear sentence, and adapters reach the layers that they name."""
 
 import json
 import shutil
@@ -26,7 +26,7 @@ REST: dict[str, object] = {
 
 
 def load(path: Path | str, model: dict[str, object] | None = None, **adapter: object) -> Policy:
-    """The policy of a recipe for this folder, by the door that every family has."""
+    """Load the policy of a recipe with this model folder, by `families.load`."""
     sections = {"model": {"path": str(path), **(model or {})}, "adapter": adapter, "sampler": {"steps": 4}}
     return families.load(parse({**sections, **REST}, "test"), CPU)
 
@@ -137,7 +137,7 @@ def test_the_pipeline_that_a_folder_names_decides_the_family(
 
 
 def test_each_lora_target_must_match(tiny_model: Path) -> None:
-    """peft ignores a misspelt target beside a good one; that would silently train less than was asked."""
+    """peft ignores a misspelt target if another one matches, and would silently train less than the recipe says."""
     with pytest.raises(UsageError, match=r"adapter\.targets: 'to_kk' matches no layer.*to_k"):
         load(tiny_model, targets=("to_q", "to_kk"))
 

@@ -28,7 +28,7 @@ def tiny() -> AutoencoderTiny:
 
 @pytest.fixture(scope="module")
 def latents(pipeline: StableDiffusionPipeline) -> torch.Tensor:
-    """The first picture of each prompt in the model card's grid, as the UNet has it."""
+    """Clean latents of the first picture of each prompt in the model card's grid."""
     grid = Image.open(ASSETS / "samples.png").convert("RGB")
     corners = [(248 * (i % 3), 94 * (i // 3) + 14) for i in range(len(SAMPLE_PROMPTS))]
     tiles = [grid.crop((left, top, left + 80, top + 80)).resize((64, 64)) for left, top in corners]
@@ -37,7 +37,7 @@ def latents(pipeline: StableDiffusionPipeline) -> torch.Tensor:
 
 
 def test_pictures(tiny: AutoencoderTiny, pipeline: StableDiffusionPipeline, latents: torch.Tensor) -> None:
-    """Every picture's mean colour instead would reach 13 dB; the model card has the figures on held-out scenes."""
+    """A decoder that returned each picture's mean colour would reach 13 dB; the model card has figures on held-out scenes."""
     assert tiny.config.scaling_factor == 1
     assert agreement(tiny, pipeline.vae, latents) > 25
 

@@ -20,7 +20,7 @@ def values(seed: int) -> torch.Tensor:
 
 
 def transitions() -> Transition:
-    """Six rows, the last two terminal, every input a leaf that could take a gradient."""
+    """Six transitions, the last two terminal; every input is a leaf, so that a gradient into it would be seen."""
     log_pf = values(0).requires_grad_()
     return Transition(
         k=torch.arange(B), is_terminal=torch.arange(B) >= 4, log_pf=log_pf, log_pf_old=log_pf.detach().clone(),
@@ -90,7 +90,7 @@ def test_penalty_is_smooth_at_its_bend() -> None:
 
 
 def test_dag_kl_on_policy_gradient_is_the_score_function_form() -> None:
-    """d loss / d log P_F = -A = delta - baseline, half of DAG-DB's; the flow regresses with log P_F held fixed."""
+    """d loss / d log P_F = -A = delta - baseline, half of DAG-DB's; the flow is fitted with log P_F as data."""
     objective, t = dag_kl(), transitions()
     residuals = expected_residual(t)[:, None]
     advantage = objective.advantages(residuals, torch.ones(1), torch.zeros(1))
@@ -134,7 +134,7 @@ def test_published_kl_switches() -> None:
     assert float(mixed.abs().max()) == 0.5
     inside = mixed.reshape(-1).abs() < 0.5
     assert bool(inside.any())
-    # The spread is taken about each row's own leave-one-out mean, so only roughly about the common one.
+    # The spread is about each row's leave-one-out mean, which is only close to the common mean.
     torch.testing.assert_close(mixed.reshape(-1)[inside], -(centred / spread)[inside], rtol=0.1, atol=1e-6)
 
 

@@ -1,9 +1,8 @@
 """DAG-DB and DAG-KL reach the distribution they promise, with all its modes; DDPO collapses there.
 
-They promise samples from R. Gaussian steps cannot quite draw those: the target on the line has 0.3 of its
-mass in the left mode, and the best such steps, found by dynamic programming, put 0.257 there. Training goes
-from 0.5 to that; the short runs stop on the way, near 0.3, and their windows hold both values.
-`pytest -s` prints the numbers.
+They promise samples from R. A chain of Gaussian steps cannot reach that exactly: the one-dimensional target has 0.3 of its mass
+in the left mode, and the best Gaussian steps, found by dynamic programming, put 0.257 there. Training begins at 0.5 and goes
+towards 0.257. The short runs stop near 0.3, so their bounds include both values. `pytest -s` prints the numbers.
 """
 
 import pytest
@@ -50,18 +49,18 @@ def line_toy(centres: int = 29) -> ToyGFN:
     return ToyGFN(DATA, TARGET, torch.linspace(-3.5, 3.5, centres), SEEDS)
 
 
-def line_fits(toy: ToyGFN, law: torch.Tensor, label: str) -> list[Fit]:
-    """Each seed's samples against a law, also printed."""
-    fits = [fit(histogram(samples[:, 0]), law) for samples in toy.samples(SAMPLES)]
+def line_fits(toy: ToyGFN, distribution: torch.Tensor, label: str) -> list[Fit]:
+    """Compare each seed's samples with a distribution; prints the result too."""
+    fits = [fit(histogram(samples[:, 0]), distribution) for samples in toy.samples(SAMPLES)]
     for seed, result in enumerate(fits):
         print(f"\n{label:<14} seed {seed}  {result}", end="")
     return fits
 
 
 def has_ended(toy: ToyGFN, best: tuple[torch.Tensor, float], left: float, tolerance: float, label: str) -> None:
-    """Samples and the initial log F (within a tolerance, in nats) are those of the `best_gaussian_steps`."""
-    law, initial_log_F = best
-    for result in line_fits(toy, law, label):
+    """Assert that samples and initial log F (within a tolerance in nats) are those of `best_gaussian_steps`."""
+    distribution, initial_log_F = best
+    for result in line_fits(toy, distribution, label):
         assert result.left == pytest.approx(left, abs=0.025)
         assert result.kl <= 0.0055
         assert result.w1 <= 0.04
@@ -71,7 +70,7 @@ def has_ended(toy: ToyGFN, best: tuple[torch.Tensor, float], left: float, tolera
 
 
 def corner_shares(name: str, settings: Settings) -> torch.Tensor:
-    """(S, 4) share of each mode after training, also printed."""
+    """The share (S, 4) of each mode after training; prints it too."""
     toy = ToyGFN(EVEN_CORNERS, UNEVEN_CORNERS, torch.linspace(-2.5, 2.5, 11), SEEDS)
     toy.train(objective(name), settings)
     modes = [UNEVEN_CORNERS.nearest_mode(samples) for samples in toy.samples(SAMPLES)]
@@ -82,8 +81,8 @@ def corner_shares(name: str, settings: Settings) -> torch.Tensor:
 
 
 def test_best_gaussian_steps_nearly_reach_the_target() -> None:
-    law, _ = best_gaussian_steps(TARGET, toy_schedule(SD))
-    best = fit(law, on_grid(TARGET))
+    distribution, _ = best_gaussian_steps(TARGET, toy_schedule(SD))
+    best = fit(distribution, on_grid(TARGET))
     print(f"\n{'optimum':<14}         {best}", end="")
     assert best.left == pytest.approx(0.257, abs=0.002)
     assert best.kl < 0.006
@@ -111,9 +110,9 @@ def test_dag_reaches_both_modes_in_proportion(name: str) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["dag_db", "dag_kl"])
 def test_dag_ends_at_the_best_gaussian_steps(name: str) -> None:
-    """Larger steps and a finer table: no distance is left to too short a training or too coarse a policy.
+    """Larger steps and a finer table, so that neither a short training nor a coarse policy leaves a distance.
 
-    The flow agrees as well, which no sampling could tell: it sums every constant of log P_F and log P_B.
+    The flow agrees too. Samples could not show that: log F contains every constant of log P_F and log P_B.
     """
     toy = line_toy(centres=57)
     toy.train(objective(name), Settings(iterations=1200, policy_lr=4e-2, flow_lr=4e-1))
@@ -122,8 +121,8 @@ def test_dag_ends_at_the_best_gaussian_steps(name: str) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["dag_db", "dag_kl"])
-def test_with_a_prior_dag_ends_at_the_tilted_data_law(name: str) -> None:
-    """Its best steps leave 0.274 on the left; the data law times the reward has 0.227 there, the reward alone 0.256."""
+def test_with_a_prior_dag_ends_at_the_tilted_data_distribution(name: str) -> None:
+    """Mass in the left mode: 0.227 for data times reward, 0.274 for the best Gaussian steps, 0.256 for the reward alone."""
     toy = ToyGFN(DATA, TILT, torch.linspace(-3.5, 3.5, 57), SEEDS, has_prior=True)
     toy.train(objective(name), Settings(iterations=600, policy_lr=4e-2, flow_lr=4e-1))
     best = best_gaussian_steps(TILT, toy_schedule(SD), prior=DATA)

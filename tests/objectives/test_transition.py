@@ -1,4 +1,4 @@
-"""The algebra of detailed transition."""
+"""The algebra of detailed balance over the transitions of a chain."""
 
 import pytest
 import torch
@@ -12,7 +12,7 @@ def table(seed: int, N: int = 5, T: int = 7) -> torch.Tensor:
 
 
 def test_detailed_balance_telescopes_to_trajectory_balance() -> None:
-    """sum_k delta_k = log F(x_0-th) + sum log P_F - sum log P_B - log R: inner flows cancel."""
+    """sum_k delta_k = log F(x_T) + sum log P_F - sum log P_B - log R, since the inner flows cancel."""
     log_F, log_looking, log_pf, log_pb = (table(seed) for seed in range(4))
     log_reward = table(9)[:, 0]
     residuals = transition.residual_table(log_F, log_looking, log_pf, log_pb, log_reward)
@@ -21,7 +21,7 @@ def test_detailed_balance_telescopes_to_trajectory_balance() -> None:
 
 
 def test_forward_looking_is_a_reparametrisation() -> None:
-    """The same log F, split otherwise into a learnt and a forward-looking part, has the same residual."""
+    """The residual depends on log F alone, not on how it is split into a learnt and a forward-looking part."""
     log_F, log_looking, log_pf, log_pb = (table(seed) for seed in range(4))
     log_reward = table(9)[:, 0]
     plain = transition.residual_table(log_F, torch.zeros_like(log_F), log_pf, log_pb, log_reward)
@@ -59,6 +59,6 @@ def test_leave_one_out_mean() -> None:
 
 
 def test_leave_one_out_std_is_unbiased_in_scale() -> None:
-    """For many rows it tends to the ordinary standard deviation."""
+    """For many rows the leave-one-out standard deviation tends to the ordinary one."""
     values = 3 * table(2, N=4000, T=1)
     torch.testing.assert_close(transition.leave_one_out_std(values).mean(), values.std(), rtol=2e-3, atol=0)

@@ -1,4 +1,4 @@
-"""Random damage to a recipe: it loads or is refused with a message, it never crashes."""
+"""Randomly damaged recipes: each loads or is refused with a message, none crashes."""
 
 import copy
 import json
@@ -22,7 +22,7 @@ JUNK: list[Any] = [
 
 
 def containers(node: Any) -> list[Any]:
-    """Every non-empty dict and list in a tree."""
+    """Every non-empty dict and list in a tree of YAML."""
     children = node.values() if isinstance(node, dict) else node if isinstance(node, list) else []
     inner = [found for child in children for found in containers(child)]
     return [node, *inner] if isinstance(node, dict | list) and node else inner
@@ -66,7 +66,7 @@ def random_override(data: dict[str, Any], rng: random.Random) -> str:
 
 
 def damaged(text: str, kind: str, rng: random.Random) -> tuple[str, list[str]]:
-    """A recipe's text and overrides with random mistakes in its tree, its characters or its overrides."""
+    """A strategy for (a recipe's text, overrides) with random mistakes in the tree, the characters or the overrides."""
     if kind == "text":
         return garble(text, rng), []
     data = yaml.safe_load(text)

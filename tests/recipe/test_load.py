@@ -1,4 +1,4 @@
-"""Recipes: what is accepted, what is refused and in which words, and `--set`."""
+"""Loading recipes: what is accepted, what is refused and with which message, and `--set`."""
 
 import sys
 from pathlib import Path
@@ -71,7 +71,7 @@ def test_a_recipe_cannot_be_changed(file: Path) -> None:
 
 
 def test_a_recipe_survives_its_own_dump(file: Path) -> None:
-    """Resuming reads run.json, which holds a dump."""
+    """A resume reads the recipe from run.json, which holds a dump."""
     recipe = load(file, ["sampler.eta=0.5", "trackers=[wandb]"])
     assert Recipe.model_validate(recipe.model_dump(mode="json")) == recipe
 
@@ -296,7 +296,7 @@ def test_a_file_that_cannot_be_read(tmp_path: Path) -> None:
 )
 def test_values_that_yaml_cannot_construct_are_refused(file: Path, value: str) -> None:
     limit = sys.getrecursionlimit()
-    # Python's own; torch.compile raises it for the whole process, and so much depth is then no problem.
+    # Python's default. torch.compile raises it for the whole process, and then this depth would be no mistake.
     sys.setrecursionlimit(1000)
     try:
         assert "the value is not YAML" in refusal(file, f"seed={value}")
@@ -323,7 +323,7 @@ def test_list_entries_are_checked_too(file: Path, override: str) -> None:
 
 
 def test_the_hint_of_an_unknown_key_is_a_key_of_the_chosen_union_member(file: Path) -> None:
-    """clip_range belongs to dag_kl and ddpo; hinting it to dag_db would send the reader in a circle."""
+    """clip_range is a key of dag_kl and ddpo, so it must not be suggested for dag_db, which would refuse it again."""
     message = refusal(file, "objective.clip_range=3")
     assert "unknown key" in message
     assert "did you mean 'clip_range'" not in message
@@ -356,7 +356,7 @@ def test_merge_keys_may_be_overridden(file: Path) -> None:
 
 @pytest.mark.parametrize("key", ["custom", "ddpo"])
 def test_a_key_named_like_a_reward_or_objective_is_unknown(file: Path, key: str) -> None:
-    """pydantic's error paths hold the names of union members; the key of the file must survive their removal."""
+    """pydantic's error paths contain names of union members; removing those must not remove a key of the same name."""
     assert f"{file}: {key}: unknown key" in refusal(file, f"{key}=3")
     assert f"{file}: objective.{key}: unknown key" in refusal(file, f"objective.{key}=3")
     assert f"{file}: reward.0.{key}: unknown key" in refusal(file, f"reward.{key}=3")

@@ -45,7 +45,7 @@ def test_a_draw_depends_on_seed_and_epoch_alone() -> None:
 
 
 def test_the_prompts_left_over_change_from_epoch_to_epoch() -> None:
-    """64 of 45 prompts: 19 are drawn twice, and over many epochs each as often as any other."""
+    """With 64 trajectories of 45 prompts, 19 prompts are drawn twice; over many epochs all are drawn equally often."""
     total = Counter(int(index) for epoch in range(200) for index in draw(45, 64, seed=0, epoch=epoch))
     expected = 200 * 64 / 45
     assert all(abs(count - expected) < 0.1 * expected for count in total.values())
@@ -197,7 +197,7 @@ def test_a_name_that_no_file_can_have() -> None:
 
 
 def test_a_byte_order_mark_is_no_part_of_the_first_prompt(tmp_path: Path) -> None:
-    """Windows editors write one."""
+    """Windows editors write a byte order mark."""
     path = tmp_path / "prompts.txt"
     path.write_text("a cat\n", encoding="utf-8-sig")
     assert read_prompt_file(path) == ("a cat",)

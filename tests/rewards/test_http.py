@@ -1,4 +1,4 @@
-"""Rewards in another process: the wire, the server's patience with bad requests, the client's with bad servers."""
+"""Rewards over HTTP: the format of messages, a server that gets bad requests, a client with a bad server."""
 
 import http.client
 import json
@@ -33,7 +33,7 @@ def images() -> Tensor:
 
 @pytest.fixture
 def start() -> Iterator[Callable[..., str]]:
-    """Starts a server of a reward or of a handler in a thread; returns its address."""
+    """A function that starts a server (of a reward, or with a handler) in a thread and returns its address."""
     servers: list[HTTPServer] = []
 
     def run(server: HTTPServer) -> str:
@@ -52,7 +52,7 @@ def reward_server(name: str, reward: Any) -> RewardServer:
 
 
 def answering(*responses: tuple[int, bytes] | None) -> HTTPServer:
-    """A server that gives these answers in turn, then repeats the last; None cuts the connection."""
+    """A server that gives these answers in order and then repeats the last one; None closes the connection."""
     queue = list(responses)
 
     class Handler(BaseHTTPRequestHandler):

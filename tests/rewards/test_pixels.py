@@ -1,4 +1,4 @@
-"""What a tower reads of a picture: the exact path is Pillow's, the smooth one stays within a grey level of it."""
+"""Preprocessing for reward networks: the exact path equals Pillow's, the differentiable one is within a grey level of it."""
 
 import numpy as np
 import pytest
@@ -10,7 +10,7 @@ from dag.rewards.pixels import CLIP_MEAN, CLIP_STD, Preprocessing, to_bytes
 
 
 def picture(height: int, width: int) -> Tensor:
-    """(1, 3, H, W) of soft gradients, hard edges and noise, in multiples of 1/255."""
+    """A picture (1, 3, H, W) with soft gradients, hard edges and noise, in multiples of 1/255."""
     y, x = torch.meshgrid(torch.linspace(0, 1, height), torch.linspace(0, 1, width), indexing="ij")
     image = torch.stack([x, y, (x * y).sqrt()])
     image[:, height // 4 : height // 2, width // 3 : width // 2] = torch.tensor([1.0, 0.0, 1.0])[:, None, None]
@@ -20,7 +20,7 @@ def picture(height: int, width: int) -> Tensor:
 
 
 def grey_levels(pixels: Tensor) -> Tensor:
-    """Undo the normalisation: 0..255."""
+    """Undo the normalisation, to grey levels 0..255."""
     mean, std = (torch.tensor(values)[:, None, None] for values in (CLIP_MEAN, CLIP_STD))
     return (pixels * std + mean) * 255
 
@@ -46,7 +46,7 @@ def test_the_exact_path_is_transformers_own(height: int, width: int) -> None:
 
 
 def test_odd_margins_are_cut_as_torchvision_does_or_as_transformers_does() -> None:
-    """A margin of 3 px is 1.5: half-even cuts 2, down cuts 1; a margin of 1 px is 0.5: both cut 0."""
+    """Of an excess of 3 px, 1.5 px go on each side: half-even cuts 2, rounding down 1. Of 1 px, 0.5: both cut 0."""
     for width, half_even in ((35, 2), (33, 0)):
         image = torch.arange(width).expand(1, 3, 32, width) / 255
         first = {
@@ -60,7 +60,7 @@ def test_odd_margins_are_cut_as_torchvision_does_or_as_transformers_does() -> No
 def test_the_smooth_path_is_within_a_grey_level_of_pillow(height: int, width: int) -> None:
     image, preprocessing = picture(height, width), Preprocessing(size=56)
     difference = grey_levels(preprocessing.smooth(image)) - grey_levels(preprocessing.exact(image))
-    # Pillow rounds to whole levels after each of its two passes.
+    # Pillow rounds to integers after each of its two passes, horizontal and vertical.
     assert float(difference.abs().max()) < 1.1
     assert float(difference.abs().mean()) < 0.3
 

@@ -1,4 +1,4 @@
-"""Rewards: one contract for all that are registered, and each one's own definition."""
+"""Rewards: the contract that all registered rewards keep, and the definition of each."""
 
 import io
 from pathlib import Path
@@ -22,10 +22,10 @@ def images() -> torch.Tensor:
     return torch.rand(3, 3, 64, 64, generator=torch.Generator().manual_seed(5))
 
 
-# test_reward_http asks one over the wire.
+# Rewards over HTTP are in test_http.py.
 @pytest.mark.parametrize("name", sorted(set(REWARDS) - {"http"}))
 def test_every_reward_keeps_the_contract(name: str, images: torch.Tensor, tmp_path: Path) -> None:
-    """(B,) finite float32, the same twice, row by row, and images left alone."""
+    """Values are (B,) finite float32, equal when repeated and for single images, and the images are not changed."""
     options = options_of(name, tmp_path)
     if name == "custom":
         (tmp_path / "brightness.py").write_text("def score(images, prompts):\n    return images.mean((1, 2, 3))\n")
@@ -151,7 +151,7 @@ def test_previews_that_nobody_ends_are_checked_now_and_then(monkeypatch: pytest.
 
 def test_previews_are_read_on_their_device_and_final_pictures_exactly() -> None:
     reward = RewardSum([parse_reward("image_text", [])], torch.device("cpu"))
-    # Between two grey levels, which a saved picture would not be.
+    # The values are between two grey levels, which those of a saved picture never are.
     images = (torch.rand(2, 3, 64, 64) * 255).floor() / 255 + 0.4 / 255
     preview, final, rounded = (
         reward.total(pixels, ["a cat"] * 2, is_preview=is_preview)

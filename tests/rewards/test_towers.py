@@ -1,4 +1,4 @@
-"""Reward networks against the originals' algebra (`original_rewards`), their gradients, and what they refuse."""
+"""Reward networks: equal to the published models (`original_rewards`), their gradients, and what they refuse."""
 
 import math
 from collections.abc import Callable
@@ -34,13 +34,13 @@ PROMPTS = [
     "a cat a cat a cat a cat a cat a cat a cat a cat a cat a cat",
     "cats & dogs",
 ]
-# Float32 against the oracle's float64, on scores of order one; the smallest planted mistake moves them 20 times more.
+# Float32 against the reference's float64, on scores of about one; the smallest planted mistake moves them 20 times more.
 TOLERANCE = 2e-5
 
 
 @pytest.fixture
 def images() -> Tensor:
-    """(5, 3, 40, 52): smooth pictures with hard edges, wider than high."""
+    """Five smooth pictures with hard edges, wider than high, (5, 3, 40, 52)."""
     generator = torch.Generator().manual_seed(5)
     coarse = torch.rand(5, 3, 5, 7, generator=generator)
     smooth = torch.nn.functional.interpolate(coarse, (40, 52), mode="bilinear")
@@ -48,7 +48,7 @@ def images() -> Tensor:
     return smooth
 
 
-# Each case makes a reward from a file in the original layout, and the oracle's score of the same pixels and tokens.
+# Each case makes a reward from a file in the original layout, and the reference's score of the same pixels and tokens.
 Case = tuple[Any, Callable[[Tensor], Tensor]]
 
 
@@ -111,12 +111,12 @@ def test_scores_are_the_originals(make: Callable[..., Case], tmp_path: Path, ima
 
 @every_case
 def test_a_batch_may_be_cut_anywhere(make: Callable[..., Case], tmp_path: Path, images: Tensor) -> None:
-    whole, _ = make(tmp_path)
+    at_once, _ = make(tmp_path)
     (tmp_path / "other").mkdir()
     cut, _ = make(tmp_path / "other", max_batch=2)
-    torch.testing.assert_close(whole(images, PROMPTS), cut(images, PROMPTS), rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(at_once(images, PROMPTS), cut(images, PROMPTS), rtol=1e-5, atol=1e-6)
     with pytest.raises(ValueError, match="5 images but 2 prompts"):
-        whole(images, PROMPTS[:2])
+        at_once(images, PROMPTS[:2])
 
 
 @every_case
@@ -131,7 +131,7 @@ def test_eight_bits_are_scored_without_gradient(make: Callable[..., Case], tmp_p
 
 @every_case
 def test_gradients_are_those_of_finite_differences(make: Callable[..., Case], tmp_path: Path, images: Tensor) -> None:
-    """The differentiable path in float64 along a random direction, and no gradient into the network."""
+    """For the differentiable path in float64, along a random direction; the network itself gets no gradient."""
     reward, _ = make(tmp_path)
     part = reward.tower if hasattr(reward, "tower") else reward
     networks = [part.model] if hasattr(part, "model") else [part.vision, part.text]
@@ -153,7 +153,7 @@ def test_gradients_are_those_of_finite_differences(make: Callable[..., Case], tm
 
 @every_case
 def test_both_paths_agree_within_a_grey_level(make: Callable[..., Case], tmp_path: Path, images: Tensor) -> None:
-    """Pillow's resize against the tensor's: the same picture, so nearly the same score; and gradients flow."""
+    """Pillow's resize and the tensors' resize give nearly the same score, and the latter has gradients."""
     reward, _ = make(tmp_path)
     exact = reward(images, PROMPTS)
     smooth = reward(images.requires_grad_(), PROMPTS, grad=True)
@@ -278,7 +278,7 @@ def test_an_unknown_key_of_image_reward_is_refused(tmp_path: Path) -> None:
 
 
 class Payload:
-    """Pickled, it would run code when it is read."""
+    """An object whose pickle runs code when it is loaded."""
 
     def __reduce__(self) -> tuple[Any, ...]:
         return (print, ("this must never be printed",))
@@ -328,7 +328,7 @@ def test_the_cases_are_all_the_towers() -> None:
 def test_previews_are_scored_without_a_look_at_the_device(
     make: Callable[..., Case], tmp_path: Path, images: Tensor
 ) -> None:
-    """After the first call, which reads the prompts: on a GPU each look waits for it."""
+    """After the first call, which reads the prompts, nothing is copied from the device: a copy would wait for a GPU."""
     reward = make(tmp_path)[0]
     looks = []
 

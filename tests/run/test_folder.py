@@ -1,4 +1,4 @@
-"""metrics.jsonl and the folder of a run: what is written, what is found again, what is never overwritten."""
+"""The folder of a run and its metrics.jsonl: what is written, what is read again, what is never overwritten."""
 
 import json
 import math
@@ -20,7 +20,7 @@ def metrics(tmp_path: Path) -> MetricsFile:
 
 
 def strict(line: str) -> Any:
-    """JSON as the standard has it: Python's own reader would accept NaN."""
+    """Read JSON by the standard, without NaN, which Python's reader would accept."""
 
     def refuse(name: str) -> None:
         raise AssertionError(f"{name} is not JSON")
@@ -104,7 +104,7 @@ def test_a_new_run_folder(tmp_path: Path) -> None:
 
 
 def test_a_folder_without_files_may_become_a_run(tmp_path: Path) -> None:
-    """A run that is refused before it begins must not spoil its folder."""
+    """A run that is refused before it begins must leave a folder that the next start can use."""
     for _ in range(2):
         assert RunFolder.create(tmp_path).path == tmp_path
 
@@ -205,7 +205,7 @@ def test_the_newest_run_is_the_last_with_a_checkpoint(tmp_path: Path, monkeypatc
 
 
 def test_the_newest_run_is_of_this_recipe(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A recipe's name may begin like another's."""
+    """The name of a recipe may be the beginning of another's name."""
     monkeypatch.chdir(tmp_path)
     mine = run_with_checkpoint("tiny-20240101-000000")
     run_with_checkpoint("tiny-long-20240102-000000")

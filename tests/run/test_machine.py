@@ -1,4 +1,4 @@
-"""What run.json tells of the machine, where the run is on, and how a resumed run compares it."""
+"""What run.json says about the machine and its versions, and how a resumed run compares them."""
 
 import json
 import stat
@@ -25,7 +25,7 @@ OPEN = "NVRM version: NVIDIA UNIX Open Kernel Module for x86_64  570.86.15  Rele
 
 @pytest.fixture
 def gpu(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
-    """A machine with a GPU and, so far, nothing that tells its driver; the path of the driver's own file."""
+    """Pretends a GPU whose driver cannot be found; the path is where the driver's own file may be written."""
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.version, "cuda", "12.8")
     monkeypatch.setattr(torch.backends.cudnn, "version", lambda: 91002)
@@ -34,7 +34,7 @@ def gpu(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
     return tmp_path / "version"
 
 
-def test_run_json_and_the_bench_tell_what_computes(make_recipe: Callable[..., Recipe]) -> None:
+def test_run_json_and_the_bench_record_the_versions(make_recipe: Callable[..., Recipe]) -> None:
     recipe = make_recipe()
     described = describe_run(recipe, parts_of(recipe), CPU)
     assert described["versions"]["torch"] == torch.__version__
@@ -53,7 +53,7 @@ def test_what_is_not_there_is_none(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize(("text", "release"), [(CLOSED, "535.104.05"), (OPEN, "570.86.15")], ids=["closed", "open"])
-def test_the_driver_tells_its_release(gpu: Path, text: str, release: str) -> None:
+def test_the_drivers_file_has_its_release(gpu: Path, text: str, release: str) -> None:
     gpu.write_text(text)
     found = machine.versions()
     assert (found["cuda"], found["cudnn"], found["driver"]) == ("12.8", "91002", release)

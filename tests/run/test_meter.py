@@ -1,4 +1,4 @@
-"""Seconds and memory by phase: what belongs to which phase, and what a machine cannot tell."""
+"""Seconds and peak memory by phase: what belongs to which phase, and what a system cannot measure."""
 
 import json
 import time
@@ -14,11 +14,11 @@ from dag.run.meter import PHASES, PhaseMeter
 
 ROOT = Path(__file__).parents[2]
 CPU = torch.device("cpu")
-needs_proc = pytest.mark.skipif(meter.meter_of(CPU) is None, reason="this system does not tell resident peaks")
+needs_proc = pytest.mark.skipif(meter.meter_of(CPU) is None, reason="this system does not report resident peaks")
 
 
 class Scripted:
-    """A meter that reads what it was given, once per reset."""
+    """A meter of memory that reads `now`, which a test sets."""
 
     def __init__(self) -> None:
         self.now, self.resets = 0, 0
@@ -114,13 +114,13 @@ def test_a_run_writes_its_phases(tmp_path: Path, rollout: str) -> None:
     phases = ("reward", "update") if rollout == "one_pass" else ("sample", "reward", "update")
     for phase in phases:
         assert rows[-1][f"seconds_{phase}"] > 0, phase
-    # In one pass rewards and updates alternate in every transition: their peak is one.
+    # In one pass rewards and updates alternate in every transition, so their peak is measured together.
     for phase in ("update",) if rollout == "one_pass" else phases:
         assert 0.1 < rows[-1][f"memory_gib_{phase}"] <= rows[-1]["peak_memory_gib"], phase
 
 
 class Stream:
-    """A clock whose moments are over only when somebody has waited for them."""
+    """A clock like CUDA's events: marks cost nothing, to read the seconds between two marks waits."""
 
     def __init__(self) -> None:
         self.marked, self.waits = 0, 0
@@ -137,13 +137,14 @@ class Stream:
 def test_phases_are_timed_without_waiting_until_somebody_asks(scripted: Scripted) -> None:
     book, stream = PhaseMeter(CPU), Stream()
     book.clock = stream
-    for _ in range(100):
+    times, marks_of_an_update, phases = 100, 4, 2  # an update's start, the reward's start and end, the update's end
+    for _ in range(times):
         with book.timed("update"), book.timed("reward"):
             pass
     assert stream.waits == 0
-    assert book.row()["seconds_update"] == 100 * 3
-    assert book.seconds["reward"] == 100
-    assert stream.waits == 200
+    assert book.row()["seconds_update"] == times * (marks_of_an_update - 1)
+    assert book.seconds["reward"] == times
+    assert stream.waits == times * phases
 
 
 def test_moments_do_not_pile_up(scripted: Scripted, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,4 +1,4 @@
-"""Several processes are one: same gradients, same metrics; what happens to one of them, happens to all."""
+"""Several processes train like one: equal gradients and metrics; what happens to one of them reaches all."""
 
 import json
 import os
@@ -50,7 +50,7 @@ def recipes(tmp_path_factory: pytest.TempPathFactory, tiny_model: Path) -> Path:
 
 @pytest.fixture
 def small(make_recipe: MakeRecipe) -> dict[str, Recipe]:
-    """Tiles of one sample: several processes then call the network with the same rows as one does."""
+    """Recipes with tiles of one sample, so that several processes call the network with the same rows as one process."""
     return {
         name: make_recipe(
             **{**sections, "train": {"epochs": 2, "micro_batch": 1, **sections.get("train", {})}},
@@ -62,7 +62,7 @@ def small(make_recipe: MakeRecipe) -> dict[str, Recipe]:
 
 
 def close(ours: Any, theirs: Any) -> bool:
-    """Equal but for float32 sums in another order, passed through a few updates (seen: 2e-4 of a mean residual)."""
+    """Equal up to the order of float32 sums, whose effect grows over a few updates (seen: 2e-4 of a mean residual)."""
     if isinstance(ours, list):
         return len(ours) == len(theirs) and all(map(close, ours, theirs))
     if isinstance(ours, float):
@@ -88,13 +88,13 @@ def test_two_processes_are_one(small: dict[str, Recipe], tmp_path: Path) -> None
             assert mine.keys() == other.keys()
             assert [key for key in mine if not close(mine[key], other[key])] == []
         mine, other = (load_file(path / "lora/pytorch_lora_weights.safetensors") for path in (run.path, two / name))
-        # A tenth of one of Adam's steps, which are of the learning rate's size whatever the gradient's.
+        # The bound is a tenth of one of Adam's steps, which have the size of the learning rate for any gradient.
         assert max(float((mine[key] - other[key]).abs().max()) for key in mine) < 1e-4
     check_disturbances(two, next(iter(small)))
 
 
 def same_gradients(ours: dict[str, torch.Tensor], theirs: dict[str, torch.Tensor], name: str) -> None:
-    """Of the first update."""
+    """Assert that the gradients of the first update are equal up to the order of float32 sums."""
     assert ours.keys() == theirs.keys()
     largest = max(float(gradient.abs().max()) for gradient in ours.values())
     difference = max(float((ours[key] - theirs[key]).abs().max()) for key in ours)
@@ -103,8 +103,8 @@ def same_gradients(ours: dict[str, torch.Tensor], theirs: dict[str, torch.Tensor
 
 
 def check_disturbances(two: Path, name: str) -> None:
-    """A stop, a failure and an exhausted memory of the second process reached both, and the runs went on."""
-    first, second = json.loads((two / "told.json").read_text())
+    """Assert that a stop, a failure and a lack of memory in the second process reached both, and that the runs went on."""
+    first, second = json.loads((two / "outcome.json").read_text())
     assert first["stopped"] == second["stopped"]
     assert first["stopped"][0] == signal.SIGINT
     assert first["stopped"][1].startswith("epoch_0001_")
@@ -116,11 +116,11 @@ def check_disturbances(two: Path, name: str) -> None:
 
 
 def test_shares_must_be_equal() -> None:
-    world = Processes()
-    world.size = 3
-    world.check_shares(trajectories=12, updates=2)
+    processes = Processes()
+    processes.size = 3
+    processes.check_shares(trajectories=12, updates=2)
     with pytest.raises(UsageError, match=r"4 trajectories an update cannot be dealt out to 3 processes equally"):
-        world.check_shares(trajectories=8, updates=2)
+        processes.check_shares(trajectories=8, updates=2)
 
 
 def test_another_number_of_processes_needs_a_checkpoint_between_epochs(make_recipe: MakeRecipe, tmp_path: Path) -> None:
@@ -136,7 +136,7 @@ def test_another_number_of_processes_needs_a_checkpoint_between_epochs(make_reci
 
 
 def test_all_processes_take_the_checkpoint_that_the_main_one_took(make_recipe: MakeRecipe, tmp_path: Path) -> None:
-    """Another process may see less of a shared disk."""
+    """Another process may not see the newest files of a shared disk yet."""
     recipe, run = make_recipe(train={"epochs": 2}), RunFolder.create(tmp_path / "run")
     trainer = Trainer(recipe, run, parts_of(recipe))
     trainer.fit()
@@ -153,7 +153,7 @@ def test_all_processes_take_the_checkpoint_that_the_main_one_took(make_recipe: M
 
 
 def test_shares_come_back_in_order() -> None:
-    """Dealing out and gathering without a network: what `mine` gives to each, `everyones` puts together."""
+    """`everyones` puts together, in order, what `mine` deals out; the gathering itself is replaced."""
 
     class Dealt(Processes):
         def __init__(self, rank: int, size: int) -> None:

@@ -1,4 +1,4 @@
-"""Prompt embeddings: those in use are moved once."""
+"""Prompt embeddings: those in use are moved to the device once."""
 
 import torch
 

@@ -1,4 +1,4 @@
-"""What a run meets in days: signals, full disks, numbers that are not finite, a second process. What is kept is whole."""
+"""Faults of long runs: signals, full disks, numbers that are not finite, a second process. What is kept must be complete."""
 
 import errno
 import json
@@ -40,14 +40,16 @@ MakeRecipe = Callable[..., Recipe]
 def test_a_signal_ends_the_step_saves_and_exits(
     make_recipe: MakeRecipe, tmp_path: Path, capsys: pytest.CaptureFixture[str], number: signal.Signals, code: int
 ) -> None:
+    calls_per_tile = make_recipe().sampler.steps + 1  # x0_hat at every state, and the final picture
+    signalling_call = 1 + calls_per_tile + 2  # after the first evaluation and the first tile, in the second tile
     (tmp_path / "mine.py").write_text(
         "import os\ncalls = 0\ndef score(images, prompts):\n    global calls\n    calls += 1\n"
-        f"    if calls == 8 and not os.path.exists({str(tmp_path / 'sent')!r}):\n"
+        f"    if calls == {signalling_call} and not os.path.exists({str(tmp_path / 'sent')!r}):\n"
         f"        open({str(tmp_path / 'sent')!r}, 'w').close()\n        os.kill(os.getpid(), {int(number)})\n"
         "    return images.mean((1, 2, 3))\n"
     )
     recipe = make_recipe(reward={"name": "custom", "path": f"{tmp_path / 'mine.py'}:score"}, checkpoint={"every": 9})
-    file, run, whole = write(recipe, tmp_path / "r.yaml"), tmp_path / "run", tmp_path / "whole"
+    file, run, undisturbed = write(recipe, tmp_path / "r.yaml"), tmp_path / "run", tmp_path / "undisturbed"
     before = signal.getsignal(number)
     assert train_dag.main(["--recipe", file, "--out", str(run)]) == code
     assert signal.getsignal(number) is before, "handlers are put back"
@@ -57,8 +59,8 @@ def test_a_signal_ends_the_step_saves_and_exits(
     assert "Traceback" not in said
     assert saved.name.startswith("epoch_0000_")
     assert train_dag.main(["--recipe", file, "--resume", str(run)]) == 0
-    assert train_dag.main(["--recipe", file, "--out", str(whole)]) == 0
-    assert rows(run) == rows(whole)
+    assert train_dag.main(["--recipe", file, "--out", str(undisturbed)]) == 0
+    assert rows(run) == rows(undisturbed)
 
 
 def listening(tmp_path: Path) -> "subprocess.Popen[str]":
@@ -80,9 +82,9 @@ def test_a_second_interrupt_ends_at_once(tmp_path: Path) -> None:
     child = listening(tmp_path)
     child.send_signal(signal.SIGINT)
     time.sleep(0.2)
-    child.send_signal(signal.SIGINT)  # the same key, passed on by a launcher
+    child.send_signal(signal.SIGINT)  # a launcher passes the same Ctrl-C on
     time.sleep(0.2)
-    child.send_signal(signal.SIGTERM)  # what a launcher sends after it
+    child.send_signal(signal.SIGTERM)  # and then sends SIGTERM
     time.sleep(0.8)
     assert child.poll() is None
     child.send_signal(signal.SIGINT)
@@ -91,8 +93,8 @@ def test_a_second_interrupt_ends_at_once(tmp_path: Path) -> None:
     assert said.split("\n") == ["", "SIGINT: saving after this step; Ctrl-C again ends at once", ""]
 
 
-def test_a_signal_that_nobody_is_told_of_is_remembered_too(tmp_path: Path) -> None:
-    """Ctrl-C ends the `tee` that stderr goes to before the run has said a word."""
+def test_a_signal_counts_although_its_message_cannot_be_printed(tmp_path: Path) -> None:
+    """Ctrl-C may end the `tee` that reads stderr before the run has printed its message."""
     child = listening(tmp_path)
     assert child.stderr is not None
     child.stderr.close()
@@ -104,7 +106,7 @@ def test_a_signal_that_nobody_is_told_of_is_remembered_too(tmp_path: Path) -> No
 
 
 def test_a_run_that_is_killed_again_and_again_is_the_undisturbed_one(tmp_path: Path) -> None:
-    """The short form of `tests/by_hand/endurance.py kill`: SIGKILL at random moments."""
+    """A short form of `tests/by_hand/endurance.py kill`, with SIGKILL at random moments."""
     script = [sys.executable, str(ROOT / "tests/by_hand/endurance.py"), "kill", "--kills", "2", "--epochs", "2"]
     done = subprocess.run(
         [*script, "--kinds", "dag_db", "--folder", str(tmp_path)],
@@ -128,8 +130,11 @@ def saved(folder: Path, epoch: int, keep: int = 3) -> Path:
     return checkpoint.save(folder, Position(epoch), groups(epoch), {"epoch": epoch}, keep, {})
 
 
+FILES_OF_A_CHECKPOINT = 5
+
+
 class Disk:
-    """Takes so many files, then is full."""
+    """A disk that is full after so many files."""
 
     def __init__(self, files: int) -> None:
         self.left, self.save = files, checkpoint.save_file
@@ -171,7 +176,7 @@ def test_a_disk_that_stays_full_leaves_the_last_good_one(tmp_path: Path, monkeyp
 
 
 def flipped(checkpoint_folder: Path) -> None:
-    """One bit, and the same size."""
+    """Change one bit of a checkpoint's weights, not their size."""
     path = checkpoint_folder / "policy.safetensors"
     content = bytearray(path.read_bytes())
     content[-1] ^= 1
@@ -189,7 +194,7 @@ def test_what_a_resume_skipped_does_not_push_out_what_it_took(tmp_path: Path) ->
     assert checkpoint.flaw(tmp_path / "epoch_0003") is None, "written anew"
 
 
-def test_room_is_made_without_the_last_whole_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_room_is_made_without_the_last_complete_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for epoch in (1, 2, 3):
         saved(tmp_path, epoch)
     flipped(tmp_path / "epoch_0003")
@@ -203,11 +208,13 @@ def test_a_run_on_a_full_disk_ends_in_one_line(
     make_recipe: MakeRecipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     file, run = write(make_recipe(train={"epochs": 3}), tmp_path / "r.yaml"), tmp_path / "run"
-    monkeypatch.setattr(checkpoint, "save_file", Disk(8).save_file)  # a checkpoint has five files: the second fails
+    monkeypatch.setattr(checkpoint, "save_file", Disk(FILES_OF_A_CHECKPOINT + 3).save_file)  # the second one fails
     assert train_dag.main(["--recipe", file, "--out", str(run)]) == 1
     (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error")]
     assert "epoch_0002: cannot be written: No space left on device; epoch_0001 is complete, --resume goes on" in line
     monkeypatch.undo()
+    (first,) = checkpoint.candidates(run / "checkpoints")
+    assert len(list(first.glob("*.safetensors"))) == FILES_OF_A_CHECKPOINT
     assert train_dag.main(["--recipe", file, "--resume", str(run)]) == 0
     assert [row["epoch"] for row in rows(run)] == [0, 1, 2, 3]
 

@@ -1,4 +1,4 @@
-"""Training while sampling against training on stored chains: the same gradient."""
+"""Training in one pass against training on stored chains: the gradients must be equal."""
 
 import gc
 import weakref
@@ -20,7 +20,7 @@ from dag.training.trainer import Trainer
 
 MakeRecipe = Callable[..., Recipe]
 DB: dict[str, Any] = {"name": "dag_db", "beta": {"value": 20.0}}
-# What PyTorch, and cuDNN beside it, say of the same.
+# PyTorch's error when memory is used up, and cuDNN's.
 OUT_OF_MEMORY = (
     torch.OutOfMemoryError("CUDA out of memory"),
     RuntimeError("GET was unable to find an engine to execute this computation"),
@@ -34,7 +34,7 @@ def run(tmp_path: Path) -> RunFolder:
 
 
 def trainer_of(recipe: Recipe, run: RunFolder) -> Trainer:
-    """Everything away from its initial value: adapter, flow, constants, scales, baseline."""
+    """A trainer in which nothing has its initial value: adapter, flow, the flow's constants, residual scales, baseline."""
     trainer, _ = rolled_out(
         recipe.model_copy(update={"train": recipe.train.model_copy(update={"rollout": "stored"})}), run
     )
@@ -50,7 +50,7 @@ def trainer_of(recipe: Recipe, run: RunFolder) -> Trainer:
 
 
 def captured(trainer: Trainer, monkeypatch: pytest.MonkeyPatch, update: Callable[[], object]) -> list[torch.Tensor]:
-    """Gradients at the first optimizer step."""
+    """The gradients (of the policy, then of the flow) at the first optimizer step of `update`, which makes no step."""
     found: list[list[torch.Tensor]] = []
 
     def capture(stepper: Any) -> float:
@@ -64,7 +64,7 @@ def captured(trainer: Trainer, monkeypatch: pytest.MonkeyPatch, update: Callable
 
 
 def in_two_passes(trainer: Trainer, monkeypatch: pytest.MonkeyPatch) -> list[torch.Tensor]:
-    """A stored rollout, then one update on it without calibration."""
+    """The gradients of one update on a stored rollout, without recentring the flow."""
     learner, trajectories = trainer.components.learner, sampled(trainer, 1)
     rollout, rows = learner.rollout(trajectories, 1), torch.arange(trajectories.num_trajectories)
 
@@ -109,7 +109,7 @@ CHANGES: list[dict[str, Any]] = [
 def test_the_gradient_is_that_of_two_passes(
     make_recipe: MakeRecipe, run: RunFolder, monkeypatch: pytest.MonkeyPatch, change: dict[str, Any], dtype: str
 ) -> None:
-    """To the last bit: the same operations on the same numbers, only earlier."""
+    """Equal to the last bit, since one pass does the same operations on the same numbers, only earlier."""
     sections = {name: dict(section) for name, section in change.items()}
     sections["train"] = {"updates": 1, "rollout": "one_pass", **sections.get("train", {})}
     sections["sampler"] = {"steps": 6, **sections.get("sampler", {})}
@@ -154,7 +154,7 @@ def test_flow_passes_keep_and_use_the_chain(make_recipe: MakeRecipe, run: RunFol
 
 
 def test_every_update_samples_with_the_policy_of_the_moment(make_recipe: MakeRecipe, run: RunFolder) -> None:
-    """The second update's trajectories differ from what the policy before the first would have drawn."""
+    """The trajectories of the second update are not those that the policy before the first update would sample."""
     trainer = trainer_of(make_recipe(train={"updates": 2, "rollout": "one_pass", "learning_rate": 0.05}), run)
     before = sampled(trainer, 1)
     found, metrics = one_pass(trainer, 1)
@@ -165,7 +165,7 @@ def test_every_update_samples_with_the_policy_of_the_moment(make_recipe: MakeRec
 
 
 def test_a_whole_run(make_recipe: MakeRecipe, run: RunFolder) -> None:
-    """Warm-up epochs are stored, later ones are not; the run ends with weights."""
+    """Warm-up epochs train on stored chains, later ones in one pass; the run exports its weights."""
     recipe = make_recipe(
         train={"rollout": "one_pass", "epochs": 3},
         flow={"warmup_epochs": 1},
@@ -182,12 +182,12 @@ def test_a_whole_run(make_recipe: MakeRecipe, run: RunFolder) -> None:
 
 def test_a_resumed_run_is_the_undisturbed_one(make_recipe: MakeRecipe, tmp_path: Path) -> None:
     recipe = make_recipe(train={"rollout": "one_pass", "epochs": 3}, objective=KL, flow={"warmup_epochs": 1})
-    whole, broken = (RunFolder.create(tmp_path / name) for name in ("whole", "broken"))
-    rolled_out(recipe, whole)[0].fit()
+    undisturbed, broken = (RunFolder.create(tmp_path / name) for name in ("undisturbed", "broken"))
+    rolled_out(recipe, undisturbed)[0].fit()
     short = recipe.model_copy(update={"train": recipe.train.model_copy(update={"epochs": 2})})
     rolled_out(short, broken)[0].fit()
     rolled_out(recipe, broken)[0].fit(is_resumed=True)
-    ours, theirs = whole.metrics.read(), broken.metrics.read()
+    ours, theirs = undisturbed.metrics.read(), broken.metrics.read()
     for name in ("reward_mean", "loss", "residual_rms", "grad_norm_policy", "grad_norm_flow"):
         assert ours[-1][name] == theirs[-1][name], name
 
@@ -215,14 +215,14 @@ def test_out_of_memory_halves_the_micro_batch_and_keeps_the_update(
         assert trainer.components.learner.updates.micro_batch == (8 if limit == 8 else 2)
     assert "micro-batch 4 from here on" in capsys.readouterr().out
     scale = max(float(gradient.abs().max()) for gradient in found[0])
-    # float32 sums in another order.
+    # Smaller micro-batches add float32 numbers in another order.
     assert max(float((a - b).abs().max()) for a, b in zip(*found, strict=True)) < 1e-4 * scale
 
 
 def test_what_failed_is_freed_before_the_next_try(
     make_recipe: MakeRecipe, run: RunFolder, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Also what only a reference cycle holds, as dynamo's and autograd's frames do."""
+    """Tensors that only a reference cycle holds, as dynamo's and autograd's frames do, are freed too."""
     trainer = trainer_of(make_recipe(train={"rollout": "one_pass", "micro_batch": 4}), run)
     predict, too_many, seen = trainer.components.policy.predict, [], []
 

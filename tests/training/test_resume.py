@@ -1,4 +1,4 @@
-"""A run that is stopped anywhere and goes on is the undisturbed one, bit for bit."""
+"""A run that is stopped anywhere and resumed equals an undisturbed run, bit for bit."""
 
 from collections.abc import Callable
 from contextlib import suppress
@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from helpers.building import Soon, parts_of, poisoned, rows
+from helpers.building import NEVER, Soon, micro_batches, parts_of, poisoned, rows, tiles
 from safetensors.torch import load_file
 
 from dag.errors import RunError, StoppedError
@@ -27,7 +27,7 @@ def trained(recipe: Recipe, run: RunFolder) -> RunFolder:
 
 
 def trained_in_pieces(recipe: Recipe, run: RunFolder, points: int) -> list[str]:
-    """Stopped after every so many safe points, each time with everything built anew; the names of the checkpoints."""
+    """Train a run that stops after every `points` safe points and is built anew each time; returns its checkpoints' names."""
     names: list[str] = []
     while (name := piece(recipe, run, points, is_resumed=bool(names))) is not None:
         assert name not in names, "every piece must come further"
@@ -36,7 +36,7 @@ def trained_in_pieces(recipe: Recipe, run: RunFolder, points: int) -> list[str]:
 
 
 def piece(recipe: Recipe, run: RunFolder, points: int, is_resumed: bool) -> str | None:
-    """The checkpoint that a stop left; None if the run came to its end."""
+    """Train until the signal comes; returns the name of the checkpoint that the stop left, None if the run ended."""
     try:
         Trainer(recipe, run, parts_of(recipe), interrupt=Soon(points)).fit(is_resumed)
     except StoppedError as stopped:
@@ -57,7 +57,7 @@ KINDS: dict[str, dict[str, Any]] = {
     "dag_kl_8bit": {
         "objective": {"name": "dag_kl"},
         "train": {"optimizer": "adamw8bit"},
-        "adapter": {"rank": 300},  # more than one layer of 4096 weights: their 8-bit states share a table
+        "adapter": {"rank": 300},  # several layers of more than 4096 weights: their 8-bit states share a table
         "memory": {"chains": "cpu"},
     },
     "ddpo": {"objective": {"name": "ddpo", "per_prompt": 4}},
@@ -67,7 +67,7 @@ KINDS: dict[str, dict[str, Any]] = {
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_run_in_pieces_is_the_whole_one(make_recipe: MakeRecipe, tmp_path: Path, kind: str) -> None:
+def test_a_run_in_pieces_is_the_undisturbed_one(make_recipe: MakeRecipe, tmp_path: Path, kind: str) -> None:
     sections = dict(KINDS[kind])
     if sections.get("train", {}).get("optimizer"):
         pytest.importorskip("bitsandbytes")
@@ -78,25 +78,25 @@ def test_a_run_in_pieces_is_the_whole_one(make_recipe: MakeRecipe, tmp_path: Pat
         evaluation={"every": 2, "images_per_prompt": 2, "prompts": 1},
         checkpoint={"every": 100, "keep": 3},
     )
-    whole, parted = (RunFolder.create(tmp_path / name) for name in ("whole", "parted"))
-    trained(recipe, whole)
-    # No period of the loop, so that stops fall on tiles, micro-batches, ends of updates and evaluations.
+    undisturbed, parted = (RunFolder.create(tmp_path / name) for name in ("undisturbed", "parted"))
+    trained(recipe, undisturbed)
+    # Not a divisor of the safe points of an epoch, so that stops fall on tiles, micro-batches, ends of updates and evaluations.
     names = trained_in_pieces(recipe, parted, 3 if kind == "one_pass" else 7)
     assert len(names) > 4
-    assert rows(whole.path) == rows(parted.path)
-    ours, theirs = weights(whole), weights(parted)
+    assert rows(undisturbed.path) == rows(parted.path)
+    ours, theirs = weights(undisturbed), weights(parted)
     assert ours.keys() == theirs.keys()
     assert all(torch.equal(ours[name], theirs[name]) for name in ours)
     assert len(checkpoint.candidates(parted.checkpoints)) == 3
     assert not list(parted.path.rglob(".tmp-*"))
-    assert (parted.samples / "before_after.png").read_bytes() == (whole.samples / "before_after.png").read_bytes()
+    assert (parted.samples / "before_after.png").read_bytes() == (undisturbed.samples / "before_after.png").read_bytes()
 
 
 @pytest.mark.parametrize("kind", ["dag_db", "one_pass"])
 def test_what_is_in_flight_comes_back_on_the_policys_device(
     make_recipe: MakeRecipe, tmp_path: Path, kind: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """No GPU is needed to see what stays behind on the CPU: prompts and advantages, which are moved when they are used."""
+    """The meta device stands for a GPU: what a resume leaves on the CPU is moved there only when it is used."""
     recipe, run = make_recipe(**KINDS[kind]), RunFolder.create(tmp_path / "run")
     recipe = recipe.model_copy(update={"train": recipe.train.model_copy(update={"epochs": 3})})
     trainer = Trainer(recipe, run, parts_of(recipe))
@@ -124,7 +124,7 @@ def test_what_is_in_flight_comes_back_on_the_policys_device(
 
 
 def test_a_loss_scale_is_there_for_a_step_that_follows_a_resume(make_recipe: MakeRecipe, tmp_path: Path) -> None:
-    """fp16 alone scales losses, and needs a GPU: its scaler on the CPU."""
+    """Losses are scaled with fp16 only, which needs a GPU; here its scaler runs on the CPU."""
 
     def scaled(trainer: Trainer) -> Trainer:
         scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
@@ -132,44 +132,50 @@ def test_a_loss_scale_is_there_for_a_step_that_follows_a_resume(make_recipe: Mak
         return trainer
 
     recipe = make_recipe(train={"epochs": 1}, checkpoint={"every": 9})
-    whole, parted = (RunFolder.create(tmp_path / name) for name in ("whole", "parted"))
-    scaled(Trainer(recipe, whole, parts_of(recipe))).fit()
-    points = [1, *[0] * 10, 10**9]  # after the first evaluation at every point: two tiles, eight micro-batches, the end
+    undisturbed, parted = (RunFolder.create(tmp_path / name) for name in ("undisturbed", "parted"))
+    scaled(Trainer(recipe, undisturbed, parts_of(recipe))).fit()
+    # A stop at every safe point of the epoch: each tile, each micro-batch, the end of the updates. Before the first stop the
+    # tile of the first evaluation passes; the last start runs to the end.
+    stops = tiles(recipe) + micro_batches(recipe) + 1
+    points = [1, *[0] * (stops - 1), NEVER]
     for number, until in enumerate(points):
         trainer = scaled(Trainer(recipe, parted, parts_of(recipe), interrupt=Soon(until)))
         with suppress(StoppedError):
             trainer.fit(is_resumed=number > 0)
             assert number == len(points) - 1
-    assert rows(whole.path) == rows(parted.path)
+    assert rows(undisturbed.path) == rows(parted.path)
 
 
 def test_a_skipped_update_can_be_saved(make_recipe: MakeRecipe, tmp_path: Path) -> None:
-    """Its loss is not finite, and is part of what is in flight."""
+    """The skipped update's loss is not finite, and is part of the state that a stop saves."""
     recipe = make_recipe(train={"epochs": 1, "updates": 2}, checkpoint={"every": 9})
-    whole, parted = (RunFolder.create(tmp_path / name) for name in ("whole", "parted"))
+    undisturbed, parted = (RunFolder.create(tmp_path / name) for name in ("undisturbed", "parted"))
 
     def trainer_of(run: RunFolder, points: int) -> Trainer:
         trainer = Trainer(recipe, run, parts_of(recipe), interrupt=Soon(points))
         poisoned(trainer, sample=1, k=1, times=1)
         return trainer
 
-    trainer_of(whole, 10**9).fit()
+    trainer_of(undisturbed, NEVER).fit()
     names: list[str] = []
+    passed = 2
     while True:
         try:
-            trainer_of(parted, 2).fit(is_resumed=bool(names))
+            trainer_of(parted, passed).fit(is_resumed=bool(names))
             break
         except StoppedError as stopped:
             names.append(str(stopped.saved))
-    assert len(names) == 4
-    assert rows(whole.path) == rows(parted.path)
-    assert rows(whole.path)[-1]["loss"] is None
+    evaluations = 2  # before the epoch and after it, one tile each
+    safe_points = tiles(recipe) + micro_batches(recipe) + 1 + evaluations
+    assert len(names) == safe_points // (passed + 1)
+    assert rows(undisturbed.path) == rows(parted.path)
+    assert rows(undisturbed.path)[-1]["loss"] is None
 
 
 def test_time_alone_takes_checkpoints_inside_an_epoch(
     make_recipe: MakeRecipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A clock of which a minute passes at every look."""
+    """With a clock that advances a minute whenever it is read, a checkpoint is due at every third safe point."""
     now = 0.0
 
     def monotonic() -> float:
@@ -181,8 +187,8 @@ def test_time_alone_takes_checkpoints_inside_an_epoch(
     recipe = make_recipe(train={"epochs": 1}, checkpoint={"minutes": 2.5, "keep": 100})
     run = trained(recipe, RunFolder.create(tmp_path / "run"))
     inside = [path.name for path in checkpoint.candidates(run.checkpoints) if path.name.startswith("epoch_0000_")]
-    points = 2 + 2 * 4 + 1 + 1  # tiles, micro-batches, the end of the updates, the evaluation's tile
-    assert len(inside) == points // 3
+    ends = 1 + 1  # the end of the updates, the tile of the evaluation after them
+    assert len(inside) == (tiles(recipe) + micro_batches(recipe) + ends) // 3
     none = make_recipe(train={"epochs": 1}, checkpoint={"minutes": None})
     run = trained(none, RunFolder.create(tmp_path / "none"))
     assert [path.name for path in checkpoint.candidates(run.checkpoints)] == ["epoch_0001"]
@@ -190,22 +196,24 @@ def test_time_alone_takes_checkpoints_inside_an_epoch(
 
 @pytest.mark.parametrize("rollout", ["stored", "one_pass"])
 def test_a_reward_that_fails_leaves_what_was_done(make_recipe: MakeRecipe, tmp_path: Path, rollout: str) -> None:
-    """It fails once, in the second epoch; the run that goes on is the undisturbed one."""
+    """The reward fails once, in the second epoch; the resumed run equals an undisturbed one."""
     recipe = make_recipe(
         train={"rollout": rollout, "micro_batch": 2},
         sampler={"tile": 2},
         flow={"warmup_epochs": 0 if rollout == "stored" else 1},
         checkpoint={"every": 100},
     )
-    whole, broken = (RunFolder.create(tmp_path / name) for name in ("whole", "broken"))
-    trained(recipe, whole)
+    undisturbed, broken = (RunFolder.create(tmp_path / name) for name in ("undisturbed", "broken"))
+    trained(recipe, undisturbed)
     trainer = Trainer(recipe, broken, parts_of(recipe))
     original, calls = trainer.components.reward.total, 0
+    calls_per_tile = recipe.sampler.steps + 1  # x0_hat at every state, and the final picture
+    failing_call = (tiles(recipe) + 1) * calls_per_tile + 3  # in the second epoch, the third call of the second tile
 
     def total(*arguments: Any, **options: Any) -> Any:
         nonlocal calls
         calls += 1
-        if calls == 4 * 5 + 8:
+        if calls == failing_call:
             raise RunError("no answer")
         return original(*arguments, **options)
 
@@ -215,19 +223,19 @@ def test_a_reward_that_fails_leaves_what_was_done(make_recipe: MakeRecipe, tmp_p
     (saved,) = checkpoint.candidates(broken.checkpoints)
     assert saved.name.startswith("epoch_0001_")
     Trainer(recipe, broken, parts_of(recipe)).fit(is_resumed=True)
-    assert rows(whole.path) == rows(broken.path)
+    assert rows(undisturbed.path) == rows(broken.path)
 
 
 def test_a_run_without_checkpoint_starts_anew(
     make_recipe: MakeRecipe, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     recipe = make_recipe(train={"epochs": 1})
-    whole, again = (RunFolder.create(tmp_path / name) for name in ("whole", "again"))
-    trained(recipe, whole)
+    undisturbed, again = (RunFolder.create(tmp_path / name) for name in ("undisturbed", "again"))
+    trained(recipe, undisturbed)
     again.metrics.write({"epoch": 0, "left": "over"})
     Trainer(recipe, again, parts_of(recipe)).fit(is_resumed=True)
     assert "has no checkpoint yet: training starts anew" in capsys.readouterr().out
-    assert rows(whole.path) == rows(again.path)
+    assert rows(undisturbed.path) == rows(again.path)
 
 
 def test_resume_says_what_it_takes_and_what_it_skips(

@@ -1,4 +1,4 @@
-"""Whole runs on the tiny model: the run folder's contract, exact resume, exports that other programs load."""
+"""Complete runs on the tiny model: the contents of the run folder, exact resume, exports that other programs load."""
 
 import json
 from collections.abc import Callable
@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from helpers.building import disturb, parts_of, rows, write
+from helpers.building import disturb, parts_of, rows, tiles, write
 from safetensors.torch import load_file
 
 import train_dag
@@ -55,7 +55,7 @@ def test_a_run_keeps_its_contract(make_recipe: MakeRecipe, tmp_path: Path, capsy
 )
 @pytest.mark.parametrize("optimizer", ["adamw", "adamw8bit"])
 def test_resume_is_exact(make_recipe: MakeRecipe, tmp_path: Path, objective: dict[str, Any], optimizer: str) -> None:
-    """Four epochs equal two, a stop, and two more: every metric and every weight, bit for bit."""
+    """A run of four epochs equals a run of two that is continued for two more, bit for bit in metrics and weights."""
     if optimizer == "adamw8bit":
         pytest.importorskip("bitsandbytes")
 
@@ -69,13 +69,13 @@ def test_resume_is_exact(make_recipe: MakeRecipe, tmp_path: Path, objective: dic
         )
         return write(config, tmp_path / f"r{epochs}.yaml")
 
-    whole, parted = tmp_path / "whole", tmp_path / "parted"
-    assert train_dag.main(["--recipe", recipe(4), "--out", str(whole)]) == 0
+    undisturbed, parted = tmp_path / "undisturbed", tmp_path / "parted"
+    assert train_dag.main(["--recipe", recipe(4), "--out", str(undisturbed)]) == 0
     assert train_dag.main(["--recipe", recipe(2), "--out", str(parted)]) == 0
     assert train_dag.main(["--recipe", recipe(4), "--resume", str(parted)]) == 0
-    assert rows(whole) == rows(parted)
+    assert rows(undisturbed) == rows(parted)
     assert RunFolder.open(parted).read_recipe().train.epochs == 4, "run.json tells what runs now"
-    ours, theirs = (load_file(run / "lora/pytorch_lora_weights.safetensors") for run in (whole, parted))
+    ours, theirs = (load_file(run / "lora/pytorch_lora_weights.safetensors") for run in (undisturbed, parted))
     assert ours.keys() == theirs.keys()
     assert all(torch.equal(ours[name], theirs[name]) for name in ours)
 
@@ -117,9 +117,13 @@ def test_a_broken_reward_stops_with_one_line_and_a_checkpoint(
 ) -> None:
     """The reward works for the first evaluation and epoch, then breaks: the first epoch's state is kept."""
     body, message = BROKEN_REWARDS[kind]
+    calls_per_tile = make_recipe().sampler.steps + 1  # x0_hat at every state, and the final picture
+    good_calls = (
+        1 + tiles(make_recipe()) * calls_per_tile + 1
+    )  # the first evaluation, an epoch, the next epoch's first state
     (tmp_path / "mine.py").write_text(
         "import torch\ncalls = 0\ndef score(images, prompts):\n    global calls\n    calls += 1\n"
-        f"    if calls > 12:\n        {body}\n    return images.mean((1, 2, 3))\n"
+        f"    if calls > {good_calls}:\n        {body}\n    return images.mean((1, 2, 3))\n"
     )
     recipe = make_recipe(
         reward={"name": "custom", "path": f"{tmp_path / 'mine.py'}:score"},
@@ -199,7 +203,7 @@ class OneGpu:
     device, process_index, num_processes = torch.device("cuda"), 0, 1
 
     def __init__(self, **options: object) -> None:
-        """As accelerate's."""
+        """Takes the same options as accelerate's."""
 
     def main_process_first(self) -> AbstractContextManager[None]:
         return nullcontext()
@@ -208,7 +212,7 @@ class OneGpu:
 def test_a_budget_caps_a_gpu_that_has_no_number(
     make_recipe: MakeRecipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Everything but the call into CUDA is PyTorch's own; what is loaded next finds no room, which ends in one line."""
+    """Only the call into CUDA is replaced. The model that is loaded next does not fit, which ends in one line."""
     fractions, devices = [], []
 
     def full(config: Recipe, device: torch.device, *rest: object, **options: object) -> None:

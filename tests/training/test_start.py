@@ -1,4 +1,4 @@
-"""The first minute: what is installed, what the first command is, and that it prints our lines alone."""
+"""What a newcomer meets first: the installation, and the first command, which prints only this project's lines."""
 
 import importlib.util
 import json
@@ -21,7 +21,7 @@ OURS = ("run folder ", "kernels: ", "attention: ", "device: ", "epoch ", "weight
 
 
 def start(*command: str, **changed: str) -> "subprocess.CompletedProcess[str]":
-    """A process as a newcomer starts it: in the project's folder, with nothing set that quietens libraries."""
+    """Run a command as a newcomer would: in the project's folder, without variables that silence libraries."""
     environment = {name: value for name, value in os.environ.items() if name != "TRANSFORMERS_VERBOSITY"}
     paths = [str(ROOT), str(ROOT / "kernels"), os.environ.get("PYTHONPATH", "")]
     environment |= {"PYTHONPATH": os.pathsep.join(filter(None, paths)), **changed}
@@ -36,7 +36,7 @@ def first_command() -> list[str]:
 
 
 def small(run: Path, optimizer: str) -> list[str]:
-    """What makes the first command a matter of seconds."""
+    """Overrides with which the first command takes seconds."""
     overrides = {**SMALL, "train.optimizer": optimizer}
     return ["--out", str(run), *(word for key, value in overrides.items() for word in ("--set", f"{key}={value}"))]
 
@@ -45,7 +45,7 @@ def small(run: Path, optimizer: str) -> list[str]:
 
 
 def test_the_first_command_prints_our_lines_alone(tmp_path: Path) -> None:
-    """With 8-bit states too, where they are installed: bitsandbytes is then imported by us as well as by diffusers."""
+    """Where bitsandbytes is installed, the run has 8-bit optimizer states: diffusers and this project then both import it."""
     optimizer = "adamw" if importlib.util.find_spec("bitsandbytes") is None else "adamw8bit"
     python, *words = first_command()
     assert (python, words) == (".venv/bin/python", ["train_dag.py", "--recipe", "recipes/tiny_cpu.yaml"])
@@ -54,7 +54,7 @@ def test_the_first_command_prints_our_lines_alone(tmp_path: Path) -> None:
     assert [line for line in done.stdout.splitlines() if not line.startswith(OURS)] == []
 
 
-# Importing a library's home, to which tests/test_layering.py confines it: so every command begins with one of these.
+# The only folders that import these libraries (see tests/test_layering.py), and code that imports them.
 HOMES = {
     "dag.models": "import dag.models.sd",
     "dag.rewards": "import dag.score; from transformers import CLIPModel",
@@ -65,7 +65,7 @@ train = recipe.Train(epochs=1, trajectories=2, updates=1)
 optimizer.build_optimizer([torch.nn.Parameter(torch.ones(1))], 1.0, train, "adamw8bit")
 """,
 }
-# What bitsandbytes says when it is imported, on the CPUs where it looks for PyPI's kernels; and so here on any.
+# What bitsandbytes logs on some CPUs, where it looks for PyPI's package `kernels`; the test makes it appear on any CPU.
 COMPLAINT = "logging.getLogger('bitsandbytes.backends.cpu.ops').warning('Failed to load')"
 
 
@@ -88,7 +88,7 @@ sys.exit(train_dag.main(sys.argv[1:]))
 
 
 def test_a_mac_takes_its_cpu_and_says_so(tmp_path: Path) -> None:
-    """A Mac by what PyTorch and the system tell of it, under accelerate's launcher, which leaves one thread."""
+    """PyTorch and the system report a Mac here, under accelerate's launcher, which leaves one thread."""
     changed = {"ACCELERATE_MIXED_PRECISION": "no", "OMP_NUM_THREADS": "1"}
     done = start("-c", MAC, *first_command()[2:], *small(tmp_path / "run", "adamw"), **changed)
     assert (done.returncode, done.stderr) == (0, "")
@@ -99,11 +99,11 @@ def test_a_mac_takes_its_cpu_and_says_so(tmp_path: Path) -> None:
 
 
 def test_the_launcher_is_quiet_when_it_is_told_everything() -> None:
-    """As dag/run/README.md says; without these it lists the defaults it took, and goes on all the same."""
-    told = "--num_processes 1 --num_machines 1 --mixed_precision no --dynamo_backend no"
-    assert told in (ROOT / "dag/run/README.md").read_text(encoding="utf-8")
+    """With the options in dag/run/README.md. Without them the launcher works too, but lists the defaults that it took."""
+    options = "--num_processes 1 --num_machines 1 --mixed_precision no --dynamo_backend no"
+    assert options in (ROOT / "dag/run/README.md").read_text(encoding="utf-8")
     launch, script = ("-m", "accelerate.commands.launch"), ("train_dag.py", "--help")
-    plain, quiet = (start(*launch, *words, *script) for words in ((), told.split()))
+    plain, quiet = (start(*launch, *words, *script) for words in ((), options.split()))
     assert (quiet.returncode, quiet.stderr) == (0, "")
     assert (plain.returncode, plain.stdout) == (0, quiet.stdout)
     assert "defaults used instead" in plain.stderr
@@ -116,7 +116,7 @@ def test_extras_install_what_they_are_for() -> None:
     extras = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]["optional-dependencies"]
     names = {extra: {re.split(r"[<>=;\[ ]", wish)[0] for wish in wishes} for extra, wishes in extras.items()}
     assert {"bitsandbytes", "triton", "pytest"} <= names["gpu"], "the checklist runs the kernels' tests"
-    # Many of its releases ask for one exact torch, and would replace the one that fits the GPU.
+    # Many releases of xformers require one exact torch, and would replace the one that fits the GPU.
     assert [extra for extra in names if "xformers" in names[extra]] == ["xformers"]
     triton = [wish for wishes in extras.values() for wish in wishes if wish.startswith("triton")]
     assert triton

@@ -1,4 +1,4 @@
-"""Updates on a real (tiny, random) Stable Diffusion: ratios, micro-batches, switches, calibration."""
+"""Updates on stored chains of a tiny random Stable Diffusion: ratios, micro-batches, switches, recentring of the flow."""
 
 from collections.abc import Callable
 from dataclasses import replace
@@ -29,7 +29,7 @@ def run(tmp_path: Path) -> RunFolder:
 
 
 def gradients(trainer: Trainer, trajectories: Trajectories, monkeypatch: pytest.MonkeyPatch) -> list[torch.Tensor]:
-    """Gradients of the first update, taken where the optimizer would step."""
+    """The gradients of the first update, at the moment when the optimizer would step."""
     learner, captured = trainer.components.learner, []
 
     def capture(stepper: Any) -> float:
@@ -63,7 +63,7 @@ def test_ratio_is_exactly_one_with_equal_tiles(
 
 
 def test_published_log_pf_at_the_unrounded_state_is_off(make_recipe: MakeRecipe, run: RunFolder) -> None:
-    """The official code's mismatch, kept as a switch: at bf16 states the ratio differs from one before any update."""
+    """A switch reproduces the published code: with bf16 states the ratio is not one even before an update."""
     recipe = make_recipe(sampler={"chain_dtype": "bf16", "log_pf_at": "unrounded"}, train={"updates": 1})
     trainer, trajectories = rolled_out(recipe, run)
     assert updated(trainer, trajectories, 0)["ratio_max_dev"] > 1e-3
@@ -87,7 +87,7 @@ def test_gradient_does_not_depend_on_the_micro_batch(
     scale = max(float(gradient.abs().max()) for gradient in found[0])
     worst = max(float((a - b).abs().max()) for a, b in zip(*found, strict=True))
     assert scale > 0
-    # float32 sums in another order.
+    # Smaller micro-batches add float32 numbers in another order.
     assert worst < 2e-5 * scale
 
 
@@ -125,7 +125,7 @@ def test_gradient_does_not_depend_on_the_micro_batch(
 def test_every_switch_changes_the_gradient(
     make_recipe: MakeRecipe, run: RunFolder, monkeypatch: pytest.MonkeyPatch, change: dict[str, Any]
 ) -> None:
-    """A key that does nothing is the worst bug."""
+    """A key of a recipe that changes nothing would go unnoticed otherwise."""
     found = []
     for sections in ({}, change):
         sections = {name: dict(section) for name, section in sections.items()}
@@ -141,7 +141,7 @@ def test_every_switch_changes_the_gradient(
 def test_current_forward_looking_scores_the_moved_policy(
     make_recipe: MakeRecipe, run: RunFolder, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """source: current equals source: rollout until the policy moves, and then differs."""
+    """`source: current` equals `source: rollout` until the policy moves, and then differs."""
 
     def both(move: bool) -> list[list[torch.Tensor]]:
         found = []
@@ -253,7 +253,7 @@ def _train(trainer: Trainer, trajectories: Trajectories, epochs: int) -> None:
 
 
 def test_residuals_of_micro_batches_are_those_of_whole_trajectories(make_recipe: MakeRecipe, run: RunFolder) -> None:
-    """Step by step with the network, or at once from the rollout's numbers: also where the reward enters, at the end."""
+    """Residuals from micro-batches (with the network) equal those from the rollout's numbers, also in the last step."""
     trainer, trajectories = rolled_out(make_recipe(train={"micro_batch": 4}), run)
     disturb(trainer.components)
     trajectories = sampled(trainer, 0)
@@ -294,7 +294,7 @@ def test_advantages_belong_to_their_rows(make_recipe: MakeRecipe, run: RunFolder
 def test_fused_kernels_give_the_same_gradient(
     make_recipe: MakeRecipe, run: RunFolder, monkeypatch: pytest.MonkeyPatch, objective: dict[str, Any]
 ) -> None:
-    """Triton (without a GPU through its interpreter) against PyTorch, on the same rollout."""
+    """Triton, through its interpreter if there is no GPU, against PyTorch on the same rollout."""
     pytest.importorskip("triton")
     found, ratios = [], []
     for kernels in ("torch", "triton"):

@@ -1,4 +1,4 @@
-"""Builds everything in `dag/assets` from freely licensed drawings; only whoever retrains needs it."""
+"""Builds everything in `dag/assets` from freely licensed drawings; needed only to train these models again."""
 
 from dag.quiet import quieten
 

@@ -42,7 +42,7 @@ def _vae(work: Path, out: Path, clock: Clock) -> None:
 
 
 def _reconstructions(work: Path) -> np.ndarray:
-    """(n, 64, 64, 3) uint8: the first training pictures through the autoencoder, computed once."""
+    """The first training pictures after encoding and decoding, (n, 64, 64, 3) uint8; computed once and stored in `work`."""
     path = work / "reconstructions.npy"
     if not path.exists():
         model = vae.AutoencoderKL.from_pretrained(work / "vae").eval()

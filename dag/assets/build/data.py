@@ -1,4 +1,4 @@
-"""The training set: pictures and captions of scenes, generated once and kept as arrays."""
+"""The training set: pictures and captions of scenes, generated once and stored on the disk."""
 
 import json
 from dataclasses import asdict, dataclass
@@ -12,18 +12,18 @@ from dag.assets.build.scenes import Scene, SceneMaker, Thing, load_sprites
 
 @dataclass(frozen=True)
 class DataSettings:
+    """How many scenes are drawn, and from which seed on: scene i has the seed `seed` + i."""
+
     training: int = 60_000
     held_out: int = 2_000
     seed: int = 1_000_000
     chunk: int = 500
+    """Scenes that a process draws at a time."""
 
 
 @dataclass(frozen=True)
 class Dataset:
-    """Pictures (N, 64, 64, 3) uint8, memory-mapped, with their truth.
-
-    The last `held_out` are never trained on.
-    """
+    """Pictures (N, 64, 64, 3) uint8, memory-mapped, and the scenes that they show; the last `held_out` are never trained on."""
 
     pictures: np.ndarray
     scenes: list[Scene]
@@ -31,6 +31,7 @@ class Dataset:
 
     @property
     def training(self) -> int:
+        """The number of scenes that are trained on, which come first."""
         return len(self.scenes) - self.held_out
 
 
@@ -54,6 +55,7 @@ def build(work: Path, settings: DataSettings = DataSettings()) -> None:
 
 
 def load(work: Path, settings: DataSettings = DataSettings()) -> Dataset:
+    """Read what `build` wrote to `work`."""
     scenes = []
     for line in (work / "scenes.jsonl").read_text(encoding="utf-8").splitlines():
         fields = json.loads(line)

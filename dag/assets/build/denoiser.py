@@ -22,6 +22,8 @@ from dag.assets.build.vae import encode
 
 @dataclass(frozen=True)
 class DenoiserSettings:
+    """How text encoder and UNet are trained."""
+
     minutes: float = 48.0
     batch: int = 32
     learning_rate: float = 1e-3
@@ -36,7 +38,7 @@ class DenoiserSettings:
 
 
 def scheduler() -> DDIMScheduler:
-    """Stable Diffusion's noise schedule."""
+    """A DDIM scheduler with Stable Diffusion's noise schedule."""
     return DDIMScheduler(
         num_train_timesteps=1000,
         beta_start=0.00085,
@@ -50,6 +52,7 @@ def scheduler() -> DDIMScheduler:
 
 
 def new_unet() -> UNet2DConditionModel:
+    """The embedded model's UNet with random weights."""
     return UNet2DConditionModel(
         sample_size=16,
         block_out_channels=(64, 112),
@@ -63,7 +66,7 @@ def new_unet() -> UNet2DConditionModel:
 
 
 def cache_latents(work: Path, dataset: Dataset) -> Tensor:
-    """(N, 4, 16, 16) scaled latents of the training pictures, computed once."""
+    """Scaled latents (N, 4, 16, 16) of the training pictures, computed once and stored in `work`."""
     path = work / "latents.pt"
     if not path.exists():
         vae = AutoencoderKL.from_pretrained(work / "vae").eval()
@@ -72,7 +75,7 @@ def cache_latents(work: Path, dataset: Dataset) -> Tensor:
 
 
 class Averaged:
-    """Exponential moving average of some parameters, swapped in for saving."""
+    """The exponential moving average of parameters; `swap` puts it in their place for saving."""
 
     def __init__(self, parameters: Iterable[nn.Parameter], decay: float) -> None:
         self.parameters, self.decay, self.updates = list(parameters), decay, 0
@@ -80,12 +83,14 @@ class Averaged:
 
     @torch.no_grad()
     def update(self) -> None:
+        """Move the averages towards the parameters; the decay rises over the first updates."""
         self.updates += 1
         decay = min(self.decay, (1 + self.updates) / (10 + self.updates))
         torch._foreach_lerp_(self.average, [parameter.detach() for parameter in self.parameters], 1 - decay)
 
     @torch.no_grad()
     def swap(self) -> None:
+        """Exchange parameters and averages; a second call undoes the first."""
         for parameter, average in zip(self.parameters, self.average, strict=True):
             kept = parameter.detach().clone()
             parameter.copy_(average)
@@ -100,7 +105,7 @@ def train(
     settings: DenoiserSettings = DenoiserSettings(),
     from_shipped: bool = False,
 ) -> None:
-    """Train for a fixed time; the averaged weights go to `out`/embedded now and then, and at the end.
+    """Train for a fixed time; the averaged weights go to `out`/embedded every few minutes, and at the end.
 
     Args:
         from_shipped: start from the weights in `out`/embedded instead of from scratch, with another seed.
@@ -113,7 +118,7 @@ def train(
         unet = UNet2DConditionModel.from_pretrained(shipped, subfolder="unet", torch_dtype=torch.float32)
         text = CLIPTextModel.from_pretrained(shipped / "text_encoder", dtype=torch.float32)
     else:
-        # The scorer's words are already apart; a fresh text encoder takes thousands of steps to separate them.
+        # Start from the scorer's text encoder, which tells words apart: a new one takes thousands of steps to learn that.
         scorer = CLIPModel.from_pretrained(work / "scorer", dtype=torch.float32)
         text.load_state_dict(scorer.text_model.state_dict())
     captions = [scene.caption for scene in dataset.scenes[: dataset.training]]
@@ -149,6 +154,7 @@ def train(
 
 
 def _decay(progress: float, constant_share: float) -> float:
+    """The factor of the learning rate: 1, then a cosine down to 0.02."""
     if progress < constant_share:
         return 1.0
     return max(0.02, 0.5 * (1 + math.cos(math.pi * (progress - constant_share) / (1 - constant_share))))
@@ -162,7 +168,12 @@ def denoising_loss(
     alpha_bar: Tensor,
     snr_cap: float,
 ) -> Tensor:
-    """Mean squared error of the predicted noise, weighted by min(SNR, cap) / SNR (Hang et al. 2023)."""
+    """Mean squared error of the predicted noise, weighted by min(SNR, cap) / SNR (Hang et al. 2023), averaged over the batch.
+
+    Args:
+        latents: (B, 4, 16, 16) scaled clean latents.
+        tokens:  (B, 24) token ids of their captions.
+    """
     t = torch.randint(len(alpha_bar), (len(latents),))
     eps = torch.randn_like(latents)
     level = alpha_bar[t].view(-1, 1, 1, 1)
@@ -174,7 +185,7 @@ def denoising_loss(
 
 
 def save(work: Path, out: Path, unet: UNet2DConditionModel, text: CLIPTextModel) -> None:
-    """The whole pipeline in half precision, replaced in one rename; the training modules stay as they are."""
+    """Save the complete pipeline in half precision to `out`/embedded; the trained modules are copied, not changed."""
     fresh_unet, fresh_text = new_unet(), CLIPTextModel(text.config)
     fresh_unet.load_state_dict(unet.state_dict())
     fresh_text.load_state_dict(text.state_dict())
@@ -191,7 +202,7 @@ def save(work: Path, out: Path, unet: UNet2DConditionModel, text: CLIPTextModel)
     folder, fresh = out / "embedded", out / "embedded.new"
     pipeline.save_pretrained(fresh)
     _rewrite(fresh / "vae/config.json", lambda config: config.pop("_name_or_path", None))
-    # Without an argument transformers takes the dtype that this names, and diffusers float32: the two must agree.
+    # Without a dtype argument transformers loads in the dtype of this config, and diffusers in float32: they must agree.
     _rewrite(fresh / "text_encoder/config.json", lambda config: config.update(dtype="float32"))
     for name in ("vocab.json", "merges.txt"):
         shutil.copy(work / "tokenizer" / name, fresh / "tokenizer" / name)
@@ -200,7 +211,7 @@ def save(work: Path, out: Path, unet: UNet2DConditionModel, text: CLIPTextModel)
 
 
 def _rewrite(path: Path, change: Callable[[dict[str, Any]], object]) -> None:
-    """Change a JSON config in its place."""
+    """Change a JSON config and write it back."""
     config = json.loads(path.read_text(encoding="utf-8"))
     change(config)
     path.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")

@@ -19,6 +19,8 @@ from dag.evaluation.judge import Judge, Verdict
 
 @dataclass(frozen=True)
 class JudgeSettings:
+    """How the judge is trained."""
+
     minutes: float = 3.0
     batch: int = 96
     learning_rate: float = 3e-3
@@ -26,20 +28,24 @@ class JudgeSettings:
 
 
 def judge_loss(verdict: Verdict, truth: Targets, rows: Tensor) -> Tensor:
-    """Multi-label cross-entropy of the names plus the cross-entropies of colour, background and count."""
+    """Multi-label cross-entropy of the names plus the cross-entropies of colour, background and count.
+
+    Args:
+        rows: (B,) the rows of `truth` that the verdict is about.
+    """
     loss = 8 * functional.binary_cross_entropy_with_logits(verdict.name, truth.names[rows])
     for logits, target in (
         (verdict.colour, truth.colour),
         (verdict.background, truth.background),
         (verdict.count, truth.count),
     ):
-        # A batch without a single answerable row has no mean.
+        # If no row of the batch has an answer, cross_entropy is NaN.
         loss = loss + 0.5 * torch.nan_to_num(functional.cross_entropy(logits, target[rows]))
     return loss
 
 
 def blurred(images: Tensor, rng: np.random.Generator) -> Tensor:
-    """Noise on all images and a soft focus on a third of the batches: generated pictures look so."""
+    """Add noise to a batch of images, and blur a third of the batches: generated pictures look like that."""
     images = images + 0.03 * float(rng.random()) * torch.randn_like(images)
     if rng.random() < 0.33:
         soft = functional.interpolate(functional.avg_pool2d(images, 2), scale_factor=2, mode="bilinear")
@@ -48,7 +54,7 @@ def blurred(images: Tensor, rng: np.random.Generator) -> Tensor:
 
 
 def mixed_batch(dataset: Dataset, reconstructions: np.ndarray, rows: np.ndarray, rng: np.random.Generator) -> Tensor:
-    """(B, 3, 64, 64) in [0, 1]: half of the rows that have a reconstruction show it."""
+    """Images (B, 3, 64, 64) in [0, 1] of these rows; half of those that have a reconstruction are replaced by it."""
     use = (rows < len(reconstructions)) & (rng.random(len(rows)) < 0.5)
     pictures = np.array(dataset.pictures[rows])
     pictures[use] = reconstructions[rows[use]]
@@ -87,7 +93,7 @@ def train(
 
 
 def accuracy(judge: Judge, images: Tensor, truth: Targets, rows: Tensor) -> dict[str, float]:
-    """Share of right answers on scenes of one kind of thing, per question."""
+    """The share of right answers to each question, on the scenes where it has an answer; names on scenes of one thing."""
     with torch.no_grad():
         verdict = judge(images)
     single = truth.names[rows].sum(1) == 1

@@ -1,4 +1,4 @@
-"""Prompt fidelity of the embedded model by the judge, the accuracies behind it, and a sample picture."""
+"""Measures the embedded model for its model card: prompt fidelity by the judge, the accuracies behind it, a sample picture."""
 
 import json
 import random
@@ -50,7 +50,10 @@ SAMPLE_PROMPTS = (
 
 @dataclass(frozen=True)
 class MeasureSettings:
+    """How pictures are sampled for measuring."""
+
     prompts: int = 128
+    """Pictures for each kind of prompt."""
     steps: int = 20
     guidance_scales: tuple[float, ...] = (1.0, 3.0)
     seed: int = 5
@@ -59,7 +62,7 @@ class MeasureSettings:
 def _sample(
     pipeline: StableDiffusionPipeline, prompts: list[str], guidance: float, settings: MeasureSettings
 ) -> Tensor:
-    """(N, 3, 64, 64) in [0, 1]."""
+    """Pictures (N, 3, 64, 64) float32 in [0, 1] of the prompts."""
     parts = []
     for start in range(0, len(prompts), 64):
         generator = torch.Generator().manual_seed(settings.seed + start)
@@ -78,7 +81,7 @@ def _sample(
 def fidelity(
     pipeline: StableDiffusionPipeline, judge: Judge, guidance: float, settings: MeasureSettings
 ) -> dict[str, float]:
-    """Share of pictures in which the judge finds what the prompt said, per attribute."""
+    """For each attribute, the share of pictures in which the judge finds what the prompt asked for."""
     rng = random.Random(settings.seed)
     nouns = [with_article(rng.choice(NOUNS)) for _ in range(settings.prompts)]
     top1, top5 = noun_accuracy(judge, _sample(pipeline, nouns, guidance, settings), nouns)
@@ -101,6 +104,7 @@ def fidelity(
 
 @torch.no_grad()
 def _attributes(judge: Judge, images: Tensor, prompts: list[str], asked: tuple[str, ...]) -> dict[str, float]:
+    """For each attribute in `asked`, the share of images where the judge's best guess is what the prompt asked for."""
     verdict, wanted = judge(images), [expected(prompt) for prompt in prompts]
     hits: dict[str, list[bool]] = {name: [] for name in asked}
     for row, want in enumerate(wanted):
@@ -117,7 +121,7 @@ def _attributes(judge: Judge, images: Tensor, prompts: list[str], asked: tuple[s
 
 
 def report(work: Path, out: Path, dataset: Dataset, settings: MeasureSettings = MeasureSettings()) -> None:
-    """Print and save everything the model card states; draw samples.png."""
+    """Print and save all figures of the model card; draw samples.png."""
     judge, vae = load_judge(out / "judge"), AutoencoderKL.from_pretrained(work / "vae").eval()
     pipeline = StableDiffusionPipeline.from_pretrained(out / "embedded", dtype=torch.float32)
     pipeline.set_progress_bar_config(disable=True)
@@ -132,12 +136,12 @@ def report(work: Path, out: Path, dataset: Dataset, settings: MeasureSettings = 
     }
     (work / "measured.json").write_text(json.dumps(figures, indent=2), encoding="utf-8")
     print(json.dumps(figures, indent=2), flush=True)
-    # A palette keeps the picture at a third of its size.
+    # With a palette of 256 colours the file has a third of the size.
     _picture(pipeline, settings).quantize(256).save(out / "samples.png", optimize=True)
 
 
 def _scorer_accuracy(out: Path, images: Tensor, dataset: Dataset) -> float:
-    """Share of single-noun pictures whose best caption among "a NOUN" of all nouns is right."""
+    """Of the pictures of a single noun, the share for which the scorer prefers "a NOUN" with the right noun."""
     from dag.rewards.clip import feature_tower
 
     tower = feature_tower("scorer", str(out / "scorer"))
@@ -151,7 +155,7 @@ def _scorer_accuracy(out: Path, images: Tensor, dataset: Dataset) -> float:
 
 
 def _picture(pipeline: StableDiffusionPipeline, settings: MeasureSettings, per_prompt: int = 3) -> Image.Image:
-    """A captioned grid, two prompts wide."""
+    """A captioned grid, three prompts wide, with `per_prompt` pictures of each prompt."""
     prompts = [prompt for prompt in SAMPLE_PROMPTS for _ in range(per_prompt)]
     images = (_sample(pipeline, prompts, 3.0, settings) * 255).round().byte().permute(0, 2, 3, 1).numpy()
     side, caption, columns = 80, 14, 3

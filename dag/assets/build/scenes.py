@@ -1,8 +1,7 @@
-"""Captioned scenes of drawn things and shapes on coloured backgrounds, with their truth.
+"""Draws captioned scenes of things and shapes on coloured backgrounds; the truth about each scene is known.
 
-A scene shows one thing, several of the same thing, or a pair with a spatial relation. Captions leave out
-style, background and texture at random, so that one caption has many pictures. A scene is a function of its
-seed.
+A scene shows one thing, several of the same thing, or a pair with a spatial relation. Captions leave out style, background and
+texture at random, so that one caption fits many pictures. A scene is a function of its seed.
 """
 
 import io
@@ -35,7 +34,7 @@ _RGB = {
     "black": (25, 25, 28),
     "gray": (140, 142, 146),
 }
-# Emoji names (emojibase) of the nouns that are not their own name.
+# Names in emojibase of the nouns that have another name there.
 _EMOJI_LABELS = {
     **{name: f"{name} face" for name in ("cat", "dog", "monkey", "rabbit", "cow", "tiger", "mouse", "pig")},
     **{
@@ -73,7 +72,7 @@ class Thing:
 
 @dataclass(frozen=True)
 class Scene:
-    """The truth of one picture."""
+    """What one picture shows."""
 
     things: tuple[Thing, ...]
     count: int
@@ -129,7 +128,7 @@ def _vector_sprite(package: Path, spellings: tuple[str, ...]) -> Image.Image | N
 
 
 def _square(picture: Image.Image) -> np.ndarray:
-    """Cropped to its content and padded to a square."""
+    """The picture cropped to its content, padded to a square and resized to (96, 96, 4) uint8."""
     picture = picture.crop(picture.getbbox())
     side = max(picture.size)
     padded = Image.new("RGBA", (side, side))
@@ -203,7 +202,7 @@ class SceneMaker:
         self.sprites = sprites
 
     def __call__(self, seed: int) -> tuple[np.ndarray, Scene]:
-        """((64, 64, 3) uint8, truth) of a seed."""
+        """The picture (64, 64, 3) uint8 and the scene of a seed."""
         rng = random.Random(seed)
         background, texture = rng.choice(COLOURS), rng.choices(TEXTURES, _TEXTURE_WEIGHTS)[0]
         picture = _background(rng, texture, self._jittered(rng, background, 10))

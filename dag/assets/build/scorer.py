@@ -1,4 +1,7 @@
-"""The image-text scorer: a small CLIP model; the captions' truth labels its pairwise sigmoid loss."""
+"""Training of the image-text scorer: a small CLIP model with a sigmoid loss over pairs.
+
+The labels are known exactly: a caption matches every picture that it is true of.
+"""
 
 import math
 from dataclasses import dataclass
@@ -23,6 +26,8 @@ EMBEDDING = 96
 
 @dataclass(frozen=True)
 class ScorerSettings:
+    """How the scorer is trained."""
+
     minutes: float = 9.0
     batch: int = 128
     learning_rate: float = 2e-3
@@ -30,7 +35,7 @@ class ScorerSettings:
 
 
 def text_config(tokenizer: CLIPTokenizer) -> CLIPTextConfig:
-    """The text tower, of the scorer and of the text-to-image model alike."""
+    """The config of the text encoder, the same in the scorer and in the text-to-image model."""
     return CLIPTextConfig(
         vocab_size=len(tokenizer),
         hidden_size=128,
@@ -46,6 +51,7 @@ def text_config(tokenizer: CLIPTokenizer) -> CLIPTextConfig:
 
 
 def new_model(tokenizer: CLIPTokenizer) -> CLIPModel:
+    """The scorer with random weights."""
     vision = CLIPVisionConfig(
         hidden_size=128,
         intermediate_size=256,
@@ -62,13 +68,19 @@ def new_model(tokenizer: CLIPTokenizer) -> CLIPModel:
             projection_dim=EMBEDDING,
         )
     )
-    # The default spread of 0.02 lets words separate only late.
+    # With the default standard deviation of 0.02 the model takes long to tell words apart.
     nn.init.normal_(model.text_model.get_input_embeddings().weight, std=1.0)
     return model
 
 
 def pair_loss(images: Tensor, texts: Tensor, matches: Tensor, scale: Tensor, bias: Tensor) -> Tensor:
-    """Sigmoid cross-entropy of every (picture, caption) pair, per picture; unit embeddings (B, D)."""
+    """Sigmoid cross-entropy summed over all pairs (picture, caption), divided by the number of pictures.
+
+    Args:
+        images, texts: (B, D) unit embeddings.
+        matches:       (B, B) bool, whether the caption of column j is true of the picture of row i.
+        scale, bias:   0-d, learnt; logits are exp(scale) cos + bias.
+    """
     logits = scale.exp() * images @ texts.T + bias
     return functional.binary_cross_entropy_with_logits(logits, matches.float(), reduction="sum") / len(images)
 
@@ -89,7 +101,7 @@ def train(
     ids = torch.tensor(
         tokenizer([scene.caption for scene in dataset.scenes], padding="max_length", max_length=MAX_TOKENS).input_ids
     )
-    # Attribute heads speed up the vision tower and are dropped afterwards.
+    # A linear layer that predicts attributes helps the vision tower to learn faster; it is dropped afterwards.
     sizes = Judge().sizes
     attributes = nn.Linear(EMBEDDING, sum(sizes))
     scale, bias = nn.Parameter(torch.tensor(math.log(10.0))), nn.Parameter(torch.tensor(-10.0))

@@ -16,28 +16,32 @@ from dag.assets.build.denoiser import cache_latents
 from dag.assets.build.tokenizer import MAX_TOKENS
 from dag.assets.build.vae import encode, reconstruction_loss
 
+# Batch size of everything that is not training.
 _BATCH = 64
-"""Of everything that is not training."""
 
 
 @dataclass(frozen=True)
 class TinyVaeSettings:
+    """How the tiny decoder is built, trained and measured."""
+
     latents: int = 10_000
+    """Number of x0_hat to learn from."""
     guidance_scales: tuple[float, ...] = (1.0, 3.0)
-    """Of the predictions to learn from, in equal parts."""
+    """Guidance scales of these x0_hat, in equal parts."""
     steps: int = 6_000
     batch: int = 16
     learning_rate: float = 3e-3
     channels: int = 16
     blocks: tuple[int, ...] = (4, 4, 0)
-    """Per resolution, 16x16 to 64x64."""
+    """Residual blocks at each resolution, from 16x16 to 64x64."""
     seed: int = 6
     measured: int = 256
+    """Held-out pictures to measure on."""
     measured_timesteps: tuple[int, ...] = (50, 250, 500, 750, 950)
 
 
 def new_tiny_vae(settings: TinyVaeSettings) -> AutoencoderTiny:
-    """Its encoder is a stub that is never trained: the class needs one, previews do not."""
+    """A tiny decoder with random weights. Its encoder is a stub that is never trained: only the class needs one."""
     return AutoencoderTiny(
         encoder_block_out_channels=(4, 4, 4),
         num_encoder_blocks=(0, 0, 0),
@@ -50,7 +54,7 @@ def new_tiny_vae(settings: TinyVaeSettings) -> AutoencoderTiny:
 def predicted(
     pipeline: StableDiffusionPipeline, latents: Tensor, captions: list[str], timesteps: Tensor, guidance: float
 ) -> Tensor:
-    """x0_hat (B, 4, 16, 16): noise the latents to (B,) timesteps, ask the UNet for them back."""
+    """x0_hat (B, 4, 16, 16) of latents that were noised to these timesteps (B,)."""
     level = pipeline.scheduler.alphas_cumprod[timesteps].view(-1, 1, 1, 1)
     noisy = level.sqrt() * latents + (1 - level).sqrt() * torch.randn_like(latents)
     ids = pipeline.tokenizer(
@@ -70,16 +74,16 @@ def predicted(
 
 @torch.no_grad()
 def full_decode(vae: AutoencoderKL, latents: Tensor) -> Tensor:
-    """(B, 3, 64, 64) float16, about [-1, 1]: what the tiny decoder imitates."""
+    """The full decoder's pictures (B, 3, 64, 64), float16 in [-1, 1], which the tiny decoder learns to imitate."""
     parts = [vae.decode(part / vae.config.scaling_factor).sample.half() for part in latents.split(_BATCH)]
     return torch.cat(parts).clamp(-1, 1).contiguous()
 
 
 def train(work: Path, out: Path, dataset: Dataset, settings: TinyVaeSettings = TinyVaeSettings()) -> None:
-    """Learn from the model's own predictions at every noise level, print the agreement, save `out`/embedded/vae_tiny.
+    """Train the tiny decoder on the model's own x0_hat, save it to `out`/embedded/vae_tiny, and print its agreement.
 
-    A prediction at high noise is unlike the latent of any picture, the more so with guidance. At low noise it is almost
-    the clean latent.
+    All noise levels are needed: x0_hat at high noise is unlike the latent of any picture, the more so with guidance; at low
+    noise it is almost the clean latent.
     """
     torch.manual_seed(settings.seed)
     pipeline = StableDiffusionPipeline.from_pretrained(out / "embedded", dtype=torch.float32)
@@ -112,7 +116,7 @@ def train(work: Path, out: Path, dataset: Dataset, settings: TinyVaeSettings = T
 
 
 def save(tiny: AutoencoderTiny, folder: Path) -> None:
-    """In half precision; without the one setting that diffusers writes and then warns of whenever it reads it."""
+    """Save in half precision, without the one setting that diffusers writes and then warns of when it loads the file."""
     tiny.eval().half().save_pretrained(folder)
     config = folder / "config.json"
     kept = {key: value for key, value in json.loads(config.read_text()).items() if key != "block_out_channels"}
@@ -122,6 +126,7 @@ def save(tiny: AutoencoderTiny, folder: Path) -> None:
 def _training_latents(
     pipeline: StableDiffusionPipeline, clean: Tensor, dataset: Dataset, settings: TinyVaeSettings
 ) -> Tensor:
+    """x0_hat of random training pictures at random timesteps, in equal parts for the guidance scales."""
     rows = torch.randperm(len(clean))[: settings.latents]
     timesteps = torch.randint(len(pipeline.scheduler.alphas_cumprod), (settings.latents,))
     scales = settings.guidance_scales
@@ -133,13 +138,13 @@ def _training_latents(
 
 
 def _psnr(squared_error: float) -> float:
-    """dB, of pictures in [-1, 1]."""
+    """PSNR in dB of pictures in [-1, 1], from their mean squared error."""
     return 10 * math.log10(4 / squared_error)
 
 
 @torch.no_grad()
 def agreement(tiny: AutoencoderTiny, vae: AutoencoderKL, latents: Tensor) -> float:
-    """PSNR in dB of the tiny decoder's pictures, the full decoder's being the truth."""
+    """PSNR in dB of the tiny decoder's pictures against the full decoder's."""
     pictures = torch.cat([tiny.decode(part).sample for part in latents.split(_BATCH)]).clamp(-1, 1)
     return _psnr(float(functional.mse_loss(pictures, full_decode(vae, latents).float())))
 
@@ -153,7 +158,7 @@ def decode_flop(vae: AutoencoderKL | AutoencoderTiny) -> int:
 
 
 def report(pipeline: StableDiffusionPipeline, out: Path, dataset: Dataset, settings: TinyVaeSettings) -> None:
-    """Print what the model card states, of the saved file and held-out scenes."""
+    """Print the figures of the model card, measured with the saved file on held-out scenes."""
     tiny = AutoencoderTiny.from_pretrained(out / "embedded/vae_tiny").eval()
     vae, rows = pipeline.vae, slice(dataset.training, dataset.training + settings.measured)
     clean = encode(vae, dataset.pictures[rows]) * vae.config.scaling_factor

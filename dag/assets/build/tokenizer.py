@@ -1,4 +1,4 @@
-"""A CLIP tokenizer in which every word of the captions is one token; other words fall back to pieces."""
+"""Builds a CLIP tokenizer in which every word of the captions is one token; other words are split into pieces."""
 
 import json
 import re
@@ -29,6 +29,7 @@ def _merges(words: Iterable[str]) -> list[tuple[str, str]]:
 
 
 def _merge(parts: list[str], pair: tuple[str, str]) -> list[str]:
+    """The pieces of a word after one merge of byte pairs."""
     merged: list[str] = []
     for part in parts:
         if merged and (merged[-1], part) == pair:

@@ -15,17 +15,20 @@ _IGNORE = -100
 
 @dataclass(frozen=True)
 class Targets:
-    """(N, ...) targets; -100 where a question makes no sense for a scene."""
+    """Class indices for N scenes; -100, which cross_entropy ignores, where a question makes no sense for a scene."""
 
     names: Tensor
-    """(N, names) float, multi-hot."""
+    """(N, 69) float32, multi-hot over NAMES."""
     colour: Tensor
+    """(N,) int64, index in COLOURS; for scenes of one kind of shape."""
     background: Tensor
+    """(N,) int64, index in COLOURS."""
     count: Tensor
-    """(N,) int64: number of things - 1, for scenes of one kind of thing."""
+    """(N,) int64, number of things - 1; for scenes of one kind of thing."""
 
 
 def targets(scenes: list[Scene]) -> Targets:
+    """The classification targets of scenes."""
     names = torch.zeros(len(scenes), len(NAMES))
     colour, background, count = (torch.full((len(scenes),), _IGNORE) for _ in range(3))
     for row, scene in enumerate(scenes):
@@ -40,9 +43,9 @@ def targets(scenes: list[Scene]) -> Targets:
 
 
 def caption_matches(scenes: list[Scene]) -> Tensor:
-    """(N, N) bool: is the caption of column j true of the picture of row i, although written for another?
+    """A table (N, N) bool: whether the caption of scene j (column) is true of the picture of scene i (row).
 
-    "a cat" is true of a glossy cat on blue. Without this, contrastive training would call such pairs wrong.
+    "a cat" is also true of a glossy cat on blue. Without this, contrastive training would count such pairs as wrong.
     """
     stated = [_stated(scene) for scene in scenes]
     facts = [_facts(scene) for scene in scenes]
@@ -55,12 +58,14 @@ def caption_matches(scenes: list[Scene]) -> Tensor:
 
 
 def _facts(scene: Scene) -> set[str]:
+    """Everything that a caption may say about a picture."""
     subject = _subject(scene)
     facts = {f"background {scene.background}", f"texture {scene.texture}", f"what {subject}"}
     return facts | {f"style {thing.style}" for thing in scene.things if len(scene.things) == 1}
 
 
 def _stated(scene: Scene) -> set[str]:
+    """What the scene's caption says: a subset of the facts."""
     said, _, backdrop = scene.caption.partition(" on ")
     words = re.findall(r"[a-z]+", backdrop)
     stated = {f"what {_subject(scene)}"}
@@ -70,6 +75,6 @@ def _stated(scene: Scene) -> set[str]:
 
 
 def _subject(scene: Scene) -> str:
-    """What is shown, without style and background: the part of a caption that must agree."""
+    """The part of a caption that is in every caption of the scene: what is shown, without style and background."""
     said = scene.caption.partition(" on ")[0]
     return " ".join(word for word in said.split() if word not in (*STYLES, "a", "an"))

@@ -1,4 +1,4 @@
-"""The autoencoder: 64x64 pixels to 16x16x4 latents and back."""
+"""Training of the autoencoder: 64x64 pixels to 16x16x4 latents and back."""
 
 import math
 from dataclasses import dataclass
@@ -15,6 +15,8 @@ from dag.assets.build.data import Dataset
 
 @dataclass(frozen=True)
 class VaeSettings:
+    """How the autoencoder is built and trained."""
+
     steps: int = 4_000
     batch: int = 16
     learning_rate: float = 1.5e-3
@@ -24,23 +26,24 @@ class VaeSettings:
 
 
 def to_tensor(pictures: np.ndarray) -> Tensor:
-    """(B, 3, 64, 64) float32 in [-1, 1] of uint8 pictures (B, 64, 64, 3)."""
+    """Convert uint8 pictures (B, 64, 64, 3) to (B, 3, 64, 64) float32 in [-1, 1]."""
     return torch.from_numpy(np.ascontiguousarray(pictures)).permute(0, 3, 1, 2).float() / 127.5 - 1
 
 
 def _edges(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Differences of vertical and of horizontal neighbours."""
     return x[..., 1:, :] - x[..., :-1, :], x[..., :, 1:] - x[..., :, :-1]
 
 
 def reconstruction_loss(y: Tensor, x: Tensor) -> Tensor:
-    """L1 + MSE + L1 of image gradients + half of the L1 at half resolution: crisp edges, flat flats."""
+    """L1 + MSE + L1 of image gradients + half of the L1 at half resolution: keeps edges sharp and areas flat."""
     edges = sum(functional.l1_loss(a, b) for a, b in zip(_edges(y), _edges(x), strict=True))
     coarse = functional.l1_loss(functional.avg_pool2d(y, 2), functional.avg_pool2d(x, 2))
     return functional.l1_loss(y, x) + functional.mse_loss(y, x) + edges + 0.5 * coarse
 
 
 def train(work: Path, dataset: Dataset, settings: VaeSettings = VaeSettings()) -> None:
-    """Train and save to `work`/vae, its scaling factor set to the latents' measured spread."""
+    """Train, and save to `work`/vae with a scaling factor that gives the latents a standard deviation of 1."""
     torch.manual_seed(settings.seed)
     rng = np.random.default_rng(settings.seed)
     vae = AutoencoderKL(
@@ -82,14 +85,14 @@ def train(work: Path, dataset: Dataset, settings: VaeSettings = VaeSettings()) -
 
 @torch.no_grad()
 def encode(vae: AutoencoderKL, pictures: np.ndarray, batch: int = 128) -> Tensor:
-    """(N, 4, 16, 16) latent means, unscaled."""
+    """The means (N, 4, 16, 16) of the pictures' latents, unscaled."""
     parts = [to_tensor(pictures[i : i + batch]) for i in range(0, len(pictures), batch)]
     return torch.cat([vae.encode(part).latent_dist.mean for part in parts])
 
 
 @torch.no_grad()
 def reconstruct(vae: AutoencoderKL, pictures: np.ndarray, batch: int = 128) -> Tensor:
-    """(N, 3, 64, 64) float32 in [0, 1]: pictures through the autoencoder."""
+    """The pictures after encoding and decoding, (N, 3, 64, 64) float32 in [0, 1]."""
     latents = encode(vae, pictures, batch)
     images = torch.cat([vae.decode(part).sample for part in latents.split(batch)])
     return (images / 2 + 0.5).clamp(0, 1)
