@@ -21,7 +21,7 @@ from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
-from dag.errors import RunError, UsageError, quiet_on_broken_pipe
+from dag.errors import RunError, UsageError, exit_code, quiet_on_broken_pipe
 from dag.recipe.load import parse_reward
 from dag.recipe.prompts import read_prompt_file
 from dag.rewards import Reward, build_reward, checked
@@ -97,8 +97,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             progress = tqdm(score_files(term.name, reward, given.images, prompts), total=len(prompts), disable=None)
             results = list(progress)
     except (RunError, UsageError) as error:
-        print(error, file=sys.stderr)
-        return 2 if isinstance(error, UsageError) else 1
+        return exit_code(error)
     for result in results:
         if result.error is not None:
             print(f"{result.image}: skipped: {result.error}", file=sys.stderr)

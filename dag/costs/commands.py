@@ -13,7 +13,6 @@ import torch
 from dag.chain.rollout import Batch
 from dag.costs import flops, lever_error, profiling, rehearsal
 from dag.costs.ablation import STORED, cases, comparable, published, variants
-from dag.costs.live_bytes import GIB
 from dag.costs.train_step import LITERAL, Row, measure, without_download
 from dag.errors import RunError, UsageError
 from dag.models.source import local_folder
@@ -22,7 +21,7 @@ from dag.recipe.load import load
 from dag.rewards import RewardSum
 from dag.run.determinism import deterministic
 from dag.run.folder import RunFolder
-from dag.run.gpu import free_memory, limit_memory, out_of_memory_ends, this_device
+from dag.run.gpu import GIB, free_memory, limit_memory, out_of_memory_ends, this_device
 from dag.run.machine import describe_machine
 from dag.training.build import build, git_commit
 from dag.training.trainer import Trainer

@@ -2,10 +2,10 @@
 
 from collections.abc import Iterator
 
-from dag.costs.live_bytes import GIB
 from dag.costs.memory import Forecast, Simulation
 from dag.errors import UsageError
 from dag.recipe import Recipe
+from dag.run.gpu import GIB
 
 # A lever is named if it lowers the peak to less than this share.
 _WORTH_NAMING = 0.98

@@ -12,8 +12,6 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-GIB = 2**30
-
 _ATEN = torch.ops.aten
 # Dispatching here, below autograd, reaches PyTorch's own definition of an operator that `as_on_cuda` replaces.
 _META = torch._C.DispatchKeySet(torch._C.DispatchKey.Meta)

@@ -18,12 +18,13 @@ from torch import Tensor
 from dag.chain.rollout import Batch, Score, assemble, sample_tile, score_tile
 from dag.chain.trajectory import ChainStore
 from dag.costs.fake_gpu import Counts, FakeGpu
-from dag.costs.live_bytes import GIB, LiveBytes, as_on_cuda
+from dag.costs.live_bytes import LiveBytes, as_on_cuda
 from dag.costs.weightless import META, Weightless
 from dag.recipe import Recipe
 from dag.recipe.reward_sections import Custom, Http, RewardTerm, Tower
 from dag.rewards import Reward, RewardSum, build_reward
 from dag.rewards.stand_in import StandIn
+from dag.run.gpu import GIB
 from dag.run.meter import PhaseMeter
 from dag.training.epoch_state import EpochState
 from dag.training.one_pass import OnePass

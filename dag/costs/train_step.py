@@ -12,12 +12,13 @@ import torch
 
 from dag.costs import flops
 from dag.costs.forecast import forecast
-from dag.costs.live_bytes import GIB, LiveBytes
+from dag.costs.live_bytes import LiveBytes
 from dag.costs.published_work import Published
 from dag.recipe import Recipe
 from dag.recipe.reward_sections import RewardTerm, Tower
 from dag.rewards import Reward, RewardSum, build_reward
 from dag.run.folder import RunFolder
+from dag.run.gpu import GIB
 from dag.run.meter import PhaseMeter
 from dag.training.build import build
 from dag.training.trainer import Trainer

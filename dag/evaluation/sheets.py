@@ -3,9 +3,10 @@
 import math
 from collections.abc import Sequence
 
-import numpy as np
 from PIL import Image, ImageDraw
 from torch import Tensor
+
+from dag.rewards.pixels import to_bytes
 
 _CAPTION_PX = 12
 _SMALLEST_CELL_PX = 96
@@ -13,15 +14,9 @@ _SMALLEST_CELL_PX = 96
 _ABREAST, _GAP_PX = 4, 12
 
 
-def to_pictures(images: Tensor) -> list[Image.Image]:
-    """Convert images (N, 3, H, W) float in [0, 1] to N 8-bit pictures."""
-    pixels = (images.float() * 255).round().clamp(0, 255).byte().permute(0, 2, 3, 1).cpu().numpy()
-    return [Image.fromarray(np.ascontiguousarray(array)) for array in pixels]
-
-
 def grid(images: Tensor, captions: Sequence[str], columns: int) -> Image.Image:
     """A grid of images (N, 3, H, W) in [0, 1], row by row, a caption above each; pictures under 96 px are enlarged."""
-    pictures = to_pictures(images)
+    pictures = [Image.fromarray(array) for array in to_bytes(images)]
     side = max(pictures[0].width, _SMALLEST_CELL_PX)
     rows = math.ceil(len(pictures) / columns)
     sheet = Image.new("RGB", (columns * (side + 2), rows * (side + _CAPTION_PX + 2)), "white")

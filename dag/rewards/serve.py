@@ -21,7 +21,7 @@ from typing import Any
 
 import torch
 
-from dag.errors import RunError, UsageError
+from dag.errors import RunError, UsageError, exit_code
 from dag.recipe.load import parse_reward
 from dag.rewards import Reward, build_reward, checked
 from dag.rewards.wire import decode_request
@@ -123,8 +123,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         term = parse_reward(given.name, given.set)
         server = RewardServer((given.host, given.port), term.name, build_reward(term, torch.device(given.device)))
     except (RunError, UsageError) as error:
-        print(error, file=sys.stderr)
-        return 2 if isinstance(error, UsageError) else 1
+        return exit_code(error)
     except (OSError, OverflowError) as error:
         print(f"--host {given.host} --port {given.port}: {error}", file=sys.stderr)
         return 2

@@ -8,7 +8,7 @@ import torch
 
 from dag.errors import RunError
 
-_GIB = 2**30
+GIB = 2**30
 # Parts of messages, in lower case, by which libraries report a full GPU in other errors than torch.OutOfMemoryError: the first
 # by the CUDA driver, Triton's loader and Metal; the next two by cuBLAS, cuSOLVER and cuDNN; the fourth by cuBLAS if it cannot
 # allocate its workspace; the last by cuDNN after every algorithm failed. cuDNN also says that of a convolution for which it has
@@ -42,7 +42,7 @@ def limit_memory(device: torch.device, gib: float) -> None:
     if device.type == "cuda":
         device = indexed(device)
         total = torch.cuda.get_device_properties(device).total_memory
-        torch.cuda.set_per_process_memory_fraction(min(1.0, gib * _GIB / total), device)
+        torch.cuda.set_per_process_memory_fraction(min(1.0, gib * GIB / total), device)
 
 
 def is_out_of_memory(error: BaseException) -> bool:

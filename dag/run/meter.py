@@ -8,8 +8,9 @@ from typing import Any, Protocol
 
 import torch
 
+from dag.run.gpu import GIB
+
 PHASES = ("sample", "reward", "update", "evaluation")
-_GIB = 2**30
 # Timed intervals that are kept before the older half of them is added up.
 _MOST_MARKS = 4096
 
@@ -187,4 +188,4 @@ class PhaseMeter:
 
 def _gib(size: int) -> float | None:
     """Bytes in GiB; None for 0, which means that nothing was measured."""
-    return round(size / _GIB, 4) if size else None
+    return round(size / GIB, 4) if size else None

@@ -9,12 +9,13 @@ import torch
 from torch import Tensor
 
 from dag.costs.fake_gpu import DeviceMismatchError, FakeGpu
-from dag.costs.live_bytes import GIB, as_on_cuda
+from dag.costs.live_bytes import as_on_cuda
 from dag.costs.memory import META, Simulation
 from dag.costs.rehearsal import rehearse
 from dag.recipe import Recipe
 from dag.recipe.load import load
 from dag.run.folder import RunFolder
+from dag.run.gpu import GIB
 from dag.training.one_pass import OnePass
 from dag.training.stored import StoredTraining
 from dag.training.trainer import Trainer
