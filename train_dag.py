@@ -5,7 +5,7 @@
 Algorithm 1 of Zhang et al. (2025), as `dag.training.trainer.Trainer.fit` runs it:
 
     for each epoch:
-        roll out P_F: chains x_T .. x_0, each state's x0_hat scored as it is visited     dag/chain/rollout.py
+        roll out P_F: chains x_T .. x_0; the rewards of x_0 and of each state's x0_hat   dag/chain/rollout.py
         residual(log F, log P_F, log P_B, log F') of every transition                    dag/objectives/transition.py
         its square (DAG-DB) or its score-function gradient (DAG-KL) moves P_F and F      dag/objectives/
 """
@@ -24,7 +24,7 @@ from dag.recipe.load import flat, load
 from dag.run.folder import RunFolder, default_path, newest_run
 from dag.training import plan
 
-# As torchrun, and accelerate's launcher for several GPUs, tell each of the processes they start.
+# torchrun, and accelerate's launcher for several GPUs, set this variable in each process that they start.
 NUM_PROCESSES = int(os.environ.get("WORLD_SIZE", "1"))
 
 
@@ -49,7 +49,7 @@ def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
 
 
 def open_run(arguments: argparse.Namespace, config: Recipe) -> tuple[RunFolder, bool]:
-    """(run folder, whether it is resumed)."""
+    """(run folder, whether the run is resumed). Raises UsageError if the folder does not fit the arguments or the recipe."""
     name = Path(arguments.recipe).stem
     if arguments.resume is None:
         return RunFolder.create(Path(arguments.out) if arguments.out else default_path(name)), False
@@ -59,7 +59,7 @@ def open_run(arguments: argparse.Namespace, config: Recipe) -> tuple[RunFolder, 
 
 
 def _check_same_recipe(old: Recipe, new: Recipe, path: Path) -> None:
-    """A resumed run may train for more epochs and report more often; anything else would be another run."""
+    """Raises UsageError if the recipe of a resumed run has changed in more than its epochs, evaluations or checkpoints."""
     before, after = (flat(r.model_dump(mode="json")) for r in (old, new))
     free = {"train.epochs", "evaluation.every", "trackers"}
     free |= {"checkpoint.every", "checkpoint.minutes", "checkpoint.keep"}
@@ -74,7 +74,7 @@ def _check_same_recipe(old: Recipe, new: Recipe, path: Path) -> None:
 
 
 def plan_memory(config: Recipe) -> None:
-    """What the recipe will need, and whether that is within its budget."""
+    """Print the memory that the recipe will need. Raises UsageError if it exceeds `memory.budget_gib`."""
     from dag.costs import forecast
 
     for line in forecast.describe(config):
@@ -83,7 +83,7 @@ def plan_memory(config: Recipe) -> None:
 
 
 def check_memory(config: Recipe) -> None:
-    """Refuse a recipe beyond its budget."""
+    """Raises UsageError if the recipe will need more than its `memory.budget_gib`."""
     if config.memory.budget_gib is not None:
         from dag.costs import forecast
 
@@ -93,9 +93,10 @@ def check_memory(config: Recipe) -> None:
 def train(config: Recipe, arguments: argparse.Namespace) -> None:
     """Open the run's folder and train in it."""
     opener = partial(open_run, arguments, config)
-    # One process answers a mistake at once; several must be connected before the main one makes a folder.
+    # A single process opens the folder first, so that a mistake is reported at once. Several processes must be connected
+    # before the main one makes the folder.
     opened = opener() if NUM_PROCESSES == 1 else None
-    # Here, not above: these imports take seconds, and --plan and mistakes need none of them.
+    # Not at the top: this import takes seconds, and neither --plan nor the report of a mistake needs it.
     from dag.training import launch
 
     launch.train(config, lambda: opened or opener())
@@ -104,7 +105,7 @@ def train(config: Recipe, arguments: argparse.Namespace) -> None:
 def main(argv: Sequence[str] | None = None) -> int:
     arguments = parse_arguments(argv)
     if isinstance(sys.stdout, io.TextIOWrapper):
-        sys.stdout.reconfigure(line_buffering=True)  # a log file shows an epoch when it is done
+        sys.stdout.reconfigure(line_buffering=True)  # so that a log file shows each epoch as soon as it ends
     try:
         config = load(arguments.recipe, arguments.set)
         if arguments.plan:

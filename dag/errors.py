@@ -1,4 +1,4 @@
-"""How a program ends early: a mistake of the user, a failure of the run, a signal, or a reader of its output that is gone."""
+"""The errors that end a program early, the exit code of each, and a quiet end where the reader of the output is gone."""
 
 import os
 import signal
@@ -14,7 +14,7 @@ class UsageError(Exception):
 
 
 class RunError(Exception):
-    """The run cannot go on: a model, a reward or a disk failed. Exit code 1."""
+    """A model, a reward, a disk or a GPU failed, so that the run cannot continue. Exit code 1."""
 
 
 class DivergedError(RunError):
@@ -25,8 +25,8 @@ class StoppedError(Exception):
     """A signal ended the run after it had saved. Exit code 128 + the signal's number.
 
     Args:
-        number: the signal.
-        saved:  the checkpoint's name in the message; None if there was nothing to save yet.
+        number: the signal's number.
+        saved:  the checkpoint's name for the message; None if there was nothing to save yet.
     """
 
     def __init__(self, number: int, saved: str | None) -> None:
@@ -38,7 +38,7 @@ class StoppedError(Exception):
 
 
 def exit_code(error: UsageError | RunError | StoppedError) -> int:
-    """Print the error as one line to stderr; returns the program's exit code."""
+    """Print the error in one line on stderr; returns the exit code."""
     if isinstance(error, StoppedError):
         print(error, file=sys.stderr)
         return 128 + error.number

@@ -1,4 +1,4 @@
-"""Files from the Hugging Face hub, its many errors as one sentence each. Nothing is executed, only data is fetched."""
+"""Files from the Hugging Face hub. Every error becomes one sentence; only data is downloaded, no code."""
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -14,14 +14,15 @@ def snapshot(
     revision: str | None = None,
     ignore: Sequence[str] | None = None,
 ) -> Path:
-    """The folder of a repository's matching files, from the cache or downloaded.
+    """The folder of a repository's files, from the cache or downloaded.
 
     Args:
-        key:  the recipe key that names the repository, for the error.
-        hint: the way out, the end of the error's sentence.
+        key:      the recipe key that names the repository, for the error.
+        patterns: which files, as shell patterns; those that match `ignore` are left out.
+        hint:     what the user can do instead; it ends the error's sentence.
 
     Raises:
-        RunError: in one sentence.
+        RunError: the files cannot be fetched; one sentence says why.
     """
     from huggingface_hub import snapshot_download
 

@@ -1,12 +1,12 @@
-"""Holds libraries that speak when they are imported to their errors: a newcomer reads our lines alone."""
+"""Silences libraries that log when they are imported, so that the first lines a user sees are ours. Errors stay."""
 
 import logging
 import os
 
 
 def quieten() -> None:
-    """To be called before diffusers, peft, transformers or bitsandbytes are imported."""
-    # On some CPUs bitsandbytes asks for PyPI's package `kernels`, which nothing here needs. In the folder of
-    # this project its complaint is a riddle: Python takes our folder kernels/ for that package.
+    """Call this before diffusers, peft, transformers or bitsandbytes are imported."""
+    # On some CPUs bitsandbytes looks for PyPI's package `kernels`, which nothing here needs. Started in the folder of this
+    # project, Python takes our folder kernels/ for that package, and the warning that follows would mislead.
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 import train_dag
+from dag.costs.forecast import LEVERS
 from dag.recipe import Recipe, is_scored
 from dag.recipe.load import load
 from dag.run.folder import RunFolder
@@ -100,7 +101,11 @@ def test_other_flags_are_refused(arguments: list[str], capsys: pytest.CaptureFix
 # -- --plan -------------------------------------------------------------------------------------------------------
 
 
-def test_plan_prints_counts_and_writes_nothing(file: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_plan_prints_counts_and_writes_nothing(
+    file: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # Each lever takes seconds to count; one is enough here.
+    monkeypatch.setattr("dag.costs.forecast.LEVERS", LEVERS[1:2])
     assert train_dag.main(["--recipe", str(file), "--plan", "--set", "train.epochs=7"]) == 0
     captured = capsys.readouterr()
     assert captured.err == ""

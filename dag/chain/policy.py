@@ -1,4 +1,4 @@
-"""What a model family offers: a diffusion model as a forward policy P_F. One class a family, in `dag.models`.
+"""The interface of a model family: a diffusion model as a forward policy P_F. `dag.models` has one class for each family.
 
 Legend: B samples, P prompts, S text tokens, D text width, C H W latent.
 """
@@ -22,10 +22,10 @@ class Prediction:
     """Network outputs at B states, of the schedule's prediction type."""
 
     branches: Tensor
-    """(2B, C, H, W) unconditional, then conditional outputs, or (B, C, H, W) where there is nothing to combine; in the
-    network's dtype."""
+    """(2B, C, H, W) unconditional, then conditional outputs, in the network's dtype; or (B, C, H, W) if they are combined
+    already or there is no guidance."""
     num_samples: int
-    """B"""
+    """B."""
     guidance_scale: float
     conditional: Tensor
     """(B, C, H, W) the conditional branch alone; equal to `guided` without guidance."""
@@ -37,23 +37,23 @@ class Prediction:
 
 
 class Decoder(Protocol):
-    """From latents to pictures."""
+    """Decodes latents to pictures."""
 
     @property
     def vae(self) -> nn.Module: ...
 
     @property
     def tiny(self) -> nn.Module | None:
-        """A cheaper decoder for previews, if the recipe asks for one."""
+        """A cheaper decoder for previews; None unless the recipe asks for one."""
         ...
 
     def at_work(self) -> AbstractContextManager[None]:
-        """Inside, a decoder that is offloaded is on the device."""
+        """A context in which an offloaded decoder is on the device."""
         ...
 
 
 class Weights(Protocol):
-    """The trained weights: float32 masters, and the copies that the network computes with."""
+    """The trained weights: float32 masters, which the optimizer changes, and the copies with which the network computes."""
 
     @property
     def masters(self) -> list[nn.Parameter]: ...
@@ -67,7 +67,7 @@ class Weights(Protocol):
         ...
 
     def refresh(self) -> None:
-        """Bring the copies up to date with the masters."""
+        """Set the copies to the masters' values."""
         ...
 
 
@@ -76,8 +76,9 @@ class Policy(Protocol):
 
     schedule: Schedule
     latent_shape: tuple[int, int, int]
+    """(C, H, W)."""
     dtype: torch.dtype
-    """What the denoiser computes in."""
+    """Precision in which the denoiser computes."""
 
     @property
     def denoiser(self) -> nn.Module:
@@ -96,27 +97,32 @@ class Policy(Protocol):
         ...
 
     def encode(self, prompts: Sequence[str]) -> Tensor:
-        """(P, S, D) embeddings of prompts, on the CPU; the empty prompt's is kept for guidance."""
+        """(P, S, D) embeddings of prompts, on the CPU. The policy keeps the empty prompt's for guidance."""
         ...
 
     def blank_prompt(self) -> None:
-        """Stand in for `encode` where nothing is computed: an empty prompt's embedding without values."""
+        """Keep an uninitialised embedding of the empty prompt, instead of calling `encode`; for forecasts on the meta device."""
         ...
 
     def prompt_warnings(self, prompts: Sequence[str]) -> list[str]:
-        """What the text encoder will not see of the prompts, in words."""
+        """One sentence for each part of the prompts that the text encoder cannot read."""
         ...
 
     def free_text_encoder(self) -> None:
-        """Drop the text encoder from memory; all prompts are encoded."""
+        """Drop the text encoder from memory; call it when all prompts are encoded."""
         ...
 
     def predict(
         self, x_t: Tensor, t: Tensor, text: Tensor, *, pretrained: bool = False, unguided: bool = False
     ) -> Prediction:
-        """Outputs at x_t (B, C, H, W), t (B,), text (B, S, D).
+        """The network's outputs at B states.
 
-        `pretrained` switches the adapter off; `unguided` leaves the unconditional branch out.
+        Args:
+            x_t:        (B, C, H, W).
+            t:          (B,) int64 timesteps.
+            text:       (B, S, D) prompt embeddings.
+            pretrained: switch the adapter off.
+            unguided:   leave the unconditional branch out.
         """
         ...
 
@@ -125,9 +131,10 @@ class Policy(Protocol):
         ...
 
     def preview(self, x0_hat: Tensor, decoder: str | None = None) -> Tensor:
-        """(B, 3, H, W) float32 images in [0, 1] of predicted latents, for forward-looking rewards; perhaps cheaper.
+        """(B, 3, H, W) float32 images in [0, 1] of predicted latents, for forward-looking rewards.
 
-        `decoder` is one of `forward_looking.decoder`; None takes the recipe's.
+        Args:
+            decoder: a value of `forward_looking.decoder`, which may be cheaper than `decode`; None takes the recipe's.
         """
         ...
 
@@ -136,17 +143,19 @@ class Policy(Protocol):
         ...
 
     def base_weights(self) -> dict[str, list[Tensor]]:
-        """What was loaded, before any training, by the network's name in an error message."""
+        """The weights that were loaded, before any training, by the name that error messages give their network."""
         ...
 
-    def trainable(self) -> list[nn.Parameter]: ...
+    def trainable(self) -> list[nn.Parameter]:
+        """The parameters for the optimizer: `weights.masters`."""
+        ...
 
     def state_dict(self) -> dict[str, Tensor]:
-        """Trainable weights by name, on the CPU."""
+        """The trained weights by name, float32 on the CPU."""
         ...
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
-        """Raises RunError if the weights do not fit this adapter exactly."""
+        """Set the trained weights. Raises RunError if they do not fit this adapter exactly."""
         ...
 
     def export(self, folder: Path) -> None:
@@ -154,5 +163,5 @@ class Policy(Protocol):
         ...
 
     def describe(self) -> dict[str, Any]:
-        """What run.json says of the model."""
+        """The description of the model in run.json."""
         ...

@@ -1,4 +1,4 @@
-"""Sampling P_F: chains of states with the scalars that training needs, and the images they end in.
+"""Sampling P_F: chains of states, the scalars that training needs, and the images that the chains end in.
 
 The noise of a sample depends on (seed, global sample id, step) alone, so a trajectory does not depend on the tile
 it was sampled in, beyond the float rounding of the network. States are rounded to the stored dtype *before* their
@@ -24,9 +24,10 @@ CHAIN_DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bflo
 
 
 class Score(Protocol):
-    """Rewards (B,) of images of some rows of a batch, which tell the prompts and sample ids.
+    """Computes the rewards (B,) of images (B, 3, H, W) in [0, 1].
 
-    `is_preview` is set for pictures of x0_hat, which may be scored less exactly than final ones (`dag.rewards`).
+    `rows` (B,) says to which trajectories of a batch the images belong, and thereby their prompts and sample ids.
+    `is_preview` is set for pictures of x0_hat, which may be scored less exactly than final ones (`dag.rewards.tower`).
     """
 
     def __call__(self, images: Tensor, rows: Tensor, *, is_preview: bool = False) -> Tensor: ...
@@ -34,19 +35,20 @@ class Score(Protocol):
 
 @dataclass(frozen=True)
 class Batch:
-    """Which trajectories to sample."""
+    """The prompts and sample ids of trajectories to be sampled."""
 
     prompt_id: Tensor
     """(N,) int64 on the CPU."""
     sample_id: Tensor
-    """(N,) int64 on the CPU, global."""
+    """(N,) int64 on the CPU, unique over all epochs (`dag.chain.sample_ids`)."""
 
     def tiles(self, size: int) -> Iterator["Batch"]:
+        """The batch in parts of at most `size`."""
         for start in range(0, len(self.sample_id), size):
             yield Batch(self.prompt_id[start : start + size], self.sample_id[start : start + size])
 
     def tail(self, start: int) -> "Batch":
-        """Without the first `start`."""
+        """The batch without its first `start` trajectories."""
         return Batch(self.prompt_id[start:], self.sample_id[start:])
 
 
@@ -58,9 +60,9 @@ class Step:
     x_t: Tensor
     """(B, C, H, W) in the chain's dtype."""
     prediction: Prediction
-    """With gradients if the step is trained."""
+    """The network's output at x_t, with gradients if the step is trained."""
     sampled: SampledStep
-    """x_next, x0_hat and the log-probs; log_pb is the pretrained model's log P_F where that is the target's prior."""
+    """x_next, x0_hat and the log-probs; with `has_prior` log_pb is the pretrained model's log P_F."""
 
     @property
     def x_next(self) -> Tensor:
@@ -82,8 +84,8 @@ def walk(
     Args:
         text:      (B, S, D) prompt embeddings on the policy's device.
         sample_id: (B,) int64 on the policy's device.
-        has_prior: log P_F is to be balanced `against_prior`.
-        trained:   the steps k whose prediction is to have gradients.
+        has_prior: replace log P_B by the pretrained model's log P_F, see `against_prior`.
+        trained:   the steps k whose predictions get gradients.
     """
     schedule = policy.schedule
     x_t = first_state(policy, sample_id, seed, sampler)
@@ -99,18 +101,18 @@ def walk(
 
 @dataclass(frozen=True)
 class SampledTile:
-    """A tile before its rewards are known."""
+    """B sampled trajectories that are not yet scored."""
 
     chain: Tensor
-    """(T + 1, B, C, H, W)"""
+    """(T + 1, B, C, H, W) states, noisiest first."""
     log_pf: Tensor
     """(B, T) sums over latent dims."""
     log_pb: Tensor
-    """(B, T) sums; the pretrained model's log P_F where that is the target's prior."""
+    """(B, T) sums over latent dims; with `has_prior` the pretrained model's log P_F."""
     x0_hat: dict[int, Tensor]
-    """(B, C, H, W) float32 at each scored step; empty without forward-looking."""
+    """(B, C, H, W) float32 by step k, for the steps that are scored; empty without forward-looking."""
     x_0: Tensor
-    """(B, C, H, W) float32, what is decoded."""
+    """(B, C, H, W) float32 latents to be decoded."""
 
 
 @torch.no_grad()
@@ -129,12 +131,12 @@ def sample_tile(
     Args:
         text:      (B, S, D) prompt embeddings.
         sample_id: (B,) int64.
-        forward_looking: keep the x0_hat of each scored state as this section says; None keeps none.
-        has_prior: log P_F is to be balanced `against_prior`.
-        on_step:   called after each transition, for progress.
+        forward_looking: the section that says which x0_hat are kept for scoring; None keeps none.
+        has_prior: replace log P_B by the pretrained model's log P_F, see `against_prior`.
+        on_step:   called after each transition, for a progress bar.
     """
     schedule, device = policy.schedule, policy.schedule.timesteps.device
-    # Once a tile: what a transition needs is on the device.
+    # Copied once for the tile, not in every transition.
     text, sample_id = text.to(device), sample_id.to(device)
     states: list[Tensor] = []
     log_pf, log_pb, x0_hat = [], [], {}
@@ -152,13 +154,13 @@ def sample_tile(
 
 
 def first_state(policy: Policy, sample_id: Tensor, seed: int, sampler: Sampler) -> Tensor:
-    """x_T (B, C, H, W) in the chain's dtype; sample_id on the policy's device."""
+    """x_T, (B, C, H, W) in the chain's dtype; `sample_id` (B,) is on the policy's device."""
     noise = draw_noise(seed, sample_id, INITIAL_NOISE, policy.latent_shape, noise_dtype(sampler))
     return noise.to(CHAIN_DTYPES[sampler.chain_dtype])
 
 
 def last_latents(policy: Policy, x_t: Tensor, text: Tensor) -> Tensor:
-    """What is decoded, (B, C, H, W) float32: the chain's end, or one deterministic step beyond it."""
+    """The latents to be decoded, (B, C, H, W) float32: the chain's end x_t, or the schedule's deterministic step from it."""
     final = policy.schedule.final
     if final is None:
         return x_t.float()
@@ -171,14 +173,14 @@ def take_step(
     schedule: Schedule, x_t: Tensor, prediction: Prediction, k: int, seed: int, sample_id: Tensor, sampler: Sampler
 ) -> SampledStep:
     """One transition, by the fused step; published deviations that it lacks take the slower path below."""
-    chain_dtype, drawn_in = CHAIN_DTYPES[sampler.chain_dtype], noise_dtype(sampler)
-    if drawn_in == torch.float32 and sampler.log_pf_at == "stored":
+    chain_dtype, dtype_of_noise = CHAIN_DTYPES[sampler.chain_dtype], noise_dtype(sampler)
+    if dtype_of_noise == torch.float32 and sampler.log_pf_at == "stored":
         branches, scale = prediction.branches, prediction.guidance_scale
         return schedule.sampling_step(x_t, branches, k, seed, sample_id, scale, chain_dtype)
-    noise = draw_noise(seed, sample_id, k, tuple(x_t.shape[1:]), drawn_in)
-    exact = schedule.sample_next(x_t, prediction.guided, noise, k)
-    x_next = exact.to(chain_dtype)
-    evaluated_at = x_next if sampler.log_pf_at == "stored" else exact
+    noise = draw_noise(seed, sample_id, k, tuple(x_t.shape[1:]), dtype_of_noise)
+    unrounded = schedule.sample_next(x_t, prediction.guided, noise, k)
+    x_next = unrounded.to(chain_dtype)
+    evaluated_at = x_next if sampler.log_pf_at == "stored" else unrounded
     log_pf = schedule.log_pf(x_t, evaluated_at, prediction.guided, k)
     x0_hat = schedule.x0_hat(x_t.float(), prediction.guided, k)
     return SampledStep(x_next, x0_hat, log_pf, schedule.log_pb(x_t, x_next, k))
@@ -186,12 +188,14 @@ def take_step(
 
 @torch.no_grad()
 def against_prior(policy: Policy, step: SampledStep, x_t: Tensor, text: Tensor, k: int) -> SampledStep:
-    """The step with log p_pre(x_next | x_t), (B,), of the pretrained model in the place of log P_B.
+    """The step with the pretrained model's log p_pre(x_next | x_t), (B,), in place of log P_B.
+
+    The balance
 
         log F(x_t) + log P_F(x_next | x_t) = log F(x_next) + log p_pre(x_next | x_t),    log F(x_0) = beta r(x_0)
 
-    telescopes over a chain to P_F(chain | x_T) = p_pre(chain | x_T) exp(beta r(x_0)) / F(x_T): the target is what the
-    pretrained model samples, tilted by the reward, where with P_B it is exp(beta r) alone.
+    telescopes over a chain to P_F(chain | x_T) = p_pre(chain | x_T) exp(beta r(x_0)) / F(x_T). So the target is the
+    pretrained model's distribution times exp(beta r), whereas with P_B it is exp(beta r) alone.
     """
     pretrained = policy.predict(x_t, policy.schedule.timesteps[k].expand(len(x_t)), text, pretrained=True)
     return step._replace(log_pb=policy.schedule.log_pf(x_t, step.x_next, pretrained.guided, k))
@@ -199,14 +203,14 @@ def against_prior(policy: Policy, step: SampledStep, x_t: Tensor, text: Tensor, 
 
 @torch.no_grad()
 def clean_latents(schedule: Schedule, step: Step, section: ForwardLooking) -> Tensor:
-    """The x0_hat (B, C, H, W) that the recipe scores: the step's own, or a published form of it."""
+    """The x0_hat (B, C, H, W) that the recipe scores: the one that the step computed, or one of the published forms."""
     if section.prediction == "guided" and section.coefficients == "fp32":
         return step.sampled.x0_hat
     return predicted_x0(schedule, step.x_t, step.prediction, step.k, section)
 
 
 def predicted_x0(schedule: Schedule, x_t: Tensor, prediction: Prediction, k: int, section: ForwardLooking) -> Tensor:
-    """x0_hat (B, C, H, W) float32 of step k as a recipe's `forward_looking` section defines it."""
+    """x0_hat (B, C, H, W) float32 at state k, as the recipe's `forward_looking` section defines it."""
     output = prediction.guided if section.prediction == "guided" else prediction.conditional
     if section.coefficients == "fp32":
         return schedule.x0_hat(x_t.float(), output, k)
@@ -218,28 +222,31 @@ def predicted_x0(schedule: Schedule, x_t: Tensor, prediction: Prediction, k: int
 def score_tile(
     policy: Policy, tile: SampledTile, score: Score, on_image: Callable[[], object] = lambda: None
 ) -> tuple[Tensor | None, Tensor, Tensor]:
-    """((B, T) rewards of x0_hat or None, (B,) rewards of x_0, images (B, 3, H, W)).
+    """Decode and score a tile: ((B, T) rewards of x0_hat or None, (B,) rewards of x_0, images (B, 3, H, W)).
 
-    A step that was not scored itself carries the newest reward before it.
+    A state that is not scored takes the newest reward before it.
+
+    Args:
+        on_image: called after each scored picture of the tile's B trajectories, for a progress bar.
     """
     rows = torch.arange(len(tile.x_0))
-    seen: list[Tensor] = []
+    x0_hat_reward: list[Tensor] = []
     for k in range(tile.log_pf.shape[1] if tile.x0_hat else 0):
         if k in tile.x0_hat:
-            seen.append(score(policy.preview(tile.x0_hat[k]), rows, is_preview=True))
+            x0_hat_reward.append(score(policy.preview(tile.x0_hat[k]), rows, is_preview=True))
             on_image()
         else:
-            seen.append(seen[-1])
+            x0_hat_reward.append(x0_hat_reward[-1])
     images = policy.decode(tile.x_0)
     reward = score(images, rows)
     on_image()
-    return torch.stack(seen, 1) if seen else None, reward, images
+    return torch.stack(x0_hat_reward, 1) if x0_hat_reward else None, reward, images
 
 
 def assemble(
     tile: SampledTile, x0_hat_reward: Tensor | None, reward: Tensor, batch: Batch, seed: int, sampler: Sampler
 ) -> Trajectories:
-    """A scored tile's scalars, on its device; its chain goes to the `ChainStore`."""
+    """The scalars of a scored tile, on its device, with an empty chain: the chain itself goes to the `ChainStore`."""
     device = tile.chain.device
     return Trajectories(
         chain=tile.chain.new_empty(0),
@@ -262,7 +269,13 @@ def generate(
     sampler: Sampler,
     tile: int | None = None,
 ) -> Tensor:
-    """(N, 3, H, W) images in [0, 1] for (N, S, D) embeddings, by the sampler that training uses; `tile` at a time."""
+    """(N, 3, H, W) images in [0, 1], on the CPU, by the sampler that training uses.
+
+    Args:
+        text:      (N, S, D) prompt embeddings.
+        sample_id: N ids, which with the seed determine the noise.
+        tile:      samples per network call; None takes the sampler's.
+    """
     ids, tile = torch.as_tensor(sample_id, dtype=torch.int64), tile or sampler.tile
     images = []
     for part, part_ids in zip(text.split(tile), ids.split(tile), strict=True):

@@ -1,15 +1,16 @@
-"""Which sample ids belong to whom. With the seed and the step an id determines a picture's noise, so ranges never overlap.
+"""The ranges of sample ids, one for each purpose.
 
-A run would have to train 2^40 trajectories to reach the first evaluation.
+The id, the seed and the step determine a picture's noise, so no two purposes share ids: training would have to sample 2^40
+trajectories to reach the next range.
 """
 
 TRAINING = 0
-"""Trajectories of a run, counted on from epoch to epoch."""
+"""First id of a run's trajectories, which are counted through all epochs."""
 FIXED_EVALUATION = 1 << 40
-"""Pictures of a run's own evaluations, the same ones every time."""
+"""First id of the pictures in a run's evaluations; every evaluation has the same ids."""
 SAMPLES = 1 << 41
-"""Pictures of `python -m dag.sample`."""
+"""First id of the pictures of `python -m dag.sample`."""
 COMPARISON = 1 << 42
-"""Pictures of `python -m dag.evaluate`, the same ones for every model."""
+"""First id of the pictures of `python -m dag.evaluate`; every model has the same ids."""
 COMPARISON_AGAIN = 1 << 43
-"""The base model's second set of pictures there, from which distances are measured."""
+"""First id of the base model's second set of pictures in `python -m dag.evaluate`, to which distances are measured."""

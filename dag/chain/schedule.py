@@ -11,7 +11,8 @@
 
 with ab = alphas_cumprod, the DDIM variance sigma_t = eta sqrt((1 - ab_next)/(1 - ab_t) (1 - rho)) (Song et al.
 2021, Eq. 16) and direction = sqrt(1 - ab_next - sigma_t^2). x0_hat and eps_hat are linear in (x_t, network
-output) for every prediction type, hence so is mu. Owns no network and draws no noise.
+output) for every prediction type, hence so is mu. This module calls no network; noise comes from its caller or, counter-based,
+from `dag_kernels`.
 
 Legend: B samples, T transitions, k index of a transition (0 = noisiest), D latent elements per sample.
 """
@@ -27,15 +28,15 @@ from torch import Tensor
 
 Reduction = Literal["sum", "mean"]
 PREDICTION_TYPES = ("epsilon", "v_prediction", "sample")
-# Draw index of x_T in the counter-based noise; transitions use their own k.
+# What the counter-based noise of x_T has in the place of the step k.
 INITIAL_NOISE = 0xFFFFFFFF
 
 
 @dataclass(frozen=True)
 class FinalStep:
-    """A deterministic last step (ab_next = 1 or ab_next = ab_t): x_0 = mean_x x_t + mean_output o.
+    """A deterministic last step (ab_next = 1 or ab_next = ab_t): x_0 = mean_x x_t + mean_output o, o the network output.
 
-    It has no density, so it is not a transition of the chain: it belongs to decoding.
+    It has no density, so it is no transition of the chain: it is taken just before decoding.
     """
 
     timestep: int
@@ -48,7 +49,7 @@ class FinalStep:
 
 @dataclass(frozen=True)
 class Schedule:
-    """Coefficients of every transition, (T,) each; float64 on the CPU until `.to(device)` makes them float32."""
+    """The coefficients of every transition, (T,) each; o is the network output. Float64 on the CPU; `to` makes them float32."""
 
     timesteps: Tensor
     """(T,) int64, in sampling order."""
@@ -68,11 +69,11 @@ class Schedule:
     prediction_type: str
     final: FinalStep | None = None
     kernels: Kernels = PLAIN
-    """How `sampling_step` and `transition_log_probs` are computed."""
+    """The implementation (PyTorch or Triton) of `sampling_step` and `transition_log_probs`."""
 
     @classmethod
     def from_diffusers(cls, scheduler: Any, num_steps: int, eta: float = 1.0) -> Self:
-        """The chain that a DDIM or DDPM scheduler of diffusers walks with `num_steps` steps.
+        """The chain through which a DDIM or DDPM scheduler of diffusers goes in `num_steps` steps.
 
         Args:
             scheduler: has `config`, `alphas_cumprod` and `set_timesteps`; it is not modified.
@@ -102,7 +103,7 @@ class Schedule:
             )
         alpha_bars = _alphas_cumprod(scheduler)
         alpha_bar_t = alpha_bars[timesteps]
-        # The state after the last step sits where the scheduler says, not at `t - 1000/T`.
+        # The scheduler says what the noise level after the last step is; it is not that of t - 1000/T.
         last = _final_alpha_cumprod(scheduler, alpha_bars)
         alpha_bar_next = torch.cat([alpha_bar_t[1:], last[None]])
         return cls.from_alpha_bars(timesteps, alpha_bar_t, alpha_bar_next, scheduler.config.prediction_type, eta)
@@ -116,9 +117,12 @@ class Schedule:
         prediction_type: str,
         eta: float = 1.0,
     ) -> Self:
-        """The table for given noise levels (T,) float64; see the module's formulas.
+        """The coefficients for given noise levels (T,), by the formulas at the top of this module.
 
         A last step that is deterministic (sigma = 0) becomes `final`, and the chain ends before it.
+
+        Raises:
+            ValueError: eta > 1, or no step is stochastic.
         """
         ab_t, ab_next = alpha_bar_t.double(), alpha_bar_next.double()
         rho = ab_t / ab_next
@@ -154,7 +158,7 @@ class Schedule:
         return len(self.timesteps)
 
     def to(self, device: torch.device | str) -> Self:
-        """The same table on `device`, coefficients in float32."""
+        """This schedule with its tensors on `device`, coefficients in float32."""
         moved: dict[str, Any] = {}
         for field in fields(self):
             value = getattr(self, field.name)
@@ -187,7 +191,7 @@ class Schedule:
         """log P_F(x_next | x_t) of the step k. Gradients reach `model_output` alone.
 
         Args:
-            x_t, x_next:  (B, C, H, W), data: the stored states.
+            x_t, x_next:  (B, C, H, W), the stored states.
             model_output: (B, C, H, W), after guidance.
             k:            int or (B,) int64.
             reduction:    "sum" over C, H, W is the true density; "mean" is the published code's scale, 1/D of it.
@@ -218,7 +222,8 @@ class Schedule:
         guidance_scale: float = 1.0,
         chain_dtype: torch.dtype = torch.float32,
     ) -> SampledStep:
-        """x_next ~ P_F with counter-based noise, x0_hat and both log-probs; `dag_kernels.reference` has the shapes."""
+        """x_next ~ P_F with counter-based noise, x0_hat and both log-probs. Arguments and result as in
+        `dag_kernels.reference.sampling_step`."""
         return self.kernels.sampling_step(x_t, output, self.table, k, seed, sample_id, guidance_scale, chain_dtype)
 
     def transition_log_probs(
@@ -231,32 +236,34 @@ class Schedule:
         output_ref: Tensor | None = None,
         output_old: Tensor | None = None,
     ) -> TransitionLogProbs:
-        """All that training needs of B transitions, k (B,); `dag_kernels.reference` has the shapes."""
+        """The log-probs of B transitions, with gradients to `output`, and what the regularisers need. Arguments and result as in
+        `dag_kernels.reference.transition_log_probs`."""
         return self.kernels.transition_log_probs(
             x_t, x_next, output, self.table, k, guidance_scale, output_ref, output_old
         )
 
     @cached_property
     def table(self) -> Tensor:
-        """(T, 7) the coefficients in the kernels' order."""
+        """(T, 7) coefficients, in the order of columns that the kernels expect."""
         columns = (self.mean_x, self.mean_output, self.sigma, self.noising_x, self.noising_std, self.x0_x)
         return torch.stack([*columns, self.x0_output], dim=1)
 
     @cached_property
     def x0_in_bfloat16(self) -> list[tuple[float, float]]:
-        """(x0_x, x0_output) of every step as the published code has them: alpha_bar is cast to bfloat16 first, which rounds
-        it to 1 near the data, so that nothing is denoised there."""
+        """(x0_x, x0_output) of every step as the published code computes them, from alpha_bar in bfloat16. Near the data it
+        rounds to 1, so that x0_hat is the noisy state itself there."""
         alpha_bar = self.alpha_bar_t.bfloat16().double().cpu()
         columns = x0_coefficients(self.prediction_type, alpha_bar)
         return list(zip(*(column.tolist() for column in columns), strict=True))
 
     def output_of(self, x_t: Tensor, x_next: Tensor, noise: Tensor, k: int | Tensor) -> Tensor:
-        """The network output that led from x_t to x_next with this noise: `sample_next` solved for o, float32."""
+        """The network output that led from x_t to x_next with this noise, (B, C, H, W) float32: `sample_next` solved for o."""
         x, xp = at_least_float32(x_t), at_least_float32(x_next)
         return (xp - _at(self.mean_x, k, x) * x - _at(self.sigma, k, x) * noise) / _at(self.mean_output, k, x)
 
     def balanced_weights(self) -> Tensor:
-        """(T,) min(1, sigma / (2 |b|)): tames the last steps, whose policy gradient is (b / sigma) times the noise."""
+        """(T,) weights min(1, sigma / (2 |b|)) with b = mean_output. The policy gradient of a step is b / sigma times the noise,
+        which in the last steps is very large."""
         return (0.5 * self.sigma / self.mean_output.abs()).clamp(max=1.0)
 
     def _mean(self, x_t: Tensor, model_output: Tensor, k: int | Tensor) -> Tensor:
@@ -265,7 +272,7 @@ class Schedule:
 
 
 def x0_coefficients(prediction_type: str, ab_t: Tensor) -> tuple[Tensor, Tensor]:
-    """(x0_x, x0_output) of x0_hat = x0_x x_t + x0_output o, like `ab_t`."""
+    """(x0_x, x0_output) of x0_hat = x0_x x_t + x0_output o, shaped like `ab_t`. Raises ValueError for an unknown type."""
     signal, noise = ab_t.sqrt(), (1 - ab_t).sqrt()
     if prediction_type == "epsilon":
         if bool((ab_t == 0).any()):
@@ -281,7 +288,7 @@ def x0_coefficients(prediction_type: str, ab_t: Tensor) -> tuple[Tensor, Tensor]
 
 
 def eps_coefficients(prediction_type: str, ab_t: Tensor) -> tuple[Tensor, Tensor]:
-    """(eps_x, eps_output) of eps_hat = eps_x x_t + eps_output o; a known prediction type."""
+    """(eps_x, eps_output) of eps_hat = eps_x x_t + eps_output o, shaped like `ab_t`, for a known prediction type."""
     signal, noise = ab_t.sqrt(), (1 - ab_t).sqrt()
     if prediction_type == "epsilon":
         return torch.zeros_like(ab_t), torch.ones_like(ab_t)
@@ -291,7 +298,7 @@ def eps_coefficients(prediction_type: str, ab_t: Tensor) -> tuple[Tensor, Tensor
 
 
 def _alphas_cumprod(scheduler: Any) -> Tensor:
-    """alphas_cumprod in float64; from the betas' formula where we know it, since diffusers rounds to float32."""
+    """alphas_cumprod in float64. Where the betas follow a known formula they are computed anew: diffusers rounds to float32."""
     config, betas = scheduler.config, None
     if not config.get("rescale_betas_zero_snr") and config.get("trained_betas") is None:
         start, end, steps = config.beta_start, config.beta_end, config.num_train_timesteps
@@ -303,7 +310,7 @@ def _alphas_cumprod(scheduler: Any) -> Tensor:
 
 
 def _final_alpha_cumprod(scheduler: Any, alpha_bars: Tensor) -> Tensor:
-    """Noise level after the last step: alphas_cumprod[0] when the scheduler has set_alpha_to_one=False, else 1."""
+    """alpha_bar after the last step: alphas_cumprod[0] if the scheduler has set_alpha_to_one=False, else 1."""
     keeps_noise = scheduler.config.get("set_alpha_to_one") is False
     return alpha_bars[0] if keeps_noise else torch.ones((), dtype=torch.float64)
 

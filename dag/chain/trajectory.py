@@ -4,7 +4,7 @@ A trajectory keeps its chain of states, a seed and a few scalars per step. The n
 the network's output at sampling time from two states and the noise, so neither is stored. The state *is* the
 rounded stored value: log-probs are evaluated there and the next UNet call sees it.
 
-Legend: N trajectories, T transitions.
+Legend: N trajectories, B of them, T transitions.
 """
 
 from collections.abc import Sequence
@@ -18,16 +18,16 @@ from torch import Tensor
 from dag.chain.schedule import Schedule
 
 Rows = slice | Tensor
-"""Some of a batch's trajectories: a run of them, which needs no index on the device, or their indices (B,)."""
+"""B of a batch's trajectories: a slice, which needs no index tensor on the device, or their indices (B,)."""
 
 
 def count(rows: Rows) -> int:
-    """B"""
+    """B, the number of rows."""
     return rows.stop - rows.start if isinstance(rows, slice) else len(rows)
 
 
 def cut(rows: Rows, size: int) -> list[Rows]:
-    """The rows in parts of at most `size`."""
+    """Split the rows into parts of at most `size`."""
     if isinstance(rows, Tensor):
         return list(rows.split(size))
     starts = range(rows.start, rows.stop, size)
@@ -35,7 +35,7 @@ def cut(rows: Rows, size: int) -> list[Rows]:
 
 
 def on_cpu(rows: Rows) -> Rows:
-    """The same rows, to index what is in CPU memory."""
+    """The rows as an index of tensors in CPU memory."""
     return rows.cpu() if isinstance(rows, Tensor) else rows
 
 
@@ -44,19 +44,19 @@ class Trajectories:
     """N chains of one rollout. Log-probs are sums over latent dims, float32."""
 
     chain: Tensor
-    """(T + 1, N, C, H, W) in the stored dtype, noisiest first; perhaps in CPU memory, and (0,) if nothing was kept."""
+    """(T + 1, N, C, H, W) in the stored dtype, noisiest first; it may be in CPU memory, and is (0,) if no chain was kept."""
     log_pf: Tensor
-    """(N, T) at sampling time."""
+    """(N, T) log P_F at sampling time."""
     log_pb: Tensor
-    """(N, T); of the pretrained model's P_F where that is the target's prior (`dag.chain.rollout.against_prior`)."""
+    """(N, T) log P_B; with `objective.prior: pretrained` the pretrained model's log P_F (`dag.chain.rollout.against_prior`)."""
     x0_hat_reward: Tensor | None
-    """(N, T) raw reward of x0_hat at each state, or None if nothing was scored."""
+    """(N, T) raw reward of the x0_hat of each state, or None without forward-looking."""
     reward: Tensor
     """(N,) raw reward of the final image."""
     prompt_id: Tensor
     """(N,) int64 on the CPU."""
     sample_id: Tensor
-    """(N,) int64, global over epochs: with the seed and k it determines all noise."""
+    """(N,) int64, unique over all epochs (`dag.chain.sample_ids`): with the seed and k it determines all noise."""
     seed: int
     noise_dtype: torch.dtype = torch.float32
 
@@ -66,15 +66,16 @@ class Trajectories:
 
     @property
     def bytes_per_trajectory(self) -> float:
-        """Of everything stored."""
+        """Bytes of all stored tensors, divided by N."""
         stored = [getattr(self, field.name) for field in fields(self)]
         return sum(value.nbytes for value in stored if isinstance(value, Tensor)) / self.num_trajectories
 
     def without_chain(self) -> "Trajectories":
+        """The trajectories with an empty chain, to free its memory."""
         return replace(self, chain=self.chain.new_empty(0))
 
     def to(self, device: torch.device) -> "Trajectories":
-        """Scalars on the policy's device; prompts stay on the CPU, and the chain where it is."""
+        """Move the scalars to the policy's device; `prompt_id` stays on the CPU, and the chain where it is."""
         return replace(
             self,
             log_pf=self.log_pf.to(device),
@@ -85,28 +86,31 @@ class Trajectories:
         )
 
     def states(self, k: int | Tensor, rows: Rows) -> Tensor:
-        """(B, C, H, W) of step k on the device of the scalars; k an int, or (B,) beside indices."""
-        place = self.chain.device
-        k = k.to(place) if isinstance(k, Tensor) else k
-        rows = rows.to(place) if isinstance(rows, Tensor) else rows
+        """(B, C, H, W) states before step k, on the device of the scalars. If k is (B,), `rows` must be indices too."""
+        chain_device = self.chain.device
+        k = k.to(chain_device) if isinstance(k, Tensor) else k
+        rows = rows.to(chain_device) if isinstance(rows, Tensor) else rows
         return self.chain[k, rows].to(self.log_pf.device)
 
     def noise(self, rows: Rows, k: int) -> Tensor:
-        """(B, C, H, W) float32: the noise that led from state k to k + 1."""
+        """(B, C, H, W) float32 noise that led from state k to state k + 1."""
         return draw_noise(self.seed, self.sample_id[rows], k, tuple(self.chain.shape[2:]), self.noise_dtype)
 
     def output_old(self, schedule: Schedule, rows: Rows, k: int) -> Tensor:
-        """(B, C, H, W) float32: the guided network output at sampling time, up to the rounding of the chain."""
+        """(B, C, H, W) float32 guided network output at sampling time, up to the rounding of the chain."""
         return schedule.output_of(self.states(k, rows), self.states(k + 1, rows), self.noise(rows, k), k)
 
 
 class ChainStore:
-    """One buffer for a rollout's chains, filled tile by tile; on the CPU pinned, and copied to beside the sampling.
+    """One buffer for the chains of a rollout, filled tile by tile.
+
+    For tiles from a GPU, a buffer on the CPU is pinned, and copies to it run while the next tile is sampled.
 
     Args:
-        num_states: T + 1.
-        place:      where the buffer is.
-        source:     where tiles are sampled.
+        num_states:       T + 1.
+        num_trajectories: N.
+        place:            the device of the buffer.
+        source:           the device on which tiles are sampled.
     """
 
     def __init__(self, num_states: int, num_trajectories: int, place: torch.device, source: torch.device) -> None:
@@ -116,7 +120,7 @@ class ChainStore:
         self.stream: torch.cuda.Stream | None = None
 
     def put(self, tile: Tensor) -> None:
-        """The next B trajectories, (T + 1, B, C, H, W)."""
+        """Store the chains of the next B trajectories, (T + 1, B, C, H, W)."""
         if self.chain is None:
             shape = (self.num_states, self.num_trajectories, *tile.shape[2:])
             is_far = self.source.type == "cuda" and self.place.type == "cpu"
@@ -129,24 +133,24 @@ class ChainStore:
             return
         self.stream.wait_stream(torch.cuda.current_stream(tile.device))
         with torch.cuda.stream(self.stream):
-            # State by state: only where both ends are contiguous is a copy to pinned memory asynchronous.
+            # State by state: a copy to pinned memory is asynchronous only if source and target are contiguous.
             for state, place in zip(tile, target, strict=True):
                 place.copy_(state, non_blocking=True)
-        # The allocator must not hand the tile out while it is being read.
+        # Keeps the allocator from reusing the tile's memory while it is being copied.
         tile.record_stream(self.stream)
 
     def emptied(self) -> "ChainStore":
-        """A fresh one of the same kind."""
+        """A new, empty store of the same size on the same devices."""
         return ChainStore(self.num_states, self.num_trajectories, self.place, self.source)
 
     def so_far(self) -> Tensor | None:
-        """(T + 1, filled, C, H, W), or None before the first tile."""
+        """The chains stored so far, (T + 1, filled, C, H, W); None before the first tile."""
         if self.stream is not None:
             self.stream.synchronize()
         return None if self.chain is None else self.chain[:, : self.filled]
 
     def finish(self) -> Tensor:
-        """(T + 1, N, C, H, W), complete."""
+        """The chains of all N trajectories, (T + 1, N, C, H, W); all must have been stored."""
         assert self.chain is not None and self.filled == self.num_trajectories
         if self.stream is not None:
             self.stream.synchronize()
@@ -154,12 +158,12 @@ class ChainStore:
 
 
 def draw_noise(seed: int, sample_id: Tensor, k: int, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
-    """Counter-based noise, rounded to `dtype` (the published code draws it in bfloat16), as float32."""
+    """(B, *shape) float32 counter-based noise of B samples at step k, rounded to `dtype`; bfloat16 is published."""
     return standard_normal(seed, sample_id, k, shape).to(dtype).float()
 
 
 def concatenate(parts: Sequence[Trajectories], chain: Tensor | None = None) -> Trajectories:
-    """One batch of several; `chain` is theirs if it is together already."""
+    """Join batches into one. `chain` is their joined chain if the caller has it; None joins the parts' own chains."""
     first = parts[0]
     if chain is None:
         chain = torch.cat([part.chain for part in parts], dim=1) if first.chain.ndim > 1 else first.chain

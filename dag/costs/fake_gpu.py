@@ -17,7 +17,8 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
+
+from dag.costs.live_bytes import tensors_in
 
 # Operators that return a tensor without starting a kernel, besides views.
 _WITHOUT_KERNEL = {"aten::detach", "aten::_unsafe_view", "aten::lift_fresh", "aten::alias", "aten::_reshape_alias"}
@@ -91,7 +92,7 @@ class FakeGpu(TorchDispatchMode):
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs, name = kwargs or {}, func._schema.name
-        tensors = _tensors((args, kwargs))
+        tensors = list(tensors_in((args, kwargs)))
         if name == "aten::_local_scalar_dense" and args[0].is_meta:
             self._copied()
             return torch.ones((), dtype=args[0].dtype).item()
@@ -107,7 +108,7 @@ class FakeGpu(TorchDispatchMode):
         elif name == "aten::_to_copy" and on_host and _device(kwargs) == "meta":
             self._copied()
         result = func(*args, **kwargs)
-        if _starts_kernel(func, name, _tensors(result) or tensors):
+        if _starts_kernel(func, name, list(tensors_in(result)) or tensors):
             self.counts.kernels[self.part] += 1
         return result
 
@@ -128,10 +129,6 @@ class FakeGpu(TorchDispatchMode):
 
 def _device(kwargs: dict[str, Any]) -> str | None:
     return torch.device(kwargs["device"]).type if kwargs.get("device") is not None else None
-
-
-def _tensors(tree: Any) -> list[Tensor]:
-    return [leaf for leaf in tree_leaves(tree) if isinstance(leaf, Tensor)]
 
 
 def _starts_kernel(func: Any, name: str, touched: Sequence[Tensor]) -> bool:

@@ -11,7 +11,6 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 GIB = 2**30
 
@@ -61,8 +60,8 @@ class LiveBytes(TorchDispatchMode):
         kwargs = kwargs or {}
         result = func(*args, **kwargs)
         # A view of an argument is no new storage: a weight counts only if it was given to `include`.
-        known = {id(tensor.untyped_storage()) for tensor in _tensors((args, kwargs))}
-        for tensor in _tensors(result):
+        known = {id(tensor.untyped_storage()) for tensor in tensors_in((args, kwargs))}
+        for tensor in tensors_in(result):
             storage = tensor.untyped_storage()
             if id(storage) not in known:
                 self._count(storage)
@@ -110,8 +109,15 @@ def peak_of(call: Callable[[], object], existing: Iterable[Tensor] = ()) -> int:
     return live.peak
 
 
-def _tensors(tree: Any) -> list[Tensor]:
-    return [leaf for leaf in tree_leaves(tree) if isinstance(leaf, Tensor)]
+def tensors_in(tree: Any) -> Iterator[Tensor]:
+    """The tensors among an operator's arguments or results, which are nested in tuples, lists and dicts alone."""
+    if isinstance(tree, Tensor):
+        yield tree
+    elif isinstance(tree, tuple | list):
+        for part in tree:
+            yield from tensors_in(part)
+    elif isinstance(tree, dict):
+        yield from tensors_in(list(tree.values()))
 
 
 def _attention(

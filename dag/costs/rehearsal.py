@@ -61,7 +61,7 @@ def rehearse(recipe: Recipe) -> Rehearsed:
     # gradients of the first are in memory.
     recipe = recipe.model_copy(
         update={
-            "sampler": recipe.sampler.model_copy(update={"steps": 2 * stride + 3}),
+            "sampler": recipe.sampler.model_copy(update={"steps": 2 * stride + (1 if stride == 1 else 3)}),
             "train": recipe.train.model_copy(
                 update={"trajectories": 2 * rows, "updates": 1, "inner_epochs": 1, "step_fraction": 1.0}
             ),

@@ -1,4 +1,4 @@
-"""Model families behind `dag.chain.policy.Policy`, one module each. Only this package imports diffusers."""
+"""Model families that implement `dag.chain.policy.Policy`. Apart from `dag.assets.build`, only this package imports diffusers."""
 
 from dag.quiet import quieten
 

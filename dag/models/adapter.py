@@ -1,10 +1,10 @@
-"""The trained weights of a network: LoRA factors or all weights, held in float32, computed with in the network's dtype.
+"""The trained weights of a network (LoRA factors or all weights): stored in float32, used in the network's dtype.
 
-In half precision there is no autocast: every module computes in its own dtype. So each trained weight exists twice, as a
-float32 master, which the optimizer moves, and as a half-precision copy in the network. Gradients of the copies are summed
+There is no autocast: every module computes in its own dtype. So in half precision each trained weight exists twice, as a
+float32 master, which the optimizer changes, and as a half-precision copy in the network. Gradients of the copies are summed
 in float32 on the masters.
 
-Legend: N rows (batch times tokens), I and O features in and out, R the LoRA rank.
+Legend: I and O features in and out, R the LoRA rank.
 """
 
 from collections.abc import Iterator
@@ -21,14 +21,14 @@ from torch.nn import functional
 from dag import recipe
 from dag.errors import RunError
 
-# A gradient of at least so many elements is added to its master as soon as the backward pass has made it, so that those of
-# all large weights are never there at the same time. Smaller ones are added together at the end, in a few launches.
+# A gradient of at least so many elements is added to its master as soon as the backward pass has computed it, so that the
+# copies' large gradients are never all in memory at the same time. Smaller ones are added at the end, in a few launches.
 _LARGE = 1 << 16
 _ADAPTER = "default"
 
 
 def add_lora(network: Any, adapter: recipe.Adapter, seed: int) -> None:
-    """LoRA factors on a diffusers network, by peft; their initial values depend on the seed alone and add nothing."""
+    """Add LoRA factors to a diffusers network, with peft. Their initial values depend on the seed alone; their product is 0."""
     config = LoraConfig(
         r=adapter.rank,
         lora_alpha=adapter.alpha,
@@ -45,10 +45,10 @@ class TrainedWeights:
 
     Args:
         network: a module, with its adapter if it has one.
-        dtype:   what the copies compute in; float32 needs no copies.
+        dtype:   precision in which the network computes; float32 needs no copies.
 
     Attributes:
-        masters: float32, what is optimized, saved and exported; in float32 the network's own parameters.
+        masters: the float32 weights that are optimized, saved and exported; without copies the network's own parameters.
     """
 
     def __init__(self, network: nn.Module, dtype: torch.dtype) -> None:
@@ -67,21 +67,21 @@ class TrainedWeights:
     def _compute_in(self, dtype: torch.dtype) -> None:
         masters = {id(copy): master for copy, master in zip(self.copies, self.masters, strict=True)}
 
-        def hand_over(copy: Tensor) -> None:
+        def add_to_master(copy: Tensor) -> None:
             if copy.numel() >= _LARGE and copy.grad is not None:
                 _add([masters[id(copy)]], [copy.grad])
                 copy.grad = None
 
         for copy in self.copies:
             copy.data = copy.data.to(dtype)
-            copy.register_post_accumulate_grad_hook(hand_over)
+            copy.register_post_accumulate_grad_hook(add_to_master)
         for layer in self.layers:
             if _is_plain(layer):
-                # The same class for all of them: a compiler then sees that blocks are alike.
+                # One class for all of them, so that a compiler sees that the blocks are alike.
                 layer.__class__ = FusedLoraLinear
 
     def gather(self) -> None:
-        """Add the gradients that backward passes left in the copies to those of the masters. Call it after each."""
+        """Add the copies' gradients to those of the masters, and clear them. Call it after each backward pass."""
         if not self.has_copies:
             return
         pairs = zip(self.masters, self.copies, strict=True)
@@ -98,24 +98,24 @@ class TrainedWeights:
             copy.grad = None
 
     def forget(self) -> None:
-        """Drop what a backward pass that did not end has left in the copies."""
+        """Clear the gradients that a backward pass, cut off by an error, has left in the copies."""
         if self.has_copies:
             for copy in self.copies:
                 copy.grad = None
 
     @torch.no_grad()
     def refresh(self) -> None:
-        """Compute with the masters' present values."""
+        """Set the copies to the masters' present values."""
         if self.has_copies:
             torch._foreach_copy_(list[Tensor](self.copies), list[Tensor](self.masters))
 
     @contextmanager
     def switched(self, *, off: bool) -> Iterator[None]:
-        """Inside, the LoRA factors add nothing if `off`."""
+        """A context in which, if `off`, the LoRA factors add nothing."""
         if not off:
             yield
             return
-        # peft's own switch walks the whole network and changes which weights need a gradient.
+        # Not peft's own switch: it goes through the complete network and changes which weights need a gradient.
         for layer in self.layers:
             layer._disable_adapters = True
         try:
@@ -127,17 +127,17 @@ class TrainedWeights:
     # -- by name -------------------------------------------------------------------------------------------------
 
     def named(self) -> dict[str, Tensor]:
-        """The masters by the names that files have: peft's for LoRA factors, else the network's own."""
+        """The masters by their names in files: peft's for LoRA factors, else the network's own."""
         masters: dict[str, Tensor] = dict(zip(self.names, self.masters, strict=True))
         return get_peft_model_state_dict(self.network, masters, _ADAPTER) if self.layers else masters
 
     def state_dict(self) -> dict[str, Tensor]:
-        """The same on the CPU, detached."""
+        """The masters by their names in files, detached, on the CPU."""
         return {name: master.detach().cpu().contiguous() for name, master in self.named().items()}
 
     @torch.no_grad()
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
-        """Raises RunError if the weights do not fit exactly."""
+        """Set masters and copies. Raises RunError if the names or shapes do not fit exactly."""
         masters = self.named()
         expected = {name: tuple(master.shape) for name, master in masters.items()}
         found = {name: tuple(tensor.shape) for name, tensor in state.items()}
@@ -151,21 +151,21 @@ class TrainedWeights:
 
 @torch.no_grad()
 def _add(masters: list[nn.Parameter], gradients: list[Tensor]) -> None:
-    """Accumulate gradients in float32 and in the masters' memory layout, in which optimizers want them."""
+    """Add gradients to the masters', in float32 and in the masters' memory layout, which optimizers expect."""
     gradients = [
         g.float() if g.stride() == m.stride() else torch.empty_like(m).copy_(g)
         for m, g in zip(masters, gradients, strict=True)
     ]
-    there = [(m.grad, g) for m, g in zip(masters, gradients, strict=True) if m.grad is not None]
+    to_add = [(m.grad, g) for m, g in zip(masters, gradients, strict=True) if m.grad is not None]
     for master, gradient in zip(masters, gradients, strict=True):
         if master.grad is None:
             master.grad = gradient
-    if there:
-        torch._foreach_add_([total for total, _ in there], [gradient for _, gradient in there])
+    if to_add:
+        torch._foreach_add_([total for total, _ in to_add], [gradient for _, gradient in to_add])
 
 
 def _is_plain(layer: LoraLayer) -> bool:
-    """Whether a layer is an ordinary linear one with one ordinary pair of factors: no quantised base, no dropout."""
+    """Whether `_LoraProduct` can compute a layer: a linear one with one pair of factors, no quantised base, no dropout."""
     return (
         type(layer) is LoraLinear
         and type(layer.base_layer) is nn.Linear
@@ -186,7 +186,7 @@ class FusedLoraLinear(LoraLinear):
 
 
 class _LoraProduct(torch.autograd.Function):
-    """y = x W^T + b + s (x A^T) B^T with a frozen W, in three products; no sum, scaling or gradient is a launch of its own.
+    """y = x W^T + b + s (x A^T) B^T with frozen W and b, where each sum is part of a matrix product.
 
         h = s x A^T,   y = x W^T + b,   y += h B^T
         g = s dy B,    dx = dy W,       dx += g A,      dA = g^T x,     dB = dy^T h

@@ -1,6 +1,6 @@
-"""From latents to pictures: the VAE, and cheaper ways to show a predicted latent to a reward.
+"""Decodes latents to pictures: by the VAE, or by a cheaper decoder to show predicted latents to a reward.
 
-Legend: B samples, C H W pixels.
+Legend: B samples, H W the picture's size in pixels.
 """
 
 from collections.abc import Iterator
@@ -23,12 +23,12 @@ _TINY_AT_HUB = "madebyollin/taesd"
 
 
 class Decoder:
-    """Owns the VAE.
+    """The VAE, and the tiny autoencoder if the recipe asks for one.
 
     Args:
-        folder:  of the model.
-        forward_looking: how previews are decoded; None needs none.
+        folder:  the model's folder.
         tile:    pictures per call, unless `memory.decode_batch` says otherwise.
+        forward_looking: the section that says how previews are decoded; None if there are none.
     """
 
     def __init__(
@@ -54,7 +54,7 @@ class Decoder:
 
     @contextmanager
     def at_work(self) -> Iterator[None]:
-        """Brings an offloaded VAE to the device for the time of a phase."""
+        """A context in which an offloaded VAE is on the device."""
         self._move(self.device)
         try:
             yield
@@ -66,18 +66,25 @@ class Decoder:
             self.vae.to(device)
 
     def __call__(self, x_0: Tensor) -> Tensor:
-        """(B, 3, H, W) float32 in [0, 1], in full."""
+        """(B, 3, H, W) float32 images in [0, 1] of latents x_0, by the VAE."""
         return self._decoded(self.vae, x_0 / self.vae.config.scaling_factor)
 
     def preview(self, x0_hat: Tensor, kind: str | None = None) -> Tensor:
-        """The same shape by a `forward_looking.decoder`; None is the recipe's, and `tiny` must be if asked for."""
+        """Decode x0_hat with `kind` (default: the recipe's); `tiny` needs a recipe that loaded it.
+
+        Args:
+            kind: a value of `forward_looking.decoder`.
+
+        Returns:
+            (B, 3, H, W) float32 images in [0, 1].
+        """
         kind = kind or self.kind
         if kind == "tiny":
-            # Tiny autoencoders read latents as the UNet has them.
+            # Tiny autoencoders take latents at the UNet's scale, without the VAE's scaling factor.
             return self._decoded(self.tiny, x0_hat)
         if kind == "half":
             small = self(functional.avg_pool2d(x0_hat.float(), 2))
-            # Rewards see the size that they will judge in the end.
+            # Enlarged, so that the reward gets the size of the final picture.
             return functional.interpolate(small, scale_factor=2, mode="bilinear").clamp(0, 1)
         return self(x0_hat)
 
@@ -91,7 +98,7 @@ class Decoder:
 
 
 def _load_tiny(path: str | None, folder: Path, dtype: torch.dtype, device: torch.device) -> Any:
-    """The AutoencoderTiny; for a model without weights TAESD's architecture, which is diffusers' default."""
+    """The AutoencoderTiny; for a model without weights, diffusers' default architecture, which is TAESD's."""
     if is_architecture(folder) or (device.type == "meta" and folder != EMBEDDED):
         return random_weights(lambda _: AutoencoderTiny(), None, dtype, device).eval().requires_grad_(False)
     found = _tiny_folder(path, folder)

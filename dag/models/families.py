@@ -1,4 +1,4 @@
-"""The door to every model family: a recipe's `model.path` decides which class runs it."""
+"""Loads a recipe's model: the files at `model.path` decide which family's class runs it."""
 
 import json
 from collections.abc import Callable
@@ -12,16 +12,16 @@ from dag.models.source import resolve
 from dag.recipe import ForwardLooking, Recipe
 
 FAMILIES: dict[str, Callable[..., Policy]] = {"StableDiffusionPipeline": StableDiffusion}
-"""By the pipeline that a diffusers folder names in its model_index.json.
+"""The class of each family, by the pipeline that a diffusers folder names in its model_index.json.
 
-Any other pipeline is taken for Stable Diffusion, whose own checks tell what is wrong with its networks."""
+A folder with another pipeline, or with none, is loaded as Stable Diffusion, which reports what does not fit."""
 
 
 def load(recipe: Recipe, device: torch.device, forward_looking: ForwardLooking | None = None) -> Policy:
     """The recipe's model as a policy, downloaded if need be.
 
     Args:
-        forward_looking: how previews are decoded; None needs none.
+        forward_looking: the section that says how previews are decoded; None if there are none.
 
     Raises:
         UsageError: the recipe asks for what this model cannot do.
@@ -33,7 +33,7 @@ def load(recipe: Recipe, device: torch.device, forward_looking: ForwardLooking |
 
 
 def _pipeline(folder: Path) -> str | None:
-    """The pipeline that model_index.json names; None without one."""
+    """The pipeline that model_index.json names; None if it names none or cannot be read."""
     try:
         return json.loads((folder / "model_index.json").read_text(encoding="utf-8"))["_class_name"]
     except (OSError, ValueError, LookupError, TypeError):

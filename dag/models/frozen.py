@@ -1,7 +1,7 @@
-"""Convolutions whose weights are not trained: they keep no input for the backward pass, which needs none.
+"""Convolutions with frozen weights that do not keep their input for the backward pass, which does not need it.
 
 PyTorch's own convolution keeps its input whether or not its weight needs a gradient. Under LoRA almost every convolution of
-a UNet is frozen, and their inputs are a tenth of what a training step holds.
+a UNet is frozen, and their inputs are a tenth of what a training step keeps in memory.
 """
 
 from typing import Any
@@ -12,9 +12,9 @@ from torch.nn import functional
 
 
 def freeze_convolutions(network: nn.Module) -> None:
-    """Make every plain convolution of a network whose weights need no gradient a `FrozenConv2d`, in place.
+    """Turn every plain convolution whose weights need no gradient into a `FrozenConv2d`, in place.
 
-    After the adapter is added: peft makes the factors of a convolution of the same class.
+    Call it after the adapter is added: peft builds a convolution's LoRA factors of that convolution's own class.
     """
     for module in network.modules():
         if type(module) is nn.Conv2d and not module.weight.requires_grad and module.padding_mode == "zeros":
@@ -22,14 +22,14 @@ def freeze_convolutions(network: nn.Module) -> None:
 
 
 class FrozenConv2d(nn.Conv2d):
-    """A convolution with a gradient to its input alone; the same numbers as `nn.Conv2d`."""
+    """A convolution that has a gradient to its input alone and computes what `nn.Conv2d` computes."""
 
     def _conv_forward(self, input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         return _Convolution.apply(input, weight, bias, self.stride, self.padding, self.dilation, self.groups)
 
 
 class _Convolution(torch.autograd.Function):
-    """y = w * x + b; backward dx from dy and w."""
+    """y = w * x + b; the backward pass computes dx from dy and w."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, *geometry: Any) -> Tensor:
@@ -43,7 +43,7 @@ class _Convolution(torch.autograd.Function):
     def backward(ctx: Any, *upstream: Tensor) -> tuple[Tensor | None, ...]:
         (weight,) = ctx.saved_tensors
         dy, (stride, padding, dilation, groups) = upstream[0], ctx.geometry
-        # Only its shape and memory layout are asked for: in another layout cuDNN would copy the gradient there and back.
+        # Only the shape and the memory layout of x are used. In another layout cuDNN would copy the gradient there and back.
         x = torch.empty(ctx.shape, dtype=dy.dtype, device=dy.device, memory_format=ctx.format)
         bias_sizes = [len(weight)] if ctx.has_bias else None
         transposed, output_padding, mask = False, (0, 0), (True, False, False)

@@ -1,4 +1,4 @@
-"""What trades the UNet's memory for time or precision, one function a lever."""
+"""Levers on the UNet, each a function: checkpointing, attention, quantisation, compilation."""
 
 from collections.abc import Callable
 from typing import Any
@@ -9,12 +9,12 @@ from torch import nn
 
 from dag.errors import RunError, UsageError
 
-# Of one function; a recipe has four resolutions and some ten call patterns.
+# Versions of one function that torch may compile; a recipe has four resolutions and some ten call patterns.
 _MOST_COMPILATIONS = 256
 
 
 def checkpoint_activations(unet: Any, kind: str) -> None:
-    """Recompute activations in backward: none, those of the finest resolution (`selective`), or of all blocks."""
+    """Recompute activations in the backward pass: none, those of the finest resolution (`selective`), or all (`full`)."""
     if kind == "none":
         return
     unet.enable_gradient_checkpointing()
@@ -26,7 +26,7 @@ def checkpoint_activations(unet: Any, kind: str) -> None:
 
 
 def choose_attention(unet: Any, kind: str, device: torch.device) -> str:
-    """Set the attention implementation; returns its name with the reason. Raises UsageError where it cannot run."""
+    """Set the attention implementation; returns its name with the reason. Raises UsageError if it cannot run."""
     if kind != "xformers":
         return "sdpa (asked for)" if kind == "sdpa" else "sdpa (auto: PyTorch's flash and memory-efficient kernels)"
     if device.type != "cuda":
@@ -41,7 +41,7 @@ def choose_attention(unet: Any, kind: str, device: torch.device) -> str:
     except torch.OutOfMemoryError:
         raise
     except Exception as error:
-        # diffusers tries it once on the GPU, and xformers refuses a GPU or a PyTorch that it was not built for in many ways.
+        # diffusers runs xformers once on the GPU. If it was not built for this GPU or PyTorch, it fails with many kinds of error.
         raise UsageError(
             f"memory.attention=xformers does not run here ({_first_reason(error)}); use auto, PyTorch's own attention"
         ) from None
@@ -49,7 +49,7 @@ def choose_attention(unet: Any, kind: str, device: torch.device) -> str:
 
 
 def _first_reason(error: Exception) -> str:
-    """One line of an error. xformers goes on with a list of what hinders each of its operators: the first about the GPU counts."""
+    """An error in one line: its first, and from xformers' list of reasons against each operator the first about the GPU."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
     about_gpu = [line for line in lines[1:] if "your GPU" in line or "wasn't buil" in line]
     return "; ".join([lines[0].removesuffix(" with inputs:"), *about_gpu[:1]])
@@ -58,7 +58,11 @@ def _first_reason(error: Exception) -> str:
 def quantise(unet: Any, kind: str, dtype: torch.dtype) -> None:
     """Hold the frozen linear layers of the transformer blocks in 8 or 4 bits, computing in `dtype`.
 
-    Convolutions, norms and embeddings stay: bitsandbytes has no quantised convolution. Before the adapter is added.
+    Convolutions, norms and embeddings stay as they are: bitsandbytes has no quantised convolution. Call it before the adapter
+    is added.
+
+    Raises:
+        UsageError: bitsandbytes is not installed.
     """
     if kind == "compute":
         return
@@ -80,18 +84,18 @@ def quantise(unet: Any, kind: str, dtype: torch.dtype) -> None:
             smaller.weight = layers.Int8Params(weight.data, requires_grad=False, has_fp16_weights=False)
         smaller.bias = linear.bias
         parent, _, attribute = name.rpartition(".")
-        # The move to the device is what quantises.
+        # bitsandbytes quantises when the layer is moved to the device.
         setattr(parents[parent], attribute, smaller.to(weight.device))
-    # peft asks the model which of its layers' forms to wrap.
+    # By this attribute peft chooses which class of LoRA layer wraps the quantised ones.
     setattr(unet, "is_loaded_in_4bit" if kind == "nf4" else "is_loaded_in_8bit", True)
 
 
 def compile_unet(unet: Any, kind: bool | str) -> None:
-    """torch.compile of the repeated transformer blocks (True), or of everything at fixed shapes (`unet`).
+    """torch.compile of the repeated transformer blocks (True), or of the complete UNet at fixed shapes (`unet`).
 
-    A call pattern is a number of rows, with or without gradients, with or without the adapter; blocks have the sizes of
-    their resolutions besides. Each needs its own code, and torch stops at 8 and says nothing: here there is room for all
-    of a recipe, and one too many is an error. These settings, and the count of `compilations`, are the process's.
+    torch compiles a function anew for each call pattern: number of rows, with or without gradients, with or without the
+    adapter, and for a block its resolution. After 8 versions it silently stops compiling. Here the limit is high enough for
+    a recipe, and exceeding it is an error. The limit, and the counts of `compilations`, hold for the complete process.
     """
     if kind is False:
         return
@@ -110,7 +114,7 @@ def compile_unet(unet: Any, kind: bool | str) -> None:
 
 
 def _loud(call: Callable[..., Any]) -> Callable[..., Any]:
-    """The compiled call; a limit that is hit ends the run in one line."""
+    """The compiled call, with a RunError if torch's limit on compiled versions is exceeded."""
 
     def called(*arguments: Any, **options: Any) -> Any:
         try:
@@ -125,7 +129,7 @@ def _loud(call: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def compilations() -> dict[str, int]:
-    """Since `compile_unet`: graphs, how many of them again for another call pattern, and breaks between them."""
+    """Counts since `compile_unet`: graphs, those among them for a further call pattern, and breaks between graphs."""
     counters, compiled = torch._dynamo.utils.counters, torch._dynamo.convert_frame.FRAME_COMPILE_COUNTER
     return {
         "graphs": counters["stats"]["unique_graphs"],

@@ -1,9 +1,9 @@
 """Stable Diffusion 1.x / 2.x (and the embedded model) as a policy: text encoder, UNet with adapter, VAE, schedule.
 
-Owns loading, guidance, precision and the adapter. The safety checker is never loaded, prompts are never dropped,
-and every module stays in eval mode, so that the same state always gives the same prediction.
+The safety checker is never loaded, no prompt is replaced by the empty one as in training a diffusion model, and every module
+stays in eval mode, so that the same state always gives the same prediction.
 
-Legend: B samples, S text tokens, D text width, C H W latent.
+Legend: B samples, P prompts, S text tokens, D text width, C H W latent.
 """
 
 import re
@@ -30,20 +30,20 @@ from dag.models.weights import load_module, load_text_encoder, load_tokenizer
 from dag.recipe import ForwardLooking, Memory, Recipe, Sampler
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-# Where a text encoder's config does not say, as transformers assumes.
+# Tokens of a prompt if the text encoder's config does not say; transformers' own default.
 _CLIP_TOKENS = 77
-# Below this many tokens a vocabulary is a closed one, in which an unknown word is spelled letter by letter.
+# A vocabulary of fewer tokens is a closed list of words: a word outside it is split into letters.
 _OPEN_VOCABULARY = 10_000
 
 
 class StableDiffusion:
-    """One model, one schedule, one adapter.
+    """A Stable Diffusion model as a `dag.chain.policy.Policy`.
 
     Args:
-        recipe: its sections model, adapter, sampler and memory, and the seed of the adapter's initialisation.
-        folder: the model's, on disk.
-        device: where the denoiser and the VAE live.
-        forward_looking: how previews are decoded; None needs none.
+        recipe: its sections model, adapter, sampler and memory are read, and its seed, for the adapter's initial values.
+        folder: the model's diffusers folder.
+        device: where the denoiser and the VAE are.
+        forward_looking: the section that says how previews are decoded; None if there are none.
 
     Raises:
         UsageError: the recipe asks for what this model cannot do.
@@ -80,11 +80,11 @@ class StableDiffusion:
         return int(tokens), int(self.denoiser.config.cross_attention_dim)
 
     def blank_prompt(self) -> None:
-        """An empty prompt's embedding without its values, where nothing is computed."""
+        """Keep an uninitialised embedding of the empty prompt, instead of calling `encode`; for forecasts on the meta device."""
         self._uncond = torch.empty(1, *self.text_shape, dtype=self.dtype, device=self.device)
 
     def encode(self, prompts: Sequence[str]) -> Tensor:
-        """(P, S, D) embeddings on the CPU in the compute dtype. The text encoder is freed afterwards."""
+        """(P, S, D) embeddings on the CPU, in the network's dtype. The text encoder stays until `free_text_encoder`."""
         tokenizer, encoder = self._load_text()
         length = int(encoder.config.max_position_embeddings)
         tokens = tokenizer(
@@ -98,7 +98,7 @@ class StableDiffusion:
         return embedded[1:]
 
     def prompt_warnings(self, prompts: Sequence[str]) -> list[str]:
-        """What the text encoder will not see: cut-off prompts, and words outside a closed vocabulary."""
+        """One sentence for each prompt that is too long, and for each with words outside a closed vocabulary."""
         tokenizer, encoder = self._load_text()
         room = int(encoder.config.max_position_embeddings) - 2
         warnings = []
@@ -116,7 +116,10 @@ class StableDiffusion:
     def predict(
         self, x_t: Tensor, t: Tensor, text: Tensor, *, pretrained: bool = False, unguided: bool = False
     ) -> Prediction:
-        """Network outputs at B states; see `dag.chain.policy.Policy`. With guidance, one UNet call on 2B rows."""
+        """The network's outputs at B states, see `dag.chain.policy.Policy`.
+
+        With guidance this is one UNet call on 2B rows, or with `sampler.uncond: frozen` two calls on B rows.
+        """
         guidance_scale, B = self.sampler.guidance_scale, len(x_t)
         x_t = x_t.to(self.dtype).contiguous(memory_format=self.layout)
         text = text.to(self.device, self.dtype)
@@ -135,7 +138,7 @@ class StableDiffusion:
             output = self._run(twice, torch.cat([t, t]), torch.cat([uncond, text]), pretrained)
         conditional = output[B:]
         if self.sampler.guidance_dtype == "model":
-            # Published: half precision here amplifies the rounding of both branches by the guidance scale.
+            # Published. In half precision it amplifies the rounding of both branches by about the guidance scale.
             output = guided(conditional, output[:B], guidance_scale)
         return Prediction(output, B, guidance_scale, conditional)
 
@@ -146,11 +149,11 @@ class StableDiffusion:
             return self.denoiser(x_t, t, encoder_hidden_states=text, return_dict=False)[0]
 
     def decode(self, x_0: Tensor) -> Tensor:
-        """(B, 3, H, W) float32 in [0, 1]."""
+        """(B, 3, H, W) float32 images in [0, 1]."""
         return self.decoder(x_0)
 
     def preview(self, x0_hat: Tensor, decoder: str | None = None) -> Tensor:
-        """The same of predicted latents, as the recipe's `forward_looking.decoder` shows them."""
+        """(B, 3, H, W) float32 images in [0, 1] of predicted latents; `decoder` None takes the recipe's."""
         return self.decoder.preview(x0_hat, decoder)
 
     def modules(self) -> Iterator[nn.Module]:
@@ -159,7 +162,7 @@ class StableDiffusion:
         yield from (module for module in (self.decoder.vae, self.decoder.tiny) if module is not None)
 
     def base_weights(self) -> dict[str, list[Tensor]]:
-        """What was loaded, before any training; the text encoder if it is still there."""
+        """The loaded weights by the name of their network, without LoRA factors; the text encoder's only until it is freed."""
         modules = {"unet": self.denoiser, "vae": self.decoder.vae}
         if self._text is not None:
             modules["text encoder"] = self._text[1]
@@ -179,15 +182,16 @@ class StableDiffusion:
         return self.weights.state_dict()
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
-        """Raises RunError if the weights do not fit this adapter exactly."""
+        """Set the trained weights. Raises RunError if they do not fit this adapter exactly."""
         self.weights.load_state_dict(state)
 
     def export(self, folder: Path) -> None:
-        """LoRA: pytorch_lora_weights.safetensors (diffusers) and a kohya file; full: a diffusers `unet` folder."""
+        """Write LoRA factors as pytorch_lora_weights.safetensors (diffusers) and lora_kohya.safetensors, or all weights of a
+        full fine-tune as a diffusers folder `unet`."""
         folder.mkdir(parents=True, exist_ok=True)
         state = self.state_dict()
         if self.adapter.kind == "full":
-            # The network may hold half-precision copies; the file gets the float32 weights.
+            # The network may have half-precision copies; the file gets the float32 masters.
             with torch.device("meta"):
                 unet = UNet2DConditionModel.from_config(self.denoiser.config)
             unet.load_state_dict(state, assign=True)
@@ -195,14 +199,14 @@ class StableDiffusion:
             return
         StableDiffusionPipeline.save_lora_weights(
             folder,
-            # As peft names them: diffusers' older names exist for attention alone, and it loads no mixture.
+            # In peft's names: diffusers' older names cover attention layers only, and it loads no file that mixes both.
             unet_lora_layers=state,
             unet_lora_adapter_metadata=self.denoiser.peft_config["default"].to_dict(),
         )
         save_file(self._kohya_state(state), folder / "lora_kohya.safetensors")
 
     def _kohya_state(self, state: dict[str, Tensor]) -> dict[str, Tensor]:
-        """The names ComfyUI and the web UIs read; their alpha is a tensor per layer."""
+        """The state in kohya's names, which ComfyUI and other user interfaces read; alpha is a tensor for each layer."""
         renamed = convert_state_dict_to_kohya({f"unet.{name}": tensor for name, tensor in state.items()})
         alphas = {
             name.replace(".lora_down.weight", ".alpha"): torch.tensor(float(self.adapter.alpha))
@@ -222,10 +226,10 @@ class StableDiffusion:
         }
 
     def _load_unet(self, memory: Memory) -> tuple[str, Any]:
-        """(attention and its reason, the frozen UNet with the recipe's levers)."""
-        # What is trained is read in float32; what is frozen in the dtype it computes in.
-        frozen = torch.float32 if self.adapter.kind == "full" else self.dtype
-        unet = load_module(UNet2DConditionModel, self.folder, "unet", frozen, self.device, self._variant)
+        """(the attention implementation with its reason, the frozen UNet with the recipe's levers)."""
+        # Weights to be trained are read in float32, for the masters; frozen ones in the dtype in which they compute.
+        dtype = torch.float32 if self.adapter.kind == "full" else self.dtype
+        unet = load_module(UNet2DConditionModel, self.folder, "unet", dtype, self.device, self._variant)
         unet.to(memory_format=self.layout)
         attention = choose_attention(unet, memory.attention, self.device)
         checkpoint_activations(unet, memory.checkpointing)
@@ -270,7 +274,7 @@ def _check_family(folder: Path) -> None:
 
 
 def _check_targets(unet: nn.Module, targets: Sequence[str]) -> None:
-    """Every target must match a layer: peft itself would ignore a misspelt one beside a good one."""
+    """Raises UsageError for a target that matches no layer; peft ignores a misspelt one as long as another one matches."""
     layers = [name for name, module in unet.named_modules() if isinstance(module, nn.Linear | nn.Conv2d)]
     for target in targets:
         if not any(name == target or name.endswith(f".{target}") for name in layers):

@@ -1,4 +1,4 @@
-"""From `model.path` to a folder on disk: the embedded model, a local folder, or a download from the hub."""
+"""Finds the folder that `model.path` names: the embedded model, a local folder, or a download from the hub."""
 
 import json
 import re
@@ -16,9 +16,9 @@ _LOCAL_HINT = "or give the path of a local diffusers folder: --set model.path=/p
 
 
 def local_folder(path: str) -> Path | None:
-    """The folder a `model.path` names without any network, or None for a hub id.
+    """The folder that a path names without a download, or None if the path is a hub id.
 
-    Raises UsageError for something that can only be a missing folder.
+    Raises UsageError if it is neither a folder nor a hub id.
     """
     if path == "embedded":
         return EMBEDDED
@@ -37,18 +37,18 @@ def local_folder(path: str) -> Path | None:
 
 
 def is_architecture(folder: Path) -> bool:
-    """Whether its modules get random weights."""
+    """Whether the folder holds configs without weights, so that its modules get random ones."""
     return folder in _ARCHITECTURES.values()
 
 
 def resolve(model: recipe.Model) -> Path:
-    """The model's folder, downloaded if need be. Raises UsageError or RunError in one sentence."""
+    """The model's folder, downloaded if need be. Raises UsageError for a wrong path, RunError for a failed download."""
     folder = local_folder(model.path)
     return folder if folder is not None else _download(model)
 
 
 def read_config(folder: Path, component: str) -> dict[str, Any]:
-    """The JSON config of one component of a diffusers folder."""
+    """The JSON config of one component of a diffusers folder. Raises RunError if it is missing or cannot be read."""
     name = "scheduler_config.json" if component == "scheduler" else "config.json"
     path = folder / component / name
     try:

@@ -1,4 +1,4 @@
-"""One module of a diffusers folder: its weights, or random ones where the folder is a bare architecture."""
+"""Loads the modules of a diffusers folder: with its weights, or with random ones if it holds configs alone."""
 
 from pathlib import Path
 from typing import Any
@@ -11,14 +11,17 @@ from transformers.utils.logging import disable_progress_bar
 from dag.errors import RunError
 from dag.models.source import EMBEDDED, is_architecture, read_config
 
-# Bars of our own show what takes time; loading the text encoder does not.
+# Loading the text encoder takes no time that a progress bar would have to explain.
 disable_progress_bar()
 
 
 def load_module(
     component: Any, folder: Path, name: str, dtype: torch.dtype, device: torch.device, variant: str | None = None
 ) -> Any:
-    """A diffusers module on `device`, in eval mode without gradients. Raises RunError."""
+    """The component `name` of a diffusers folder on `device`, in eval mode without gradients. Raises RunError.
+
+    On the meta device it has no weights.
+    """
     config = read_config(folder, name)
     if is_architecture(folder) or device.type == "meta":
         module = random_weights(component.from_config, config, dtype, device)
@@ -32,7 +35,7 @@ def load_module(
 
 
 def load_text_encoder(folder: Path, dtype: torch.dtype, device: torch.device, variant: str | None = None) -> Any:
-    """The CLIP text model; see `load_module`."""
+    """The CLIP text model on `device`, in eval mode without gradients. Raises RunError."""
     if is_architecture(folder):
         config = CLIPTextModel.config_class(**read_config(folder, "text_encoder"))
         module = random_weights(CLIPTextModel, config, dtype, device)
@@ -42,7 +45,7 @@ def load_text_encoder(folder: Path, dtype: torch.dtype, device: torch.device, va
 
 
 def load_tokenizer(folder: Path) -> Any:
-    """The CLIP tokenizer; an architecture borrows the embedded model's, whose words mean as little to it as any."""
+    """The CLIP tokenizer. A folder without weights gets the embedded model's: to random weights no word means anything."""
     return _from_transformers(CLIPTokenizer, EMBEDDED if is_architecture(folder) else folder, "tokenizer")
 
 
@@ -56,10 +59,10 @@ def _from_transformers(component: Any, folder: Path, name: str, **options: Any) 
 
 
 def random_weights(build: Any, config: Any, dtype: torch.dtype, device: torch.device) -> Any:
-    """Random weights that depend on nothing but the architecture; on the meta device none at all."""
+    """A module with random weights that depend on its architecture alone; on the meta device it has none."""
     with torch.random.fork_rng(devices=[]), torch.device(device):
         torch.manual_seed(0)
-        # Diffusers' own `to` warns about weights that nobody has trained.
+        # diffusers' own `to` would warn that the weights are not trained.
         return nn.Module.to(build(config), dtype)
 
 

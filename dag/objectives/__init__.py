@@ -1,6 +1,12 @@
-"""Objectives: pure functions of a `Transition`, chosen by the recipe's `objective.name`."""
+"""Objectives: from a `Transition` to a loss. The recipe's `objective.name` chooses one."""
 
-from dag.objectives import dag_db, dag_kl, ddpo  # noqa: F401  (registers them)
+import importlib
+import pkgutil
+
 from dag.objectives.registry import OBJECTIVES, Objective, ObjectiveOutput
+
+# An objective registers itself when its module is imported.
+for _module in pkgutil.iter_modules(__path__):
+    importlib.import_module(f"{__name__}.{_module.name}")
 
 __all__ = ["OBJECTIVES", "Objective", "ObjectiveOutput"]

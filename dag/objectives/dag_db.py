@@ -9,10 +9,10 @@ from dag.recipe import DetailedBalance as Config
 
 @OBJECTIVES.register("dag_db")
 class DetailedBalance(BatchFree):
-    """loss = g((log F + log P_F - log P_B - log F') / s), g the square or Huber.
+    """loss = g((log F + log P_F - log P_B - log F') / s), with g the square or Huber's loss and s the residual scale.
 
-    Gradients reach the policy through log P_F and the flow through log F (and log F' unless detached); none
-    reaches rewards, log P_B or the states.
+    Gradients reach the policy through log P_F, and the flow through log F and, unless `detach_next`, log F'. None reach the
+    rewards, log P_B or the states.
     """
 
     uses_flow = True

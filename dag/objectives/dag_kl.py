@@ -2,8 +2,9 @@
 
     grad KL(P_F(. | x_t) || F(x_next) P_B(x_t | x_next) / F(x_t)) = E_{P_F}[ sg(delta) grad log P_F ]
 
-(Zhang et al. 2025, Prop. 4.) Any baseline that does not depend on the row itself keeps it unbiased: the mean residual
-of the other trajectories at the same step, or of earlier rollouts. The advantage is -(delta - baseline).
+(Zhang et al. 2025, Prop. 4), where delta is the detailed-balance residual and sg stops gradients. Subtracting a baseline from
+delta keeps the gradient unbiased if it does not depend on the transition itself: the mean residual of the other trajectories
+at the same step, or of earlier rollouts. The advantage is -(delta - baseline).
 """
 
 from dag_kernels import PLAIN, Kernels
@@ -25,7 +26,10 @@ _tiny = 1e-8
 
 @OBJECTIVES.register("dag_kl")
 class KLDivergence(BatchFree):
-    """loss = g(delta with log P_F detached / s) + weight * clipped surrogate of the advantage."""
+    """loss = g(delta / s) + weight * clipped surrogate of the advantage.
+
+    In delta log P_F is detached, so the first term trains the flow alone and the second the policy; s is the residual scale.
+    """
 
     uses_flow = True
 
@@ -33,11 +37,11 @@ class KLDivergence(BatchFree):
         self.config, self.kernels = config, kernels
 
     def advantages(self, residuals: Tensor, residual_scale: Tensor, running_mean: Tensor) -> Tensor:
-        """(N, T) advantages of an update's trajectories.
+        """(N, T) advantages from the residuals (N, T), which are those of the sampling-time policy.
 
-        Formed once over all of them from the scalars of the rollout, so they do not depend on the micro-batch.
-        `baseline: mixed` pools all steps of the update, as the published code does within a shuffled micro-batch;
-        `running` needs no other trajectory.
+        With `baseline: per_step` or `mixed` the N trajectories are all of the update's, so that advantages do not depend on
+        how it is cut into micro-batches. `mixed` averages over all steps too, as the published code does within a shuffled
+        micro-batch. `running` needs no other trajectory.
         """
         scaled = residuals / residual_scale
         if self.config.baseline == "running":
@@ -58,7 +62,8 @@ class KLDivergence(BatchFree):
         if transition.policy_weight is not None:
             policy_loss = transition.policy_weight * policy_loss
         if transition.residual_scale is not None:
-            # Divided by the scale once more, as the chain rule does for DAG-DB: both then weigh the steps alike.
+            # DAG-DB's gradient is divided by the scale twice: in the residual and by the chain rule. The advantage is
+            # divided once, so one more division gives the steps the same weights as there.
             policy_loss = policy_loss / transition.residual_scale
         return ObjectiveOutput(
             loss=balance.loss + self.config.weight * policy_loss,

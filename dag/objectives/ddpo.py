@@ -16,16 +16,16 @@ _tiny = 1e-6
 
 @OBJECTIVES.register("ddpo")
 class PolicyGradient(BatchFree):
-    """loss = max(-A ratio, -A clip(ratio)), A the reward normalised over the epoch or per prompt."""
+    """loss = max(-A ratio, -A clip(ratio)), where the advantage A is the reward normalised over the epoch or per prompt."""
 
     uses_flow = False
 
     def __init__(self, config: Config, kernels: Kernels = PLAIN) -> None:
-        self.config = config  # no flow, hence no balance to compute
+        self.config = config  # `kernels` compute the balance of a flow, and here is none
         self.history: dict[int, deque[float]] = defaultdict(lambda: deque(maxlen=config.per_prompt))
 
     def observe(self, reward: Tensor, prompt_id: Tensor) -> Tensor:
-        """(N,) normalised and clipped rewards of a rollout; remembers them per prompt if so configured."""
+        """(N,) advantages: the rollout's rewards, normalised and clipped. With `per_prompt` the rewards are remembered."""
         advantage = (reward - reward.mean()) / (reward.std(correction=0) + _tiny)
         if self.config.per_prompt is not None:
             values = list(zip(prompt_id.tolist(), reward.tolist(), strict=True))

@@ -1,8 +1,8 @@
-"""The numbers of a rollout on the scale that an objective works on: nats, in the recipe's reduction of log-probs.
+"""Converts a rollout's log-probs and rewards to the scale of the objective: nats, in the recipe's reduction of log-probs.
 
     log R(x_0) = beta (r(x_0) - mean) / sd,        log_looking_k = beta w_k (r(x0_hat(x_k)) - mean) / sd
 
-Mean and sd are those of the first rollout with `beta.unit: reward_sd`, else 0 and 1.
+With `beta.unit: reward_sd`, mean and sd are those of the first rollout's rewards; else they are 0 and 1.
 
 Legend: N trajectories, T transitions.
 """
@@ -20,7 +20,7 @@ from dag.recipe import Balance, Recipe
 
 @dataclass(frozen=True)
 class RewardScale:
-    """Raw rewards to standard ones; the identity until it is set."""
+    """(reward - mean) / sd; the identity until mean and sd are set."""
 
     mean: float = 0.0
     sd: float = 1.0
@@ -28,7 +28,7 @@ class RewardScale:
 
     @classmethod
     def of(cls, reward: Tensor) -> "RewardScale":
-        """The standard units of rewards (N,); a constant reward keeps its unit."""
+        """The scale that standardises rewards (N,); if they are all equal, sd is 1."""
         sd = float(reward.std(correction=0))
         return cls(float(reward.mean()), sd if sd > 0 else 1.0, True)
 
@@ -38,34 +38,35 @@ class RewardScale:
 
 @dataclass(frozen=True)
 class LogTerms:
-    """What an objective balances, but for the learnt flow; all in nats, at one epoch's beta."""
+    """The terms of detailed balance apart from the learnt flow, in nats, at one epoch's beta."""
 
     log_pf: Tensor
-    """(N, T) at sampling time."""
+    """(N, T) log P_F at sampling time."""
     log_pb: Tensor
-    """(N, T)"""
+    """(N, T) log P_B, or the log-probs of the prior."""
     log_looking: Tensor
-    """(N, T) forward-looking terms; zeros without forward-looking."""
+    """(N, T) beta w_k r(x0_hat); zeros without forward-looking."""
     log_reward: Tensor
-    """(N,)"""
+    """(N,) beta r(x_0)."""
 
 
 def beta_at(balance: Balance, epoch: int, epochs: int) -> float:
-    """The inverse temperature of one of so many epochs, in nats per unit of reward."""
+    """The inverse temperature in an epoch (counted from 0) of a run of `epochs`, in nats per unit of reward."""
     beta = balance.beta
     if beta.anneal == "none":
         return beta.value
-    done = epoch if beta.anneal == "linear_from_zero" else epoch + 1
-    return beta.value * min(1.0, done / max(1.0, 0.5 * epochs))
+    steps = epoch if beta.anneal == "linear_from_zero" else epoch + 1
+    return beta.value * min(1.0, steps / max(1.0, 0.5 * epochs))
 
 
 class LogScale:
-    """Turns what a rollout stored into what an objective sees; remembers the first rollout's reward scale.
+    """Converts to the scale of the recipe's objective, and keeps the reward scale of the first rollout.
 
-    Log-probs are scaled for every objective. Rewards are scaled only for one that balances a flow.
+    `reduction_factor` turns sums of log-probs into the recipe's reduction, for every objective. Rewards are only converted
+    for an objective that balances a flow; for others the methods must not be called.
 
     Args:
-        latent_shape: (C, H, W), whose number of elements divides log-probs if the recipe asks for their mean.
+        latent_shape: (C, H, W); its number of elements divides log-probs if the recipe asks for their mean.
     """
 
     def __init__(self, recipe: Recipe, schedule: Schedule, latent_shape: tuple[int, int, int]) -> None:
@@ -75,13 +76,13 @@ class LogScale:
         self.reward_scale = RewardScale()
 
     def see(self, reward: Tensor) -> None:
-        """The first rewards (N,), of a complete rollout, fix the reward's standard units."""
+        """Set the reward scale from the rewards (N,) of a complete rollout, if it is needed and not set yet."""
         assert self.balance is not None
         if self.balance.beta.unit == "reward_sd" and not self.reward_scale.is_set:
             self.reward_scale = RewardScale.of(reward)
 
     def terms(self, trajectories: Trajectories, epoch: int) -> LogTerms:
-        """The rollout at this epoch's beta."""
+        """The terms of a rollout at this epoch's beta."""
         reward = trajectories.x0_hat_reward
         return LogTerms(
             log_pf=self.reduction_factor * trajectories.log_pf,
@@ -91,11 +92,11 @@ class LogScale:
         )
 
     def log_reward(self, reward: Tensor, epoch: int) -> Tensor:
-        """log R(x_0) = beta r of final rewards (N,)."""
+        """(N,) log R(x_0) = beta r(x_0), from the rewards r (N,) of final images."""
         return self._beta(epoch) * self.reward_scale(reward)
 
     def log_looking(self, reward: Tensor, epoch: int, k: int | None = None) -> Tensor:
-        """beta w_k r of x0_hat rewards (N, T), or of step k alone (N,)."""
+        """Forward-looking terms beta w_k r(x0_hat), from the rewards r (N, T) of all states, or (N,) of state k alone."""
         assert self.balance is not None
         weight = self.alpha_bar_t
         if self.balance.forward_looking.weight == "one":

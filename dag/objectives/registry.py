@@ -1,4 +1,4 @@
-"""The dict of objectives, and what each returns."""
+"""The dict of objectives, their interface, and the losses that they share."""
 
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -16,35 +16,42 @@ OBJECTIVES = Registry("objective")
 
 @dataclass(frozen=True)
 class ObjectiveOutput:
-    """Rows of a micro-batch; the trainer averages them over the whole update."""
+    """An objective's numbers for B transitions; training averages the loss over all transitions of the update."""
 
     loss: Tensor
     """(B,) with gradients."""
     ratio: Tensor
-    """(B,) detached, P_F now over P_F at sampling time (in the recipe's reduction)."""
+    """(B,) detached: P_F now divided by P_F at sampling time, in the recipe's reduction."""
     residual: Tensor | None = None
-    """(B,) detached, unscaled, in nats of the recipe's reduction."""
+    """(B,) detached detailed-balance residual, unscaled, in nats of the recipe's reduction; None without a flow."""
     clipped: Tensor | None = None
-    """(B,) bool, rows whose ratio was clipped."""
+    """(B,) bool, whether the ratio was outside the clip range; None for an objective that does not clip."""
 
 
 class Objective(Protocol):
-    """What the learner asks of an objective; `BatchFree` answers for one that needs nothing but transitions."""
+    """The interface of an objective. `BatchFree` implements all but the loss for one that needs nothing but transitions."""
 
     uses_flow: bool
+    """Whether a state flow is trained with the policy."""
 
     def __call__(self, transition: Transition) -> ObjectiveOutput: ...
 
     def observe(self, reward: Tensor, prompt_id: Tensor) -> Tensor | None:
-        """Once per rollout: (N,) advantages formed from final rewards (N,), or None."""
+        """(N,) advantages from the final rewards (N,) of a rollout, or None; called once per stored rollout.
+
+        Args:
+            prompt_id: (N,) int64.
+        """
         ...
 
     def advantages(self, residuals: Tensor, residual_scale: Tensor, running_mean: Tensor) -> Tensor | None:
-        """(N, T) advantages of an update's residuals (N, T), or None.
+        """(N, T) advantages from the residuals (N, T) of all trajectories of an update, or None.
+
+        One pass knows less: it calls this for each step of a micro-batch, with T = 1 and the micro-batch's rows.
 
         Args:
-            residual_scale: (T,)
-            running_mean:   (T,) of the residuals of earlier rollouts.
+            residual_scale: (T,) what the residuals of each step are divided by.
+            running_mean:   (T,) running means of the residuals of earlier rollouts.
         """
         ...
 
@@ -54,7 +61,7 @@ class Objective(Protocol):
 
 
 class BatchFree:
-    """No advantages, no state."""
+    """The base of an objective that forms no advantages from a rollout or an update, and keeps no state."""
 
     def observe(self, reward: Tensor, prompt_id: Tensor) -> Tensor | None:
         return None
@@ -76,7 +83,11 @@ def balance_loss(
     kernels: Kernels,
     policy_weight: Tensor | None = None,
 ) -> BalanceLoss:
-    """The detailed-balance loss of a micro-batch with these log P_F, (B,)."""
+    """The detailed-balance loss of B transitions with `log_pf` (B,) in place of the transition's own log P_F.
+
+    Args:
+        policy_weight: (B,) weight of the gradient through log P_F; None is 1.
+    """
     assert transition.log_F_tilde is not None and transition.log_F_tilde_next is not None
     return kernels.detailed_balance(
         transition.log_F_tilde,
@@ -95,12 +106,12 @@ def balance_loss(
 
 
 def log_ratio(transition: Transition) -> Tensor:
-    """log P_F now - log P_F at sampling time, (B,), with the policy's gradient."""
+    """(B,) log P_F now - log P_F at sampling time, with the policy's gradient."""
     return transition.log_pf - transition.log_pf_old
 
 
 def clipped_surrogate(advantage: Tensor, log_ratio: Tensor, clip_range: float) -> tuple[Tensor, Tensor]:
-    """PPO's pessimistic loss max(-A ratio, -A clip(ratio, 1 - c, 1 + c)), (B,), and which rows left the clip range."""
+    """(PPO's loss max(-A ratio, -A clip(ratio, 1 - c, 1 + c)), whether the ratio is outside the clip range), (B,) each."""
     ratio = log_ratio.exp()
     clipped = ratio.clamp(1 - clip_range, 1 + clip_range)
     return torch.maximum(-advantage * ratio, -advantage * clipped), (ratio - 1).abs() > clip_range

@@ -2,9 +2,9 @@
 
     log F~(x_t) = c_k + s * net(x_t, t, prompt)
 
-The per-step constants c_k carry what a network learns slowly: log P_F - log P_B has a mean of tens to thousands
-of nats that depends on the step alone. They are set from rollouts (`dag.objectives.transition.constant_shift`), and s is the
-residuals' spread when they were first set, so that the network works on numbers of order one.
+The constants c_k, one per step, hold what a network would learn slowly: the mean of log P_F - log P_B, tens to thousands of
+nats, which depends on the step alone. They are set from rollouts (`dag.objectives.transition.constant_shift`). s is the spread
+of the residuals when the constants were first set, so that the network predicts numbers of order one.
 """
 
 import math
@@ -15,7 +15,7 @@ from torch.nn import functional
 
 
 class _Stage(nn.Module):
-    """Halves the side; the embedding of step and prompt scales and shifts the normalised features."""
+    """Halves the side; the embedding of timestep and prompt scales and shifts the normalised features."""
 
     def __init__(self, width_in: int, width: int, embedding: int) -> None:
         super().__init__()
@@ -32,7 +32,7 @@ class _Stage(nn.Module):
 
 
 class StateFlow(nn.Module):
-    """log F~ of B states.
+    """The network and the constants that give log F~ of B states.
 
     Args:
         latent_channels: C of the latent.
@@ -42,7 +42,9 @@ class StateFlow(nn.Module):
     """
 
     constants: Tensor
+    """(T,) c_k."""
     scale: Tensor
+    """() s."""
 
     def __init__(self, latent_channels: int, text_width: int, num_transitions: int, channels: tuple[int, ...]) -> None:
         super().__init__()
@@ -55,7 +57,7 @@ class StateFlow(nn.Module):
             _Stage(before, after, width) for before, after in zip((latent_channels, *channels), channels, strict=False)
         )
         last = nn.Linear(width, 1)
-        # Starts as the constants alone: an arbitrary flow would first have to be unlearnt.
+        # Zeros, so that log F~ starts as the constants alone: an arbitrary flow would first have to be unlearnt.
         nn.init.zeros_(last.weight)
         nn.init.zeros_(last.bias)
         self.head = nn.Sequential(nn.LayerNorm(2 * width), nn.Linear(2 * width, width), nn.SiLU(), last)
@@ -82,7 +84,7 @@ class StateFlow(nn.Module):
 
 
 def _sinusoidal(t: Tensor, width: int) -> Tensor:
-    """(B, width) Fourier features of the timestep, periods from 2 pi to 2 pi 10^4 steps."""
+    """(B, width) Fourier features of the timesteps (B,), with periods from 2 pi to 2 pi 10^4 timesteps."""
     half = (width + 1) // 2
     frequencies = torch.exp(-math.log(10_000.0) / half * torch.arange(half, device=t.device))
     angles = t.float()[:, None] * frequencies

@@ -2,8 +2,8 @@
 
     delta_k = log F(x_k) + log P_F(x_{k+1} | x_k) - log P_B(x_k | x_{k+1}) - log F(x_{k+1})       (Zhang et al. 2025, DAG-DB)
 
-with the forward-looking flow log F(x_k) = log F~(x_k) + beta w_k r(x0_hat(x_k)) and, in the last transition,
-log F(x_T) = beta r(x_0), so that the learnt flow is not used there. Pure functions of tensors, no state.
+with the forward-looking flow log F(x_k) = log F~(x_k) + beta w_k r(x0_hat(x_k)). Here x_k is the state before transition k, so
+the chain ends in x_T, the clean latent that is x_0 elsewhere: log F(x_T) = beta r(x_0), and the learnt flow is not used there.
 
 Legend: N trajectories, T transitions; (N, T) tables hold one number per transition, column k.
 """
@@ -17,32 +17,32 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Transition:
-    """A micro-batch of B transitions, all that an objective sees. Log-probs share one reduction (sum or mean)."""
+    """B transitions: all that an objective gets. Log-probs are in the recipe's reduction (sum or mean)."""
 
     k: Tensor
     """(B,) int64, index of the transition."""
     is_terminal: Tensor
     """(B,) bool, k == T - 1."""
     log_pf: Tensor
-    """(B,) with the policy's gradient."""
+    """(B,) log P_F now, with the policy's gradient."""
     log_pf_old: Tensor
-    """(B,) at sampling time."""
+    """(B,) log P_F at sampling time."""
     log_pb: Tensor
-    """(B,) what log P_F is balanced against."""
+    """(B,) log P_B, or the log-prob of the prior (`objective.prior`)."""
     log_reward: Tensor
-    """(B,) beta * reward of the trajectory's x_0."""
+    """(B,) beta * reward of the trajectory's x_0. Only read where terminal; it may be 0 elsewhere."""
     log_F_tilde: Tensor | None = None
-    """(B,) with the flow's gradient; None for objectives without a flow."""
+    """(B,) learnt flow at x_t, with its gradient; None for objectives without a flow."""
     log_F_tilde_next: Tensor | None = None
-    """(B,) with the flow's gradient; ignored where terminal."""
+    """(B,) learnt flow at x_next, with its gradient; ignored where terminal."""
     log_looking: Tensor | None = None
-    """(B,) beta * w_k * r(x0_hat(x_t)), 0 without forward-looking."""
+    """(B,) beta * w_k * r(x0_hat(x_t)); 0 without forward-looking."""
     log_looking_next: Tensor | None = None
-    """(B,) the same at x_next."""
+    """(B,) the forward-looking term at x_next; ignored where terminal."""
     residual_scale: Tensor | None = None
     """(B,) what residuals are divided by; None is 1."""
     advantage: Tensor | None = None
-    """(B,) for objectives that formed one from the whole update."""
+    """(B,) for an objective that forms advantages, by `observe` or `advantages`."""
     policy_weight: Tensor | None = None
     """(B,) weight of the policy's gradient; None is 1."""
 
@@ -57,17 +57,20 @@ def residual_table(
 
 
 def constant_shift(residuals: Tensor) -> Tensor:
-    """(T,) what to add to log F~ at each step so that every column of the (N, T) residuals has mean zero.
+    """(T,) constants c_k which, added to log F~ at each step, make the mean of every column of the (N, T) residuals zero.
 
-    Adding c_k to log F~(x_k) changes delta_k by c_k - c_{k+1}, with c_T = 0 at the rewarded end: the constants
-    follow backwards, c_k = -sum of the mean residuals from k on.
+    Adding c_k to log F~(x_k) changes delta_k by c_k - c_{k+1}, and c_T = 0, since the last state has the reward and no learnt
+    flow. So c_k = -sum of the mean residuals of steps k, k + 1, ...
     """
     # On the CPU: CUDA's running sum is not deterministic.
     return -residuals.mean(0).flip(0).cpu().cumsum(0).flip(0).to(residuals.device)
 
 
 def leave_one_out_mean(values: Tensor) -> Tensor:
-    """For each row the mean of the others in its column, (N, ...), N >= 2: a baseline independent of the row."""
+    """(N, ...) for each entry the mean of the other N - 1 in its column, which does not depend on the entry itself.
+
+    Raises ValueError for N < 2.
+    """
     N = values.shape[0]
     if N < 2:
         raise ValueError("a leave-one-out mean needs at least 2 trajectories")
@@ -75,5 +78,5 @@ def leave_one_out_mean(values: Tensor) -> Tensor:
 
 
 def leave_one_out_std(values: Tensor) -> Tensor:
-    """sqrt of the leave-one-out mean of squared deviations from the leave-one-out mean, (N, ...)."""
+    """(N, ...) square root of the leave-one-out mean of the squared deviations from the leave-one-out mean."""
     return leave_one_out_mean((values - leave_one_out_mean(values)).square()).sqrt()

@@ -1,27 +1,29 @@
-"""What a run is asked for: the schema of a recipe, how a file is read, its prompts. Imports no torch."""
+"""Recipes: their schema, how a file is read and checked, and their prompts. Imports no torch."""
 
+from dag.recipe.objective_sections import (
+    Balance,
+    Beta,
+    DetailedBalance,
+    ForwardLooking,
+    KLDivergence,
+    ObjectiveTerm,
+    PolicyGradient,
+    is_scored,
+)
 from dag.recipe.reward_sections import RewardTerm, Tower
 from dag.recipe.schema import (
     Adapter,
-    Balance,
-    Beta,
     Checkpoint,
-    DetailedBalance,
     Evaluation,
     Flow,
-    ForwardLooking,
-    KLDivergence,
     Memory,
     Model,
-    ObjectiveTerm,
     OptimizerKind,
-    PolicyGradient,
     Prompts,
     Recipe,
     Regulariser,
     Sampler,
     Train,
-    is_scored,
     validate,
 )
 

@@ -1,6 +1,6 @@
-"""Reading a recipe: YAML, `--set` overrides, and every mistake in words of the file. Imports no torch.
+"""Reading a recipe: YAML, `--set` overrides, and error messages that name the file's own keys. Imports no torch.
 
-Precedence: field default < file < --set. All mistakes of a file are reported together.
+`--set` overrides the file, and the file overrides the defaults. All mistakes of a file are reported together.
 """
 
 import difflib
@@ -34,7 +34,7 @@ def load(path: str | Path, overrides: typing.Sequence[str] = ()) -> Recipe:
         raise UsageError(f"{path}: cannot read the recipe: {getattr(error, 'strerror', None) or error}") from None
     try:
         data = yaml.load(text, _Loader)
-    except Exception as error:  # PyYAML lets the ValueError of an impossible date and its like through
+    except Exception as error:  # not only YAMLError: an impossible date, for one, raises a ValueError
         mark = getattr(error, "problem_mark", None)
         where = f" (line {mark.line + 1})" if mark else ""
         reason = getattr(error, "problem", None) or str(error).partition("\n")[0]
@@ -47,7 +47,7 @@ def load(path: str | Path, overrides: typing.Sequence[str] = ()) -> Recipe:
 
 
 class _Loader(yaml.SafeLoader):
-    """Refuses a key given twice, of which YAML would keep the last."""
+    """YAML's safe loader, except that a key given twice is an error; YAML would keep the last one."""
 
     def compose_mapping_node(self, anchor: Any) -> yaml.MappingNode:
         node = super().compose_mapping_node(anchor)
@@ -60,7 +60,7 @@ class _Loader(yaml.SafeLoader):
 
 
 def parse(data: dict[str, Any], source: str) -> Recipe:
-    """Check a mapping; `source` names it in errors. Raises UsageError with every mistake found."""
+    """The recipe in a mapping. Raises UsageError with every mistake found; `source` names the mapping in it."""
     try:
         recipe = Recipe.model_validate(data)
     except ValidationError as error:
@@ -72,7 +72,7 @@ def parse(data: dict[str, Any], source: str) -> Recipe:
 
 
 def flat(data: Any, prefix: str = "") -> dict[str, Any]:
-    """{"section.key": value} of a nested mapping."""
+    """A nested mapping as one flat {"section.key": value}."""
     if not isinstance(data, dict):
         return {prefix: data}
     return {
@@ -81,11 +81,11 @@ def flat(data: Any, prefix: str = "") -> dict[str, Any]:
 
 
 def parse_reward(name: str, overrides: typing.Sequence[str]) -> RewardTerm:
-    """One reward by its name and `key=value` options, checked as in a recipe. Raises UsageError."""
+    """The section of a reward from its name and `key=value` options, checked as in a recipe. Raises UsageError."""
     data: dict[str, Any] = {"reward": {"name": name}}
     for override in overrides:
         _apply_override(data["reward"], override)
-    # The required sections, so that the reward is checked and explained by the recipe's own schema.
+    # Any recipe around it: the reward is then checked by the schema that checks recipes.
     data |= {"model": {"path": "embedded"}, "prompts": {"texts": ["-"]}, "objective": {"name": "ddpo"}}
     return parse(data, "--set").reward[0]
 
@@ -97,7 +97,7 @@ def _apply_override(data: dict[str, Any], override: str) -> None:
         raise UsageError(f"--set {override}: write key.sub=value")
     try:
         value = yaml.load(raw, _Loader)
-    except Exception:  # as in load
+    except Exception:  # not only YAMLError, as in `load`
         raise UsageError(f"--set {override}: the value is not YAML") from None
     *parents, last = key.strip().split(".")
     node: Any = data
@@ -114,7 +114,7 @@ def _apply_override(data: dict[str, Any], override: str) -> None:
 
 
 def _shown(text: str) -> str:
-    """What a line of an error may hold: no control character, no line break."""
+    """The text as it may stand in one line of an error: escaped if it holds control characters or line breaks."""
     return text if text.isprintable() else repr(text)
 
 
@@ -161,7 +161,7 @@ _UNION_TAGS = {
 }
 
 
-# Where pydantic speaks of Python rather than of YAML.
+# Replacements for pydantic's messages that speak of Python rather than of YAML.
 _SECTION = "input should be a section, key: value"
 _PLAIN = {
     "model_type": _SECTION,
@@ -172,13 +172,16 @@ _PLAIN = {
 
 
 def _without_union_tag(location: tuple[int | str, ...]) -> list[int | str]:
-    """pydantic puts the chosen `name` of a union into the path; it is no key of the file."""
+    """A mistake's location as keys of the file: without the `name` that pydantic adds for a reward or an objective."""
     at = {"objective": 1, "reward": 2}.get(str(location[0])) if location else None
     return [part for index, part in enumerate(location) if index != at or part not in _UNION_TAGS]
 
 
 def known_keys(path: typing.Sequence[int | str]) -> list[str]:
-    """The keys a section accepts, [] for the top level; a union's members are merged unless the path names one."""
+    """The keys that the section at `path` accepts, sorted; [] is the top level.
+
+    For a section with a `name` (reward, objective): those of that name if the path has it, else those of all names.
+    """
     models: list[type[Section]] = [Recipe]
     for part in path:
         if isinstance(part, int):

@@ -1,4 +1,4 @@
-"""Named prompt sets: what is shipped, and how those that cannot be shipped are read from the user's copy."""
+"""The named prompt sets. Some are shipped; the others are read from a copy that the user has downloaded."""
 
 import csv
 import json
@@ -53,14 +53,14 @@ _DRAWBENCH_HELD_OUT = 2
 def drawbench(path: Path) -> PromptSet:
     """DrawBench (Saharia et al. 2022) as Zhang et al. split it: two prompts of each category are held out.
 
-    They do not say which two; here it is the last two of a category in the file's order. A file without the two
-    dropped categories gives the same.
+    They do not say which two; here it is the last two of each category in the file's order. The categories in
+    _DRAWBENCH_DROPPED are left out, whether or not the file has them.
 
     Args:
         path: a CSV file with the columns Prompts and Category.
 
     Raises:
-        UsageError: the file is missing or something else.
+        UsageError: the file is missing, or is not such a file.
     """
     try:
         with path.open(encoding="utf-8-sig", newline="") as file:
@@ -94,6 +94,9 @@ def hpdv2(path: Path, style: str | None) -> PromptSet:
     Args:
         path:  a folder with one JSON list of prompts for each style, or one such file.
         style: one of HPDV2_STYLES; None takes all.
+
+    Raises:
+        UsageError: a file is missing, or is not a JSON list of prompts.
     """
     styles = [style] if style else HPDV2_STYLES
     files = [path / f"{name}.json" for name in styles] if path.is_dir() else [path]
@@ -122,7 +125,7 @@ DOWNLOADED = {"drawbench": _DRAWBENCH_SOURCE, "hpdv2": _HPDV2_SOURCE}
 
 
 def named(name: str, path: str | None, style: str | None) -> PromptSet:
-    """A set by its name in recipes. Raises UsageError if it has to be downloaded and `path` is missing or wrong."""
+    """A set by its name in recipes. Raises UsageError if it is not shipped and `path` is missing or wrong."""
     if name in SHIPPED:
         return SHIPPED[name]()
     if path is None:
@@ -132,7 +135,7 @@ def named(name: str, path: str | None, style: str | None) -> PromptSet:
 
 
 def _hold_out(groups: list[list[str]], count: int, path: Path, source: str) -> PromptSet:
-    """The last `count` of each group apart from the others."""
+    """The prompts of all groups, the last `count` of each group held out. Raises UsageError if none is left to train on."""
     training = tuple(prompt for group in groups for prompt in group[:-count])
     held_out = tuple(prompt for group in groups for prompt in group[-count:])
     if not training:

@@ -1,4 +1,4 @@
-"""Prompts of a recipe: named sets, text and JSONL files, and which prompt an epoch's trajectories get."""
+"""The prompts of a recipe, from a named set, a file or the recipe itself, and which of them an epoch samples."""
 
 import json
 from pathlib import Path
@@ -21,9 +21,12 @@ def load_prompts(prompts: Prompts) -> PromptSet:
 
 
 def read_prompt_file(path: str | Path, key: str = "prompts.file") -> tuple[str, ...]:
-    """One prompt a line, or one JSON object with a `prompt` key a line if the name ends in .jsonl; errors name `key`."""
+    """The prompts of a UTF-8 file: one a line, or, if the name ends in .jsonl, one JSON object with a `prompt` key a line.
+
+    Raises UsageError, which names the recipe key `key`, if the file cannot be read or holds no prompt.
+    """
     try:
-        # Not splitlines, which also cuts inside prompts: at form feeds, at U+2028.
+        # Not splitlines: it would also cut prompts at form feeds and at U+2028.
         lines = Path(path).read_text(encoding="utf-8-sig").split("\n")
     except FileNotFoundError:
         raise UsageError(f"{key}: {path} does not exist") from None
@@ -48,9 +51,10 @@ def _prompt_of_json(key: str, path: str | Path, number: int, line: str) -> str:
 
 
 def draw(num_prompts: int, count: int, seed: int, epoch: int) -> np.ndarray:
-    """(count,) int64 prompt indices of an epoch: whole shuffled rounds of the set, so counts differ by at most one.
+    """(count,) int64 indices of the prompts that an epoch samples.
 
-    A function of (seed, epoch) alone, hence the same after a restart.
+    They are shuffled rounds through the set, so no prompt occurs more than once more often than another. They depend on
+    (seed, epoch) alone, hence are the same after a restart.
     """
     generator = np.random.default_rng([seed, epoch])
     rounds = [generator.permutation(num_prompts) for _ in range(-(-count // num_prompts))]

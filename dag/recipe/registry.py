@@ -1,4 +1,4 @@
-"""Names in recipes to code: a dict that refuses duplicates and lists what it knows."""
+"""The dict from names in recipes to code. It refuses duplicates, and an unknown name gets an error that lists the known ones."""
 
 from collections.abc import Callable
 from typing import Any

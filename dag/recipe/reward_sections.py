@@ -1,4 +1,4 @@
-"""The recipe's sections for rewards: every reward's name and options. Imports no torch."""
+"""The sections of a recipe that describe rewards: each reward's name and options. Imports no torch."""
 
 from typing import Annotated, Literal
 
@@ -30,20 +30,20 @@ class Tower(_Reward):
 
     path: str | None = None
     """Local file or folder, or hub id, of the weights; null takes the published ones from the hub. `random` is the published
-    network with random weights, for benchmarks: the same work without a download, and scores that mean nothing."""
+    network with random weights, for benchmarks: it needs no download, does the same work, and its scores mean nothing."""
     tokenizer: str | None = None
     """Folder or hub id of the tokenizer; null looks beside the weights, then at the hub."""
     config: str | None = None
-    """JSON file of the architecture, where weights in their original layout are of an unusual one."""
+    """JSON file that describes the architecture; needed only for weights in their original layout of an unusual architecture."""
     dtype: Literal["fp32", "tf32", "bf16", "fp16"] = "fp32"
-    """Precision of the network; heads and normalisation stay fp32. `tf32` is float32 with the faster matrix products of
-    data-centre GPUs (RTX GPUs have them at the rate of fp32); bf16 and fp16 take half the memory, and move scores more."""
+    """Precision of the network; heads and normalisation stay fp32. `tf32` is float32 with TF32 matrix products, which
+    are faster on data-centre GPUs but not on RTX GPUs; bf16 and fp16 take half the memory, and change the scores more."""
     max_batch: int = Field(16, ge=1)
     """Pictures per forward pass; memory grows with it, scores do not depend on it."""
     device: Literal["auto", "cpu"] = "auto"
-    """`auto` is the policy's device; `cpu` costs no GPU memory, and time."""
+    """Where the network runs: `auto` is the policy's device; `cpu` takes no GPU memory, but is slower."""
     offload: bool = False
-    """Keep the network on the CPU while the policy trains; costs its transfer twice an epoch."""
+    """Keep the network in CPU memory while the policy trains; costs two transfers of the network an epoch."""
 
 
 class Aesthetic(Tower):
@@ -55,11 +55,11 @@ class Aesthetic(Tower):
 class ClipScore(Tower):
     name: Literal["clip_score"]
     scale: float = 1.0
-    """Factor of the cosine: 2.5 is Hessel et al., 100 is torchmetrics."""
+    """Factor of the cosine: Hessel et al. take 2.5, torchmetrics takes 100."""
     clamp: bool = False
-    """Negative cosines count as 0, as in both of these; they then have no gradient."""
+    """Negative cosines count as 0, as in Hessel et al. and torchmetrics; they then have no gradient."""
     prefix: str = ""
-    """Text put before every prompt; Hessel et al.: `A photo depicts `."""
+    """Text put before every prompt; Hessel et al. take `A photo depicts `."""
 
 
 class ImageText(ClipScore):
@@ -77,7 +77,7 @@ class PickScore(Tower):
 class HPSv2(Tower):
     name: Literal["hpsv2"]
     version: Literal["v2.1", "v2.0"] = "v2.1"
-    """Which of the published files is taken; a `path` that names a file needs no version."""
+    """Which published file is taken; it has no effect if `path` names a file."""
 
 
 class ImageReward(Tower):
@@ -93,7 +93,7 @@ class Http(_Reward):
     timeout: float = Field(60.0, gt=0)
     """Seconds to wait for one answer."""
     retries: int = Field(6, ge=0)
-    """Attempts after a failed one, with pauses of 1, 2, 4, ... at most 30 seconds: six bridge about a minute."""
+    """Further attempts after a failed one, after pauses of 1, 2, 4, ... at most 30 seconds: six last about a minute."""
     max_batch: int = Field(16, ge=1)
     """Pictures per request."""
 

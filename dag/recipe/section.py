@@ -6,14 +6,14 @@ from pydantic import BaseModel, ConfigDict, model_validator
 
 
 class Section(BaseModel):
-    """A group of keys; unknown ones are refused."""
+    """A group of keys. It is frozen, and refuses unknown keys, infinity and NaN."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False, use_attribute_docstrings=True)
 
     @model_validator(mode="before")
     @classmethod
     def _no_boolean_as_number(cls, data: Any) -> Any:
-        """Python counts true as 1; a recipe does not."""
+        """Refuse true and false for a key that wants a number; pydantic would read them as 1 and 0."""
         for key, value in data.items() if isinstance(data, dict) else ():
             field = cls.model_fields.get(key)
             if isinstance(value, bool) and field is not None and not _is_switch(field.annotation):
@@ -22,5 +22,5 @@ class Section(BaseModel):
 
 
 def _is_switch(annotation: Any) -> bool:
-    """Whether true is one of a key's values."""
+    """Whether a key may be true."""
     return annotation is bool or any(value is True for value in get_args(annotation))

@@ -1,7 +1,8 @@
 """Rewards: (images (B, 3, H, W) float32 in [0, 1], B prompts) -> (B,) float32, larger is better.
 
-`build_reward` makes one from its section of a recipe, `RewardSum` adds several with weights, `checked` holds every
-result to the standard form. Only this package imports CLIP-like towers. ADDING.md says how to add a reward.
+`build_reward` makes one from its section of a recipe, `RewardSum` adds several with weights, `checked` raises if a result is
+not of this form. Other packages get CLIP models for measuring pictures from `dag.rewards.clip`. README.md says how to add a
+reward.
 """
 
 import importlib

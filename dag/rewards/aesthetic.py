@@ -17,7 +17,7 @@ HEAD = Published("trl-lib/ddpo-aesthetic-predictor", ("aesthetic-model.pth",))
 
 @REWARDS.register("aesthetic")
 class Aesthetic(ClipReward):
-    """Score about 1..10, unbounded: an affine function of the embedding, hence one fixed direction in CLIP space."""
+    """A score of about 1..10, unbounded. It is an affine function of the embedding, so only one direction in CLIP space counts."""
 
     def __init__(self, section: Section, device: torch.device) -> None:
         super().__init__(section, device, VIT_L)

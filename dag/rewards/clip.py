@@ -1,4 +1,7 @@
-"""A frozen CLIP model: unit-length embeddings of images and texts, in whatever layout its weights are published."""
+"""A frozen CLIP model that gives embeddings of images and texts. It reads every layout in which CLIP weights are published.
+
+Legend: B images or texts, D embedding width, S the side of the tower's pictures in pixels.
+"""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -21,7 +24,7 @@ DTYPES = {"fp32": torch.float32, "tf32": torch.float32, "bf16": torch.bfloat16, 
 # The files of a CLIP model on the hub in transformers' layout.
 HUB_FILES = ("*.json", "merges.txt", "model.safetensors", "model-*.safetensors")
 VIT_L = Published("openai/clip-vit-large-patch14", HUB_FILES)
-# What cannot be read off the shapes in a file of open_clip's ViT-H-14: heads of 80 in the vision tower, exact GELU.
+# The settings of open_clip's ViT-H-14 that shapes do not show: exact GELU, and 16 heads (80 wide in the vision tower).
 VIT_H_CONFIG = {
     "vision_config": {"num_attention_heads": 16, "hidden_act": "gelu"},
     "text_config": {"num_attention_heads": 16, "hidden_act": "gelu"},
@@ -33,24 +36,24 @@ class ClipSource:
     """Where a CLIP model comes from and how its inputs are prepared; equal sources share one model."""
 
     key: str
-    """The recipe's name of the weights, e.g. `hpsv2.path`, for errors."""
+    """What errors call the weights: the recipe's key, e.g. `hpsv2.path`."""
     published: Published
     path: str | None = None
-    """A transformers folder, an OpenAI or open_clip file, a hub id, or `embedded`; None takes the published one."""
+    """A transformers folder, an OpenAI or open_clip file, a hub id, or `embedded`; None takes `published`."""
     tokenizer: str | None = None
     """A folder or hub id with CLIP's tokenizer; None looks in the model's folder, then at OpenAI's model."""
     config: str | None = None
-    """A JSON file of CLIPConfig entries for a file of an unusual architecture; it replaces `architecture`."""
+    """A JSON file of CLIPConfig entries, for weights of an unusual architecture; it replaces `architecture`."""
     architecture: Mapping[str, Any] | None = None
-    """The CLIPConfig entries of a published file that differ from OpenAI's rules and cannot be read off its shapes."""
+    """The CLIPConfig entries of a published file that its shapes do not show and that differ from OpenAI's models."""
     preprocessing: Preprocessing | None = None
-    """How pictures are prepared; the size is replaced by the model's. None takes the folder's preprocessor_config.json, or
-    CLIP's own."""
+    """How pictures are prepared; its size is replaced by the model's. None takes the folder's preprocessor_config.json, or
+    CLIP's own preprocessing."""
     dtype: str = "fp32"
 
 
 class ClipTower:
-    """A CLIP model that gives embeddings of unit length, in float32 whatever the model's precision is."""
+    """A CLIP model whose embeddings have unit length and are float32, whatever the model's precision."""
 
     def __init__(self, source: ClipSource, device: torch.device | str = "cpu") -> None:
         self.device = torch.device(device)
@@ -61,7 +64,7 @@ class ClipTower:
         size = self.model.config.vision_config.image_size
         self.preprocessing = replace(source.preprocessing or _preprocessing(folder), size=size)
         self._texts: dict[str, Tensor] = {}
-        # exp of the trained temperature, the factor of a cosine. It is read once, since reading waits for the device.
+        # exp of the trained log-temperature, the factor of cosines. Read once here, since reading waits for the device.
         self.logit_scale = float(self.model.logit_scale.float().exp())
 
     def to(self, device: torch.device) -> None:
@@ -72,7 +75,7 @@ class ClipTower:
     def embed_images(self, images: Tensor, *, smooth: bool = False) -> Tensor:
         """(B, D) embeddings of (B, 3, H, W) images in [0, 1].
 
-        They are those of the 8-bit pictures, or, with `smooth`, of the tensors themselves, which then get gradients.
+        With `smooth` the tensors themselves are embedded, with gradients; without it the 8-bit pictures made from them.
         """
         with torch.set_grad_enabled(smooth and torch.is_grad_enabled()):
             return self.embed_pixels(self.preprocessing.read(images.to(self.device), smooth=smooth))

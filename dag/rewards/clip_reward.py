@@ -1,4 +1,4 @@
-"""What the rewards on a CLIP model share: the model, and the cosine between pictures and texts."""
+"""The base of the rewards that use a CLIP model: the model, and the cosine between pictures and texts."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any

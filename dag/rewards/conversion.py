@@ -1,7 +1,7 @@
-"""Converts the layouts in which reward models were published to transformers' own, and accounts for every key.
+"""Converts the layouts in which reward models were published to that of transformers.
 
 Pure functions of state dicts. A key that is neither mapped nor known to be superfluous is an error, and so is one that
-transformers then misses (`strict` loading): a mapping that is almost right gives plausible, wrong scores.
+transformers then misses (`dag.rewards.clip.load_strictly`): a mapping that is almost right gives plausible, wrong scores.
 """
 
 import re
@@ -29,7 +29,7 @@ _CLIP_KEYS = {
     "ln_final.bias": "text_model.final_layer_norm.bias",
     "logit_scale": "logit_scale",
 }
-# Stored (width, embedding); a Linear's weight is (embedding, width).
+# These are stored as (width, embedding); a Linear's weight is (embedding, width).
 _CLIP_TRANSPOSED = {"visual.proj": "visual_projection.weight", "text_projection": "text_projection.weight"}
 _CLIP_BLOCK = {
     "ln_1": "layer_norm1",

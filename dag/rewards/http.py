@@ -1,4 +1,4 @@
-"""A reward behind HTTP: one that cannot live in this environment, or should not share its GPU."""
+"""A reward computed by an HTTP server: one that needs another environment, or should not share this GPU."""
 
 import http.client
 import time
@@ -15,13 +15,13 @@ from dag.rewards.registry import REWARDS
 from dag.rewards.wire import decode_response, encode_request, error_of
 
 _LONGEST_PAUSE = 30.0
-# The server is there but cannot answer at the moment: worth another attempt.
+# Statuses by which a server says that it cannot answer at the moment: another attempt may succeed.
 _TRANSIENT = {429, 502, 503, 504}
 
 
 @REWARDS.register("http")
 class Http:
-    """The scores of a server that speaks `dag.rewards.wire`; outages shorter than the retries do no harm.
+    """The scores of a server that speaks `dag.rewards.wire`. Failed requests are repeated, as `retries` in the section says.
 
     Args:
         sleep: waits between attempts; tests replace it.
@@ -31,7 +31,7 @@ class Http:
         self.section, self.sleep = section, sleep
 
     def __call__(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
-        """(B,) float32 on the CPU. Raises RunError if the server refuses or stays away."""
+        """(B,) float32 on the CPU. Raises RunError if the server refuses or does not answer."""
         size = self.section.max_batch
         parts = [self._ask(images[i : i + size], prompts[i : i + size]) for i in range(0, len(images), size)]
         return torch.cat(parts) if parts else torch.zeros(0)

@@ -1,4 +1,4 @@
-"""ImageReward v1.0 (Xu et al. 2023): a BLIP text encoder that looks at the picture, and linear layers on its [CLS]."""
+"""ImageReward v1.0 (Xu et al. 2023): a BLIP text encoder with cross-attention to the picture, and linear layers on its [CLS]."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -70,7 +70,7 @@ class ImageReward(TowerReward):
 
     def score_pixels(self, pixels: Tensor, prompts: Sequence[str]) -> Tensor:
         """(B,) scores of preprocessed (B, 3, S, S) pixels."""
-        # last_hidden_state, not the pooled output: that is normalised twice.
+        # Not the pooled output, to which transformers applies the final layer norm a second time.
         picture = self.vision(pixel_values=pixels.to(self.dtype)).last_hidden_state
         ids, mask = self._tokens(tuple(prompts))
         hidden = self.text(
@@ -82,11 +82,11 @@ class ImageReward(TowerReward):
         return (self.head(hidden[:, 0]) - MEAN) / SD
 
     def _tokens(self, prompts: tuple[str, ...]) -> tuple[Tensor, Tensor]:
-        """Ids (B, S) and what is added to attention (B, 1, 1, S), on the device, S = MAX_TOKENS.
+        """(token ids (B, S), attention mask (B, 1, 1, S)) on the device, with S = MAX_TOKENS.
 
-        They are kept for the next call, since a micro-batch asks for the same prompts again and again. The mask already
-        has its final form: given one of shape (B, S), transformers checks in every call whether it masks anything, which
-        waits for the device.
+        Both are kept for the next call, since a micro-batch asks for the same prompts again and again. The mask has the form
+        in which it is added to attention scores: given one of shape (B, S), transformers checks in every call whether it
+        masks anything, which waits for the device.
         """
         if prompts != self._read:
             options = {"padding": "max_length", "max_length": MAX_TOKENS, "truncation": True, "return_tensors": "pt"}

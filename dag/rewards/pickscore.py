@@ -23,5 +23,5 @@ class PickScore(ClipReward):
         super().__init__(section, device, PUBLISHED, VIT_H_CONFIG, Preprocessing(crop_rounding="down"))
 
     def score(self, images: Tensor, prompts: Sequence[str], *, smooth: bool) -> Tensor:
-        # The original code hands prompts to the tokenizer as they are.
+        # No cleaning: the original code gives prompts to the tokenizer as they are.
         return self.tower.logit_scale * self.cosine(images, prompts, smooth=smooth, cleaning=None)

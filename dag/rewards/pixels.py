@@ -1,7 +1,8 @@
-"""What a reward's vision tower reads of images: exactly what the original code computes, or a differentiable version.
+"""Prepares images for a reward's vision tower, in one of two ways.
 
-Exact: 8-bit pictures, resized by Pillow on the CPU. Smooth: tensors on their device, for gradients and previews; they are
-not rounded to 8 bits, and differ from Pillow's resizing by at most one grey level.
+Exact: 8-bit pictures, resized by Pillow on the CPU, as in the original code of the reward. Smooth: the tensors themselves, on
+their device, for gradients and previews; they are not rounded to 8 bits, and differ from Pillow's resizing by at most one grey
+level.
 
 Legend: B images, H x W their size, S the tower's size, all pixels RGB.
 """
@@ -28,11 +29,11 @@ def to_bytes(images: Tensor) -> np.ndarray:
 
 @dataclass(frozen=True)
 class Preprocessing:
-    """How a tower wants its pictures.
+    """Size, normalisation and fit of a tower's pictures.
 
     `fit: shortest` resizes the shortest side to S and crops the centre (CLIP, BLIP); `longest` resizes the longest
-    side and pads with black (HPSv2). `crop_rounding` is where an odd margin goes: half-even in torchvision, down in
-    transformers.
+    side and pads with black (HPSv2). `crop_rounding` is how half of an odd margin is rounded: half-even in torchvision, down
+    in transformers.
     """
 
     size: int = 224
@@ -42,11 +43,11 @@ class Preprocessing:
     crop_rounding: Literal["half_even", "down"] = "half_even"
 
     def read(self, images: Tensor, *, smooth: bool) -> Tensor:
-        """(B, 3, S, S) pixels, by the method `smooth` or by `exact`."""
+        """(B, 3, S, S) normalised pixels, by the method `smooth` or by `exact`."""
         return self.smooth(images) if smooth else self.exact(images)
 
     def exact(self, images: Tensor) -> Tensor:
-        """(B, 3, S, S) float32 on the images' device: what the original code computes from the saved pictures."""
+        """(B, 3, S, S) float32 pixels on the images' device, as the original code computes them from saved pictures."""
         pictures = to_bytes(images)
         if self.fit == "longest":
             return self.smooth(torch.from_numpy(pictures).to(images.device).permute(0, 3, 1, 2).float() / 255)
@@ -63,7 +64,7 @@ class Preprocessing:
         if self.fit == "longest":
             return self._normalised(self._padded(images))
         height, width = _shortest_side(images.shape[2], images.shape[3], self.size)
-        # Pillow resizes the width, then the height, and clips after each: one pass is off at hard edges.
+        # Width, then height, clipped after each, as in Pillow: resizing both at once would differ at hard edges.
         wide = _bicubic(images, images.shape[2], width).clamp(0, 1)
         return self._normalised(self._centre(_bicubic(wide, height, width).clamp(0, 1)))
 
@@ -88,7 +89,7 @@ class Preprocessing:
 
 @cache
 def _channels(values: tuple[float, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
-    """The values as (C, 1, 1); the cache copies them to a device once, not in every call."""
+    """The values as a (C, 1, 1) tensor; the cache avoids a copy to the device in every call."""
     return torch.tensor(values, dtype=dtype, device=device)[:, None, None]
 
 

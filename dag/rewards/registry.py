@@ -1,4 +1,4 @@
-"""The dict of rewards, and what each of them is."""
+"""The dict of rewards, and their interface."""
 
 from collections.abc import Sequence
 from typing import Protocol
@@ -22,4 +22,4 @@ class PixelReward:
     """A reward computed from the pixels alone: it has no options, and no network that needs a device."""
 
     def __init__(self, section: RewardTerm, device: torch.device) -> None:
-        """Every reward is made from its section and the device of its network."""
+        """Takes the arguments of every reward, its section and the device of its network, and needs neither."""

@@ -1,4 +1,4 @@
-"""The rewards of a recipe: made from their sections, added with their weights, and every value checked."""
+"""The rewards of a recipe, made from their sections and added with their weights. Every value is checked."""
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -14,12 +14,12 @@ from dag.rewards.stand_in import StandIn
 from dag.rewards.tower import TowerReward
 from dag.run.gpu import is_out_of_memory
 
-# At most so many previews wait for their check.
+# Scores of previews on a GPU are checked together, after at most this many.
 _MOST_UNCHECKED = 256
 
 
 def build_reward(term: RewardTerm, device: torch.device) -> Reward:
-    """The reward of a section; its network is on `device`, or on the CPU if the section says so."""
+    """The reward that a section describes. Its network is on `device`, or on the CPU if the section says so."""
     if isinstance(term, Tower):
         device = torch.device("cpu") if term.device == "cpu" else device
         if term.path == "random":
@@ -31,7 +31,7 @@ class RewardSum:
     """sum_i weight_i * reward_i, each part checked under its own name.
 
     Args:
-        device: the policy's device, where the sums are.
+        device: the policy's device, on which the values are added.
         build:  makes the reward of a section; forecasts replace it to avoid downloads.
     """
 
@@ -53,7 +53,7 @@ class RewardSum:
 
     @contextmanager
     def at_work(self) -> Iterator[None]:
-        """Inside, offloaded networks are on the device; afterwards they are on the CPU again."""
+        """A context in which offloaded networks are on the device; afterwards they are on the CPU again."""
         self._move(self.device)
         try:
             yield
@@ -75,8 +75,12 @@ class RewardSum:
         """(B,) float32 weighted sum on the policy's device.
 
         Args:
-            is_preview: the images are pictures of x0_hat. Networks read them on their device, and values there are checked
-                together with those of the next final pictures, so that the CPU need not wait for the device in between.
+            sample_ids: B ids of the images, for error messages.
+            is_preview: the images are pictures of x0_hat. Networks then read them without a detour through the CPU, and
+                values on a GPU are checked later, by `check`, so that the CPU need not wait for the device now.
+
+        Raises:
+            RunError: a reward failed, or a value is not finite.
         """
         total = torch.zeros(len(prompts), device=self.device)
         for (_, weight, _), values in zip(
@@ -90,7 +94,7 @@ class RewardSum:
     def detailed(
         self, images: Tensor, prompts: Sequence[str], sample_ids: Sequence[int] | None = None
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        """(total (B,), {name: unweighted part (B,)}), float32 on the CPU; a name that occurs again gets #2, #3, ..."""
+        """(weighted sum (B,), {name: unweighted values (B,)}), float32 on the CPU. A repeated name gets #2, #3, ..."""
         parts: dict[str, Tensor] = {}
         total = torch.zeros(len(prompts))
         found = self._parts(images, prompts, sample_ids, is_preview=False)
@@ -105,7 +109,7 @@ class RewardSum:
     def _parts(
         self, images: Tensor, prompts: Sequence[str], sample_ids: Sequence[int] | None, is_preview: bool
     ) -> list[Tensor]:
-        """(B,) values of each part, on the device where they were computed; those on a GPU are checked later, by `check`."""
+        """(B,) values of each reward, on the device where it computed them; those on a GPU are checked later, by `check`."""
         found = []
         for name, _, reward in self.parts:
             values = scored(name, reward, images, prompts, sample_ids, is_preview)
@@ -118,7 +122,7 @@ class RewardSum:
         return found
 
     def check(self) -> None:
-        """Checks the values that were left unchecked, waiting for the device once. Raises RunError for one that is not finite."""
+        """Check the values that are not checked yet, waiting for the device once. Raises RunError if one is not finite."""
         unchecked, self._unchecked = self._unchecked, []
         if unchecked and not bool(torch.stack([answer.values.isfinite().all() for answer in unchecked]).all()):
             for answer in unchecked:
@@ -127,7 +131,7 @@ class RewardSum:
 
 @dataclass(frozen=True)
 class _Answer:
-    """What a reward returned for a batch, and what an error names of the batch."""
+    """A reward's values for a batch, with the names that an error message needs."""
 
     name: str
     values: Tensor
@@ -149,7 +153,7 @@ class _Answer:
 def checked(
     name: str, reward: Reward, images: Tensor, prompts: Sequence[str], sample_ids: Sequence[int] | None = None
 ) -> Tensor:
-    """The reward's values (B,) float32 on the CPU, all finite. Raises what `scored` raises, and RunError for other values."""
+    """The reward's values (B,) float32 on the CPU. Raises what `scored` raises, and RunError if a value is not finite."""
     values = scored(name, reward, images, prompts, sample_ids).cpu()
     _Answer(name, values, prompts, sample_ids).check()
     return values
@@ -166,7 +170,7 @@ def scored(
     """The reward's values (B,) float32, on the device where it computed them.
 
     Raises:
-        RunError: the reward raised, or returned anything but B float32 numbers; names the reward, the sample and the prompt.
+        RunError: the reward raised an error, or returned anything but B float32 numbers. The message names the reward.
         torch.OutOfMemoryError: a GPU ran out of memory, whatever error said so; the caller can ask for fewer at a time.
     """
     options = {"is_preview": True} if is_preview and isinstance(reward, TowerReward) else {}

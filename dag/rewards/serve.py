@@ -2,12 +2,12 @@
 
     python -m dag.rewards.serve --name aesthetic --port 8500 [--set path=... ...] [--host 127.0.0.1] [--device cuda]
 
-GET says what is served. `dag.rewards.wire` defines the protocol, so a scorer that needs another environment can have a
-server of its own, which is a page of code. Only this machine is answered unless --host says otherwise, and there is no
-authentication: do not put it on an open network.
+GET says what is served. `dag.rewards.wire` defines the protocol: a scorer that needs another environment can have a server of
+its own, in a page of code. The server only answers this machine unless --host says otherwise, and has no authentication: do
+not put it on an open network.
 
-It stays on http.server. uvicorn and starlette would save six lines, but they answer a bad Content-Length without JSON and
-wait for unfinished headers without end; waitress limits neither how long a request drips in nor how many wait.
+It uses http.server on purpose. uvicorn and starlette would save six lines, but they answer a bad Content-Length without JSON
+and wait forever for unfinished headers; waitress limits neither the duration of a request nor the number of waiting ones.
 """
 
 import argparse
@@ -29,18 +29,18 @@ from dag.rewards.wire import decode_request
 MAX_BODY = 256 << 20
 MAX_IMAGES = 256
 MAX_SIDE = 4096
-# All images of a request together: 256 images of 512 x 512.
+# Of all images of a request together: that of 256 images of 512 x 512.
 MAX_PIXELS = 1 << 26
-# Requests that are read and decoded at the same time; more are refused.
+# Requests that are answered at the same time; further ones are refused.
 MAX_AT_ONCE = 16
-# A Content-Length of more digits is too large, whatever the number: it is not parsed.
+# A Content-Length of more digits is refused without being parsed.
 _DIGITS = 12
 # Seconds a client may take to send its request.
 PATIENCE = 60
 
 
 class RewardServer(ThreadingHTTPServer):
-    """Requests are read and decoded in threads; the reward scores one request at a time."""
+    """A server that reads and decodes requests in threads, while the reward scores one request at a time."""
 
     daemon_threads = True
 
@@ -99,7 +99,7 @@ class _Handler(BaseHTTPRequestHandler):
 
     def _reply(self, status: int, content: dict[str, Any]) -> None:
         body = json.dumps(content).encode()
-        # A refused body was not read: the connection cannot be used again.
+        # The body of a refused request was not read, so the connection cannot carry another one.
         self.close_connection = True
         self.send_response(status)
         self.send_header("Content-Type", "application/json")
@@ -108,7 +108,7 @@ class _Handler(BaseHTTPRequestHandler):
         self.wfile.write(body)
 
     def log_message(self, format: str, *args: Any) -> None:
-        """Logs nothing: a run asks hundreds of times."""
+        """Log nothing: a run sends hundreds of requests."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -1,4 +1,4 @@
-"""A reward's network with random weights, for benchmarks: it does the work of the published one without a download."""
+"""A reward's network with random weights, for benchmarks: it costs what the published one costs, without a download."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -33,7 +33,7 @@ _BLIP_VISION = _tower(1024, 24, 16, image_size=224)
 
 
 class StandIn(TowerReward):
-    """The mean of each picture's embedding. The text tower, which encodes each prompt only once, does no work here."""
+    """Scores a picture by the mean of its embedding. The text tower is not run: it would encode each prompt only once."""
 
     def __init__(self, section: Tower, device: torch.device) -> None:
         super().__init__(section)
@@ -56,7 +56,7 @@ class StandIn(TowerReward):
 
 
 def architecture(name: str) -> tuple[list[nn.Module], Any, int]:
-    """(the networks of a reward with random weights on the default device, its image tower, the side of its pictures)."""
+    """(a reward's networks with random weights on the default device, the function of its image tower, its pictures' side)."""
     return _image_reward() if name == "image_reward" else _clip(name)
 
 

@@ -1,4 +1,4 @@
-"""What the original code of CLIP and HPSv2 does to prompts before the tokenizer."""
+"""The cleaning of prompts that the original code of CLIP and HPSv2 does before the tokenizer."""
 
 import html
 import warnings

@@ -1,4 +1,4 @@
-"""What every reward with a neural network shares: batches, the two pixel paths, moving between devices."""
+"""The base of the rewards with a neural network: batches, exact or smooth pixels, moving between devices."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
@@ -13,9 +13,9 @@ from dag.rewards.weights import State
 
 
 class TowerReward(ABC):
-    """A reward that reads pictures with a frozen network.
+    """A reward that scores pictures with a frozen network.
 
-    By default it scores 8-bit pictures as the original code does, which takes them through CPU memory. With `is_preview`
+    By default it scores 8-bit pictures as the original code does, for which they are copied to CPU memory. With `is_preview`
     or `grad` it scores the tensors themselves, resized on their device. With `grad`, gradients reach the images and nothing
     else.
     """
@@ -50,7 +50,7 @@ class TowerReward(ABC):
 
 @contextmanager
 def _tf32(is_on: bool) -> Iterator[None]:
-    """Inside, a GPU multiplies float32 matrices in TF32, which keeps 10 bits of the factors' mantissa."""
+    """A context in which, if `is_on`, GPUs multiply float32 matrices in TF32, with 10 bits of the factors' mantissas."""
     if not (is_on and torch.cuda.is_available()):
         yield
         return
@@ -63,12 +63,15 @@ def _tf32(is_on: bool) -> Iterator[None]:
 
 
 class LinearHead(nn.Module):
-    """Linear layers with nothing between them, the last part of LAION's aesthetic predictor and of ImageReward. Float32.
+    """Float32 linear layers without activations between them: the last part of LAION's aesthetic predictor and of ImageReward.
 
     Args:
-        state: `layers.N.weight`, `layers.N.bias` of the published file; the numbers skip its dropouts.
-        key:   the recipe's name of the file, for errors.
-        width: the width of the embedding that comes in.
+        key:   what errors call the file: the recipe's key.
+        state: `layers.N.weight` and `layers.N.bias` of the published file; the numbers of its dropout layers are missing.
+        width: width of the embedding that comes in.
+
+    Raises:
+        RunError: the layers do not fit.
     """
 
     def __init__(self, key: str, state: State, width: int) -> None:

@@ -1,4 +1,4 @@
-"""Where a reward's weights come from (a local path or the hub), and reading them without running code from them."""
+"""Finds a reward's weights (a local path or the hub), and reads them without running code from them."""
 
 import json
 import os
@@ -19,7 +19,7 @@ from dag import hub
 from dag.errors import RunError, UsageError
 
 State = dict[str, Tensor]
-# The version of the conversions; raised whenever one of them changes, so that old folders are made anew.
+# The version of the conversions. Raise it whenever one of them changes: folders of older versions are then converted anew.
 _FORMAT = 1
 _HUB_ID = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
 
@@ -41,13 +41,12 @@ def locate(key: str, path: str | None, published: Published) -> Path:
     """The local file or folder of a reward's weights.
 
     Args:
-        key:  what the recipe calls it, for errors, e.g. "hpsv2.path".
-        path: a local file, a folder (also one that holds the published file), or a hub id; None takes the published
-            one.
+        key:  what errors call the weights: the recipe's key, e.g. "hpsv2.path".
+        path: a local file, a folder (also one that holds the published file), or a hub id; None takes `published`.
 
     Raises:
-        UsageError: nothing is there, and the path is no hub id.
-        RunError:   the hub cannot deliver it.
+        UsageError: the path is neither a file, nor a folder, nor a hub id.
+        RunError:   the download failed.
     """
     if path is not None:
         local = Path(path).expanduser()
@@ -90,7 +89,7 @@ def read_state(key: str, path: Path) -> State:
 
 
 def read_json(key: str, path: Path) -> dict[str, Any]:
-    """The object in a JSON file. Raises UsageError."""
+    """The object in a JSON file. Raises UsageError if there is none."""
     try:
         data = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
@@ -101,7 +100,7 @@ def read_json(key: str, path: Path) -> dict[str, Any]:
 
 
 def read_config(key: str, path: str | None, default: Mapping[str, Any] | None = None) -> Mapping[str, Any]:
-    """What a recipe's `config` file says of an architecture; `default`, or nothing, where the recipe names no file."""
+    """The object in the JSON file that a recipe's `config` names; `default`, or {}, if the recipe names none."""
     return (default or {}) if path is None else read_json(key, Path(path).expanduser())
 
 
@@ -110,13 +109,15 @@ Component = tuple[dict[str, Any], State]
 
 
 def converted(key: str, source: Path, convert: Callable[[], dict[str, Component]], settings: Mapping[str, Any]) -> Path:
-    """The folder of a file's components in transformers format, converted once and kept beside the file.
+    """The folder that holds a file's components in transformers format. It is written beside the file, once.
 
-    Where the file's folder cannot be written, a temporary one is used. The folder appears complete or not at all.
+    If the file's folder cannot be written, a temporary folder is used. The folder appears complete or not at all.
 
     Args:
-        settings: what the conversion depends on besides the file. If they or the file's size or time have changed, the
-            conversion is made anew.
+        source:   the file.
+        convert:  makes the components by name.
+        settings: what the conversion depends on besides the file. If they or the file's size or time have changed, the file
+            is converted anew.
     """
     stat = source.stat()
     stamp = {"format": _FORMAT, "name": source.name, "bytes": stat.st_size, "mtime_ns": stat.st_mtime_ns, **settings}

@@ -76,7 +76,7 @@ def error_of(body: bytes) -> str:
 
 def _png(picture: np.ndarray) -> str:
     buffer = io.BytesIO()
-    # The least compression: the wire is short, and compressing harder takes longer than scoring.
+    # The least compression: the network is fast, and compressing more takes longer than scoring.
     Image.fromarray(picture).save(buffer, "PNG", compress_level=1)
     return base64.b64encode(buffer.getvalue()).decode()
 

@@ -1,8 +1,9 @@
-"""Checkpoints that hold all of a run's state: safetensors and JSON, never pickle.
+"""Checkpoints: all of a run's state in safetensors and JSON files, never in a pickle.
 
-A checkpoint is a folder `epoch_EEEE`, or `epoch_EEEE_RRRRRR` inside the epoch after EEEE completed ones. It is written under
-another name, forced to disk and renamed; its manifest tells the size and the hash of every file, so that an incomplete
-or damaged one is known. All randomness is counter-based: the counters in state.json are the state of every generator.
+A checkpoint is a folder. `epoch_EEEE` was taken after EEEE completed epochs, `epoch_EEEE_RRRRRR` at safe point RRRRRR of the
+epoch after them. It is written under another name, forced to disk and renamed. Its manifest lists the size and the hash of
+every file, by which an incomplete or damaged checkpoint is recognised. All randomness is counter-based: the counters in
+state.json are the state of every generator.
 """
 
 import errno
@@ -31,12 +32,12 @@ Groups = Mapping[str, Mapping[str, Tensor]]
 
 @dataclass(frozen=True, order=True)
 class Position:
-    """Where in a run a checkpoint was taken; later is larger."""
+    """Where in a run a checkpoint was taken. A later position is the larger one."""
 
     epoch: int
     """Completed epochs."""
     points: int = 0
-    """Safe points passed within the next epoch at which it could have been taken; 0 between two epochs."""
+    """Safe points passed in the epoch after them; 0 for a checkpoint between two epochs."""
 
     @property
     def name(self) -> str:
@@ -44,7 +45,7 @@ class Position:
 
     @classmethod
     def of(cls, folder: Path) -> "Position | None":
-        """None if the folder's name is no checkpoint's."""
+        """The position that a checkpoint folder's name states; None if it is not the name of a checkpoint."""
         match = _NAME.fullmatch(folder.name)
         return match and cls(int(match[1]), int(match[2] or 0))
 
@@ -55,16 +56,20 @@ class Position:
 def save(
     folder: Path, position: Position, groups: Groups, state: dict[str, Any], keep: int, texts: Mapping[str, str]
 ) -> Path:
-    """Write a checkpoint into `folder` and drop all but the newest `keep`. One that is there complete is left alone.
+    """Write a checkpoint into `folder`, and remove all but the newest `keep`. Returns the checkpoint's folder.
+
+    If a complete checkpoint of that position and as many processes exists already, nothing is written.
 
     Args:
-        groups: named groups of tensors, one safetensors file each.
-        state:  JSON-able rest.
-        texts:  further files, by name.
+        folder: the run's folder for checkpoints.
+        groups: tensors, by the name of their safetensors file and their own.
+        state:  everything else, as JSON.
+        texts:  the content of further files, by their name.
 
     Raises:
-        RunError: a number is not finite, or the disk refuses, also after all checkpoints but the newest complete one
-            have made room. What was complete before still is.
+        DivergedError: a number is not finite.
+        RunError: the checkpoint cannot be written. On a full disk all checkpoints but the newest complete one are removed,
+            and the checkpoint is tried once more. The newest complete one always stays.
     """
     final = folder / position.name
     if final.exists() and flaw(final) is None and load_state(final).get("processes") == state.get("processes"):
@@ -98,15 +103,16 @@ def _write(final: Path, groups: Groups, state: dict[str, Any], texts: Mapping[st
         durable.sync(path)
     content = {path.name: {"bytes": path.stat().st_size, "sha256": durable.sha256(path)} for path in files}
     durable.write_json(temporary / MANIFEST, {"format": FORMAT, "files": content})
-    if final.exists():  # damaged, or it would not be written again
+    if final.exists():  # it is damaged or from another number of processes, else `save` had returned
         _remove(final)
     os.replace(temporary, final)
     durable.sync(final.parent)
 
 
 def _unshared(group: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """On the CPU, contiguous, and sharing no memory, as safetensors wants it; 8-bit states of all layers share a table."""
-    apart: dict[str, Tensor] = {}
+    """The tensors on the CPU, contiguous and without shared memory, as safetensors requires. The 8-bit optimizer states of all
+    layers share a table."""
+    unshared: dict[str, Tensor] = {}
     seen: set[int] = set()
     for key, value in group.items():
         tensor = value.detach().cpu().contiguous()
@@ -114,18 +120,19 @@ def _unshared(group: Mapping[str, Tensor]) -> dict[str, Tensor]:
         if storage.nbytes() != tensor.nbytes or storage.data_ptr() in seen:
             tensor = tensor.clone()
         seen.add(tensor.untyped_storage().data_ptr())
-        apart[key] = tensor
-    return apart
+        unshared[key] = tensor
+    return unshared
 
 
 def clean(folder: Path) -> None:
-    """Remove what an interrupted `save` left."""
+    """Remove the files that an interrupted `save` left behind."""
     for path in folder.glob(f"{durable.TEMPORARY}*"):
         shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
 
 
 def _drop(folder: Path, keep: int, written: Position) -> None:
-    """All but the newest `keep` complete ones up to the one just written; later ones, which a resume skipped, stay."""
+    """Remove all checkpoints up to the one just written but the newest `keep` complete ones. Later ones stay: a resume has
+    skipped them, and says why."""
     kept = 0
     for path in candidates(folder):
         position = Position.of(path)
@@ -139,7 +146,7 @@ def _drop(folder: Path, keep: int, written: Position) -> None:
 
 
 def _make_room(folder: Path) -> None:
-    """All but the newest one that is really complete."""
+    """Remove all checkpoints but the newest one whose hashes are right."""
     good = newest_complete(folder)
     for path in candidates(folder):
         if path != good:
@@ -148,14 +155,15 @@ def _make_room(folder: Path) -> None:
 
 
 def _remove(folder: Path) -> None:
-    """Under another name first: half a checkpoint must never look like one."""
+    """Remove a checkpoint. It is renamed first: a half removed one must never look like a checkpoint."""
     doomed = folder.with_name(f"{durable.TEMPORARY}{folder.name}-old")
     os.replace(folder, doomed)
     shutil.rmtree(doomed)
 
 
 def _check_finite(groups: Groups, position: Position) -> None:
-    """What is in flight may hold a skipped update's numbers; weights and states may not."""
+    """Raises DivergedError if a number is not finite. The state of an unfinished epoch (`flight_*`) is not checked: it may hold
+    the numbers of a skipped update."""
     for name, group in groups.items():
         for key, value in group.items() if not name.startswith("flight") else ():
             if value.is_floating_point() and not bool(value.isfinite().all()):
@@ -165,7 +173,7 @@ def _check_finite(groups: Groups, position: Position) -> None:
 
 
 def _is_full(error: Exception) -> bool:
-    """safetensors wraps the system's errors in text."""
+    """Whether the disk or the user's share of it is full. safetensors names the system's error in its text alone."""
     full = (errno.ENOSPC, errno.EDQUOT)
     return (
         error.errno in full if isinstance(error, OSError) else any(f"code: {number}," in str(error) for number in full)
@@ -188,7 +196,7 @@ def _still_good(folder: Path) -> str:
 
 
 def candidates(folder: Path) -> list[Path]:
-    """Everything that looks like a checkpoint, newest first."""
+    """The folders that are named like a checkpoint, newest first."""
     found = [
         (position, path) for path in folder.glob("epoch_*") if (position := Position.of(path)) and _is_folder(path)
     ]
@@ -230,15 +238,15 @@ def flaw(folder: Path, is_thorough: bool = True) -> str | None:
 
 
 def newest_complete(folder: Path) -> Path | None:
-    """The newest without a flaw."""
+    """The newest checkpoint without a flaw, or None."""
     return next((path for path in candidates(folder) if flaw(path) is None), None)
 
 
 def newest(folder: Path, objection: Callable[[dict[str, Any]], str | None]) -> tuple[Path | None, list[str]]:
-    """(the newest complete checkpoint, or None if there is none at all; one line for each newer one that is skipped).
+    """(the newest usable checkpoint, or None if there is no checkpoint at all; one line for each newer one that is skipped).
 
     Args:
-        objection: why a complete checkpoint's state.json is not to be used, or None.
+        objection: returns why a complete checkpoint with this state.json cannot be used, or None.
 
     Raises:
         RunError: there are checkpoints, and none can be used.
@@ -278,7 +286,7 @@ def load_state(folder: Path) -> dict[str, Any]:
 
 
 def load_tensors(folder: Path, name: str) -> dict[str, Tensor]:
-    """One group. Raises RunError if its file is missing or corrupt."""
+    """One group of a checkpoint's tensors by name. Raises RunError if its file is missing or damaged."""
     path = folder / f"{name}.safetensors"
     try:
         return load_file(path)

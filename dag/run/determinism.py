@@ -1,4 +1,4 @@
-"""Whether a GPU computes the same bits every time: what `deterministic: true` switches, and switches back."""
+"""The switches of `deterministic: true`, with which a GPU computes the same bits every time."""
 
 import os
 from collections.abc import Iterator
@@ -12,18 +12,18 @@ _REPRODUCIBLE = ":4096:8"
 
 
 def reserve_workspace() -> None:
-    """Have cuBLAS compute reproducibly for as long as the process lives."""
+    """Make cuBLAS reproducible for the rest of the process; see `deterministic` for when to call it."""
     os.environ.setdefault(_WORKSPACE, _REPRODUCIBLE)
 
 
 @contextmanager
 def deterministic(is_on: bool) -> Iterator[None]:
-    """Inside, PyTorch takes deterministic algorithms alone, and raises where it has none.
+    """A context in which, if `is_on`, PyTorch uses deterministic algorithms only, and raises where it has none.
 
-    Enter it, or call `reserve_workspace`, before the process's first matrix product on a GPU: cuBLAS looks once.
+    Enter it, or call `reserve_workspace`, before the process's first matrix product on a GPU: cuBLAS reads its setting once.
 
-    Attention needs no slower form: in this mode the backward passes of flash and of memory-efficient attention
-    accumulate in a fixed order. cuDNN's attention has no such mode and is left out.
+    In this mode the backward passes of flash attention and of memory-efficient attention accumulate in a fixed order. cuDNN's
+    attention has no such mode and is switched off.
     """
     if not is_on:
         yield
@@ -34,7 +34,7 @@ def deterministic(is_on: bool) -> Iterator[None]:
     try:
         os.environ[_WORKSPACE] = _REPRODUCIBLE
         torch.use_deterministic_algorithms(True)
-        # Nothing here reads memory that it has not written: no time for filling it.
+        # This mode fills new memory, in case something reads it before writing to it. Nothing here does, so skip the work.
         torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
         torch.backends.cudnn.benchmark = False
         torch.backends.cuda.enable_cudnn_sdp(False)

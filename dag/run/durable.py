@@ -1,4 +1,4 @@
-"""Files that a crash leaves whole: written under another name, on disk before they get their own."""
+"""Files that a crash cannot leave half written: they get their name when their content is on disk."""
 
 import hashlib
 import json
@@ -8,14 +8,14 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-# How the name of what is not finished begins.
+# Beginning of the names of unfinished files and folders.
 TEMPORARY = ".tmp-"
 
 
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """A temporary path beside `path` to write to; it takes the place of `path` when the block ends well."""
-    # The suffix stays: libraries choose a file format by it.
+    """A context that gives a temporary path beside `path`; the file written there replaces `path` if the block ends well."""
+    # The name keeps its suffix, by which libraries choose a file format.
     temporary = path.with_name(f"{TEMPORARY}{os.getpid()}-{path.name}")
     try:
         yield temporary
@@ -27,13 +27,13 @@ def replacing(path: Path) -> Iterator[Path]:
 
 
 def write_json(path: Path, data: Any) -> None:
-    """Whole or not at all."""
+    """Write `data` as JSON, completely or not at all."""
     with replacing(path) as temporary:
         temporary.write_text(json.dumps(data, indent=2, allow_nan=False) + "\n", encoding="utf-8")
 
 
 def sync(path: Path) -> None:
-    """What was written to a file, or the names in a folder, is on disk when this returns."""
+    """Force a file's content, or a folder's names, to disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -42,6 +42,6 @@ def sync(path: Path) -> None:
 
 
 def sha256(path: Path) -> str:
-    """Of a file's content, in hexadecimal."""
+    """The SHA-256 of a file's content, in hexadecimal."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()

@@ -1,4 +1,4 @@
-"""What a run is trained on, in a few digits: two models with the same fingerprint are the same for a resumed run."""
+"""Fingerprints of a run's base model and prompts, by which a resumed run recognises that they have not changed."""
 
 import hashlib
 from collections.abc import Iterable, Sequence
@@ -10,7 +10,7 @@ _SAME_WIDTH = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
 def of_weights(tensors: Iterable[Tensor]) -> str:
-    """Of shapes and bits. Bits are summed as integers, which is exact in any order and on any device."""
+    """Fingerprint of the shapes and bits of tensors. Bits are summed as integers: the sum is exact in any order on any device."""
     digest = hashlib.sha256()
     for tensor in tensors:
         bits = tensor.detach().contiguous().view(_SAME_WIDTH[tensor.element_size()])
@@ -19,4 +19,5 @@ def of_weights(tensors: Iterable[Tensor]) -> str:
 
 
 def of_texts(texts: Sequence[str]) -> str:
+    """Fingerprint of texts and their order."""
     return hashlib.sha256("\0".join(texts).encode()).hexdigest()[:16]

@@ -1,6 +1,13 @@
-"""The folder of one run: what lies where, and the promise that nothing in it is overwritten by accident.
+"""The folder of one run, in which nothing is overwritten by accident.
 
-run.json, metrics.jsonl, curves.png, samples/epoch_NNNN.png, checkpoints/epoch_EEEE[_RRRRRR]/, lora/, faults/
+It holds:
+
+    run.json                            recipe, versions, counts: what ran, on what
+    metrics.jsonl, curves.png           one line per epoch, and its curves
+    samples/epoch_NNNN.png              pictures of an evaluation
+    checkpoints/epoch_EEEE[_RRRRRR]/    see `dag.run.checkpoint`
+    lora/                               the trained weights, at the end
+    faults/                             transitions whose gradients were not finite
 """
 
 import fcntl
@@ -18,12 +25,14 @@ from dag.recipe.load import parse
 from dag.run import durable
 from dag.run.metrics import MetricsFile
 
-# Held while a process trains in the folder.
+# Locked while a process trains in the folder.
 _LOCK = ".lock"
 _PROBE = ".writable"
 
 
 class RunFolder:
+    """The paths in a run's folder, and its description in run.json."""
+
     def __init__(self, path: Path) -> None:
         self.path = path
         self.metrics = MetricsFile(path / "metrics.jsonl")
@@ -33,17 +42,17 @@ class RunFolder:
         self.faults = path / "faults"
 
     def sheet(self, epoch: int) -> Path:
-        """The picture of an evaluation after so many epochs."""
+        """The picture file of the evaluation after `epoch` epochs."""
         return self.samples / f"epoch_{epoch:04d}.png"
 
     @classmethod
     def create(cls, path: Path) -> "RunFolder":
         """A new run. Raises UsageError if the folder holds any file or cannot be written."""
         try:
-            # Empty folders are what a run leaves that was refused before it began.
+            # A run that was refused before it began leaves empty folders.
             left = [inside for inside in path.rglob("*") if not inside.is_dir() and inside.name != _LOCK]
             for inside in [inside for inside in left if inside.name.startswith((durable.TEMPORARY, _PROBE))]:
-                inside.unlink()  # of a start that was killed
+                inside.unlink()  # a start that was killed has left it
                 left.remove(inside)
             if left:
                 raise UsageError(
@@ -66,7 +75,7 @@ class RunFolder:
 
     @contextmanager
     def held(self) -> Iterator[None]:
-        """No other process trains here inside. Raises UsageError if one does."""
+        """A context in which no other process trains in this folder. Raises UsageError if one does."""
         try:
             file = (self.path / _LOCK).open("w")
         except OSError as error:
@@ -100,7 +109,7 @@ class RunFolder:
 
 
 def default_path(recipe_name: str) -> Path:
-    """runs/<recipe>-<time>; a clock that went back, or a second run in one second, waits for a free one."""
+    """runs/<recipe>-<time>, which does not exist. It waits if it does: for a second run in one second, or a clock set back."""
     while (path := Path("runs") / f"{recipe_name}-{time.strftime('%Y%m%d-%H%M%S')}").exists():
         time.sleep(0.1)
     return path

@@ -1,4 +1,4 @@
-"""A GPU as the rest of the project needs it: which one, how much of its memory, and what it says when that is full."""
+"""The GPU: which one a process uses, a limit on its memory, and recognising the errors of a full one."""
 
 import gc
 from collections.abc import Iterator
@@ -9,11 +9,11 @@ import torch
 from dag.errors import RunError
 
 _GIB = 2**30
-# What is raised near the limit under another name than torch.OutOfMemoryError, in lower case. The CUDA driver, Triton's
-# loader and Metal say the first; cuBLAS, cuSOLVER and cuDNN the next two; cuBLAS the fourth where it cannot make its
-# workspace; the last is cuDNN after every algorithm failed, which it also says of a convolution that it has no algorithm
-# for: hence callers pass the original sentence on.
-_NAMES = (
+# Parts of messages, in lower case, by which libraries report a full GPU in other errors than torch.OutOfMemoryError: the first
+# by the CUDA driver, Triton's loader and Metal; the next two by cuBLAS, cuSOLVER and cuDNN; the fourth by cuBLAS if it cannot
+# allocate its workspace; the last by cuDNN after every algorithm failed. cuDNN also says that of a convolution for which it has
+# no algorithm, hence callers pass the original message on.
+_MESSAGES = (
     "out of memory",
     "_status_alloc_failed",
     "_allocation_failed",
@@ -23,9 +23,9 @@ _NAMES = (
 
 
 def indexed(device: torch.device) -> torch.device:
-    """The same device with its number.
+    """The device with its index: "cuda" becomes "cuda:0", or the index of the current GPU.
 
-    A single process of accelerate is on "cuda", which some functions of torch.cuda refuse.
+    accelerate gives a single process "cuda", which some functions of torch.cuda refuse.
     """
     if device.type == "cuda" and device.index is None:
         return torch.device("cuda", torch.cuda.current_device())
@@ -38,7 +38,7 @@ def this_device() -> torch.device:
 
 
 def limit_memory(device: torch.device, gib: float) -> None:
-    """Hold a GPU's allocator to so many GiB; on a CPU nothing happens."""
+    """Limit PyTorch's allocator on a GPU to `gib` GiB; on a CPU this does nothing."""
     if device.type == "cuda":
         device = indexed(device)
         total = torch.cuda.get_device_properties(device).total_memory
@@ -46,30 +46,30 @@ def limit_memory(device: torch.device, gib: float) -> None:
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether fewer rows at a time may help: a GPU's memory is full, by whatever name the library calls it.
+    """Whether an error means that a GPU's memory is full, so that fewer rows at a time may help.
 
-    Triton's OutOfResources is none: it means a multiprocessor's shared memory or registers, which a kernel needs
-    whatever the number of rows.
+    Triton's OutOfResources does not count: it is about a multiprocessor's shared memory or registers, of which a kernel
+    needs as many for fewer rows.
     """
     if isinstance(error, torch.OutOfMemoryError):
         return True
-    return isinstance(error, RuntimeError) and any(name in str(error).lower() for name in _NAMES)
+    return isinstance(error, RuntimeError) and any(part in str(error).lower() for part in _MESSAGES)
 
 
 def first_line(error: BaseException) -> str:
-    """The first line of what a library says; the others speak of its own settings."""
+    """The first line of a library's message; the others are about its own settings."""
     return str(error).partition("\n")[0]
 
 
 def free_memory() -> None:
-    """Give back what nothing uses: first the tensors that only reference cycles hold, then the allocator's cache."""
+    """Free unused GPU memory: first tensors in unreachable reference cycles, then the allocator's cache."""
     gc.collect()
     torch.cuda.empty_cache()
 
 
 @contextmanager
 def out_of_memory_ends(what: str) -> Iterator[None]:
-    """Raises RunError, `what` and the library's own first line, where a GPU's memory runs out inside."""
+    """A context in which a full GPU raises RunError, with `what` and the first line of the library's message."""
     try:
         yield
     except RuntimeError as error:

@@ -1,4 +1,4 @@
-"""What a run or a figure depends on besides its recipe: the device, threads, and the versions of what computes."""
+"""The machine on which numbers were computed: its device, threads, and the versions of packages and drivers."""
 
 import importlib.metadata
 import os
@@ -27,7 +27,7 @@ _DRIVER_FILE = Path("/proc/driver/nvidia/version")
 
 
 def describe_machine(device: torch.device) -> dict[str, Any]:
-    """The device by name, threads, Python, and `versions`."""
+    """The device's name, the number of threads, Python's version, and `versions`."""
     is_cuda = device.type == "cuda"
     return {
         "device": torch.cuda.get_device_name(device) if is_cuda else platform.processor() or platform.machine(),
@@ -38,7 +38,7 @@ def describe_machine(device: torch.device) -> dict[str, Any]:
 
 
 def versions() -> dict[str, str | None]:
-    """Packages, and the CUDA, cuDNN and driver under them; None for what is not there."""
+    """Versions of the packages and of CUDA, cuDNN and NVIDIA's driver; None for what is not installed."""
     cudnn = torch.backends.cudnn.version() if torch.cuda.is_available() else None
     return {
         **{name: _version(name) for name in _PACKAGES},
@@ -49,7 +49,7 @@ def versions() -> dict[str, str | None]:
 
 
 def num_cores() -> int:
-    """Those that this process may use, where the system tells (Linux); else all."""
+    """The number of CPU cores that this process may use, or, where the system does not say (not Linux), of all cores."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
@@ -61,10 +61,10 @@ def _version(package: str) -> str | None:
 
 
 def _driver() -> str | None:
-    """The release of NVIDIA's driver. PyTorch tells only which CUDA it is good for."""
+    """The version of NVIDIA's driver. PyTorch only knows which CUDA version the driver supports."""
     try:
         first = _DRIVER_FILE.read_text(encoding="utf-8", errors="replace").partition("\n")[0]
-    except OSError:  # Windows and its subsystem for Linux
+    except OSError:  # Windows and its subsystem for Linux have no such file
         first = ""
     found = re.search(r"Kernel Module\s+(?:for \S+\s+)?(\d+(?:\.\d+)+)", first)
     return found[1] if found else _driver_by_tool()

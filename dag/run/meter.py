@@ -10,26 +10,26 @@ import torch
 
 PHASES = ("sample", "reward", "update", "evaluation")
 _GIB = 2**30
-# Moments that are kept before the first of them are added up.
+# Timed intervals that are kept before the older half of them is added up.
 _MOST_MARKS = 4096
 
 
 class Meter(Protocol):
-    """Reads a peak that can be reset."""
+    """Measures peak memory since a reset."""
 
     def reset(self) -> None: ...
 
     def peak(self) -> int:
-        """Bytes in use at most since the reset."""
+        """Largest number of bytes in use since the reset."""
         ...
 
     def peak_held(self) -> int:
-        """The same with what the allocator holds and does not use."""
+        """Largest number of bytes since the reset, including those that the allocator reserves and does not use."""
         ...
 
 
 class CudaMeter:
-    """The allocator of a GPU, which keeps count on the CPU: reading it does not wait for the device."""
+    """The memory of PyTorch's allocator on a GPU. It counts on the CPU, so reading it does not wait for the device."""
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
@@ -45,7 +45,7 @@ class CudaMeter:
 
 
 class ResidentMeter:
-    """Resident memory of this process as Linux counts it: Python and every library included."""
+    """The resident memory of this process as Linux counts it, with Python and every library."""
 
     _RESET, _STATUS = Path("/proc/self/clear_refs"), Path("/proc/self/status")
 
@@ -61,7 +61,7 @@ class ResidentMeter:
 
 
 def meter_of(device: torch.device) -> Meter | None:
-    """None where nothing tells the memory of a phase."""
+    """The meter for a device; None where peak memory cannot be measured (a CPU without Linux's /proc)."""
     if device.type == "cuda":
         return CudaMeter(device)
     try:
@@ -74,7 +74,7 @@ def meter_of(device: torch.device) -> Meter | None:
 
 
 class Clock(Protocol):
-    """Marks moments, and tells the seconds between two of them."""
+    """Marks moments, and measures the seconds between two of them."""
 
     def mark(self) -> Any: ...
 
@@ -82,7 +82,7 @@ class Clock(Protocol):
 
 
 class CpuClock:
-    """What was called is done when it returns."""
+    """Moments on the CPU, where work is done when the call returns."""
 
     def mark(self) -> float:
         return time.perf_counter()
@@ -92,7 +92,7 @@ class CpuClock:
 
 
 class CudaClock:
-    """Moments of a GPU's stream of work; only `seconds` waits for it."""
+    """Moments in the GPU's current stream. `mark` does not wait for the GPU; `seconds` does."""
 
     def mark(self) -> torch.cuda.Event:
         event = torch.cuda.Event(enable_timing=True)
@@ -105,10 +105,15 @@ class CudaClock:
 
 
 class PhaseMeter:
-    """What the phases of an epoch took; a phase may be entered many times.
+    """Seconds and peak memory of each phase of an epoch; a phase may be entered many times.
 
     Args:
-        device: the policy's.
+        device: the policy's device.
+
+    Attributes:
+        peaks:  peak bytes of each phase of the epoch.
+        in_use: peak bytes of the epoch.
+        held:   peak bytes of the run, including those that the allocator reserves and does not use.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -121,20 +126,20 @@ class PhaseMeter:
         self.start_epoch()
 
     def start_epoch(self) -> None:
-        """Forget the epoch before, but not what the run held at most."""
+        """Clear the numbers of the last epoch. The run's peak, `held`, stays."""
         self.read()
         self._marks = []
         self._seconds, self.peaks, self.in_use = dict.fromkeys(PHASES, 0.0), {}, 0
 
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:
-        """Time and peak memory of what runs inside are `name`'s."""
+        """A context whose time and peak memory count for the phase `name`."""
         with self.peak(name), self.timed(name):
             yield
 
     @contextmanager
     def peak(self, name: str) -> Iterator[None]:
-        """The peak memory of what runs inside is `name`'s."""
+        """A context whose peak memory counts for the phase `name`."""
         self.read()
         try:
             yield
@@ -143,18 +148,18 @@ class PhaseMeter:
 
     @contextmanager
     def timed(self, name: str) -> Iterator[None]:
-        """The time of what runs inside is `name`'s. A GPU is not waited for."""
+        """A context whose time counts for the phase `name`. It does not wait for a GPU."""
         start = self.clock.mark()
         try:
             yield
         finally:
             self._marks.append((name, start, self.clock.mark()))
             if len(self._marks) >= _MOST_MARKS:
-                self._settle(_MOST_MARKS // 2)  # so old that they are over
+                self._settle(_MOST_MARKS // 2)  # old enough that the GPU has finished them
 
     @property
     def seconds(self) -> dict[str, float]:
-        """Of each phase of the epoch so far."""
+        """Seconds of each phase of the epoch so far. Reading them waits for a GPU."""
         self._settle()
         return self._seconds
 
@@ -165,7 +170,7 @@ class PhaseMeter:
             self._seconds[name] += self.clock.seconds(start, end)
 
     def read(self) -> int:
-        """Bytes in use at most since the last call, which also count for the epoch, whatever the phase."""
+        """Peak bytes since the last call; also raises the epoch's peak."""
         if self.meter is None:
             return 0
         peak = self.meter.peak()
@@ -174,12 +179,12 @@ class PhaseMeter:
         return peak
 
     def row(self) -> dict[str, Any]:
-        """Seconds and GiB of each phase, null for one that did not run, and the run's peak."""
+        """Seconds and peak GiB of each phase, and the run's peak GiB. GiB are None for a phase that did not run."""
         seconds = {f"seconds_{name}": round(seconds, 3) for name, seconds in self.seconds.items()}
         peaks = {f"memory_gib_{name}": _gib(self.peaks.get(name, 0)) for name in PHASES}
         return {**seconds, **peaks, "peak_memory_gib": _gib(self.held)}
 
 
 def _gib(size: int) -> float | None:
-    """None stands for what was not measured."""
+    """Bytes in GiB; None for 0, which means that nothing was measured."""
     return round(size / _GIB, 4) if size else None

@@ -1,4 +1,4 @@
-"""metrics.jsonl: one JSON object per epoch, finite numbers or null, never NaN. Trackers get the same numbers."""
+"""metrics.jsonl: one JSON object per epoch, of finite numbers or null, never NaN."""
 
 import json
 import math
@@ -18,12 +18,12 @@ def finite(value: Any) -> Any:
     return [finite(item) for item in value] if isinstance(value, list) else value
 
 
-# Keys that earlier versions called otherwise.
+# Today's names of keys that earlier versions wrote under another name.
 _RENAMED = {"fidelity_top1": "noun_top1", "fidelity_top5": "noun_top5"}
 
 
 class MetricsFile:
-    """Appends rows to `path`; each is on disk before `write` returns."""
+    """Appends rows to the file `path`; each row is on disk before `write` returns."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -36,18 +36,18 @@ class MetricsFile:
             os.fsync(file.fileno())
 
     def text(self) -> str:
-        """The complete rows; what follows the last newline was cut short by a crash."""
+        """The file's complete rows. A row without a newline is left out: a crash has cut it short."""
         if not self.path.exists():
             return ""
         complete, newline, _ = self.path.read_text(encoding="utf-8").rpartition("\n")
         return complete + newline
 
     def read(self) -> list[dict[str, Any]]:
-        """The rows so far, under today's names."""
+        """The rows so far, with the keys' present names."""
         rows = [json.loads(line) for line in self.text().splitlines() if line]
         return [{_RENAMED.get(key, key): value for key, value in row.items()} for row in rows]
 
     def restore(self, text: str) -> None:
-        """Go back to what `text` returned; the rows after it will be written again."""
+        """Replace the file by what `text` returned earlier; a resumed run then writes the rows after it again."""
         with durable.replacing(self.path) as temporary:
             temporary.write_text(text, encoding="utf-8")

@@ -1,4 +1,4 @@
-"""An optimizer's state as named tensors and plain numbers, torch's and bitsandbytes' alike."""
+"""The state of a torch or bitsandbytes optimizer as named tensors and plain numbers, for files without pickles."""
 
 from typing import Any
 
@@ -7,7 +7,7 @@ from torch import Tensor
 
 
 def tensors_of(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
-    """{"0/exp_avg": ...}, also the 8-bit ones' quantised states and their scales."""
+    """The tensors of the state, as {"0/exp_avg": ...}; for 8-bit optimizers their quantised states and scales."""
     return {key: value for key, value in _flat(optimizer.state_dict()["state"]).items() if isinstance(value, Tensor)}
 
 
@@ -19,7 +19,7 @@ def numbers_of(optimizer: torch.optim.Optimizer) -> dict[str, Any]:
 
 
 def restore(optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor], numbers: dict[str, Any]) -> None:
-    """Put back what `tensors_of` and `numbers_of` gave of an optimizer over the same parameters."""
+    """Set the state to what `tensors_of` and `numbers_of` returned for an optimizer over the same parameters."""
     values = {**numbers["state"], **tensors}
     states = {int(index): state for index, state in _nested(values).items()}
     current = optimizer.state_dict()["param_groups"]
@@ -27,7 +27,7 @@ def restore(optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor], number
     optimizer.load_state_dict({"state": states, "param_groups": groups})
     for parameter, state in optimizer.state.items():
         for name, value in state.items():
-            # Files keep no memory layout, and fused optimizers want that of the weights.
+            # Files do not store the memory layout, and fused optimizers need that of the weights.
             if isinstance(value, Tensor) and value.shape == parameter.shape and value.stride() != parameter.stride():
                 state[name] = torch.empty_like(parameter, dtype=value.dtype).copy_(value)
     if getattr(optimizer, "is_paged", False):
@@ -35,7 +35,7 @@ def restore(optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor], number
 
 
 def _page_again(optimizer: Any) -> None:
-    """bitsandbytes loads states as ordinary GPU memory, whatever they were."""
+    """Move the states of a paged optimizer back to paged memory; bitsandbytes loads them into ordinary GPU memory."""
     for parameter, state in optimizer.state.items():
         for name in ("state1", "state2"):
             if isinstance(loaded := state.get(name), Tensor) and loaded.is_cuda:
@@ -43,7 +43,7 @@ def _page_again(optimizer: Any) -> None:
 
 
 def _flat(tree: dict[Any, Any], prefix: str = "") -> dict[str, Any]:
-    """8-bit optimizers nest their state one level deeper than torch's do."""
+    """{"a/b": value} of nested dicts; the state of 8-bit optimizers is nested one level deeper than that of torch's."""
     leaves: dict[str, Any] = {}
     for key, value in tree.items():
         path = f"{prefix}/{key}" if prefix else str(key)
@@ -52,6 +52,7 @@ def _flat(tree: dict[Any, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def _nested(leaves: dict[str, Any]) -> dict[str, Any]:
+    """The inverse of `_flat`; all keys are strings."""
     tree: dict[str, Any] = {}
     for path, value in leaves.items():
         *parents, last = path.split("/")

@@ -1,10 +1,12 @@
-"""The processes of one training run, through accelerate. Alone, every operation here is the identity.
+"""The processes that train one run together, through accelerate. A single process communicates with nobody.
 
-The trajectories of an update are dealt out in equal, consecutive shares: what a process holds of an epoch is its share of the
-first update, then its share of the second, ... Operations that restore the order of one process know the number of updates
-as `groups`. Every process must call them in the same order.
+The trajectories of each update are dealt out to the processes in equal, consecutive shares. So a process's part of an epoch is
+its share of the first update, then its share of the second, and so on. `groups` is the number of updates; gathered rows are put
+back into the order that a single process has.
 
-Legend: W processes, G groups, N rows in all, n = N / W rows here.
+Operations that exchange values are collectives: every process must call them, in the same order.
+
+Legend: W processes, N rows in all processes together, n = N / W rows in one process.
 """
 
 from collections.abc import Sequence
@@ -17,15 +19,16 @@ from torch import Tensor, nn
 
 from dag.errors import UsageError
 
-# Elements of gradient that are summed over the processes at a time.
+# Gradients are summed over the processes in buckets of about so many elements.
 _BUCKET = 1 << 24
 Value = TypeVar("Value")
 
 
 class Processes:
-    """
+    """The operations of one process on rows and values that the processes share.
+
     Args:
-        accelerator: None is one process.
+        accelerator: connects the processes; None is a single process.
     """
 
     def __init__(self, accelerator: Accelerator | None = None) -> None:
@@ -48,40 +51,40 @@ class Processes:
             )
 
     def mine(self, rows: Tensor, groups: int = 1) -> Tensor:
-        """(n, ...) this process's share of (N, ...)."""
+        """This process's share (n, ...) of rows (N, ...) that every process has."""
         if self.size == 1:
             return rows
         dealt = rows.reshape(groups, self.size, -1, *rows.shape[1:])
         return dealt[:, self.rank].flatten(0, 1)
 
     def everyones(self, rows: Tensor, groups: int = 1) -> Tensor:
-        """(N, ...) in the order of one process, from each one's (n, ...)."""
+        """The rows (N, ...) of all processes, from each one's share (n, ...), in the order that a single process has."""
         if self.size == 1:
             return rows
         dealt = self._gather(rows).reshape(self.size, groups, -1, *rows.shape[1:])
         return dealt.transpose(0, 1).flatten(0, 2)
 
     def _gather(self, values: Tensor) -> Tensor:
-        """(W * n, ...) one process after the other."""
+        """The values (W * n, ...) of all processes, one process after the other, from each one's (n, ...)."""
         assert self.accelerator is not None
         return self.accelerator.gather(values.to(self.accelerator.device).contiguous()).to(values.device)
 
     # -- sums ----------------------------------------------------------------------------------------------------
 
     def sum(self, values: Tensor) -> Tensor:
-        """Elementwise over the processes."""
+        """The elementwise sum over the processes."""
         return values if self.size == 1 else self._gather(values[None]).sum(0)
 
     def largest(self, values: Tensor) -> Tensor:
-        """Elementwise over the processes."""
+        """The elementwise maximum over the processes."""
         return values if self.size == 1 else self._gather(values[None]).amax(0)
 
     def any(self, flags: Sequence[bool]) -> list[bool]:
-        """Whether a flag is set in any process."""
+        """For each flag, whether it is set in any process."""
         return list(flags) if self.size == 1 else self.largest(torch.tensor(flags, dtype=torch.uint8)).bool().tolist()
 
     def sum_gradients(self, parameters: Sequence[nn.Parameter]) -> None:
-        """Replace each gradient by its sum over the processes; one that no process has stays None."""
+        """Replace each gradient by its sum over the processes. A gradient that is None in all of them stays None."""
         if self.size == 1:
             return
         assert self.accelerator is not None
@@ -98,11 +101,11 @@ class Processes:
     # -- objects -------------------------------------------------------------------------------------------------
 
     def objects(self, value: Value) -> list[Value]:
-        """Everyone's, by rank."""
+        """The values of all processes, by rank."""
         return [value] if self.size == 1 else gather_object([value])
 
     def from_main(self, value: Value) -> Value:
-        """What the main process has."""
+        """The main process's value, in every process."""
         if self.size == 1:
             return value
         box: list[Any] = [value]
@@ -111,7 +114,7 @@ class Processes:
 
 
 def _buckets(gradients: Sequence[Tensor]) -> list[list[Tensor]]:
-    """Runs of gradients of about `_BUCKET` elements together."""
+    """The gradients in groups of at most `_BUCKET` elements; a larger gradient is a group of its own."""
     buckets: list[list[Tensor]] = [[]]
     filled = 0
     for gradient in gradients:

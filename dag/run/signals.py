@@ -1,4 +1,4 @@
-"""SIGTERM and Ctrl-C: remembered, so that the run can finish what it is at, save, and end."""
+"""SIGTERM and Ctrl-C. They are remembered, so that the run can end its micro-batch, save, and stop."""
 
 import os
 import signal
@@ -7,12 +7,12 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from types import FrameType
 
-# A launcher passes on the Ctrl-C that the terminal has sent to all of its processes: that one is not a second.
+# The terminal sends a Ctrl-C to all processes, and a launcher may pass the same one on: within this time it is not a second.
 _SAME_KEY_SECONDS = 1.0
 
 
 class Interrupt:
-    """The first signal that came, or None."""
+    """Remembers the first signal that came, as `signal`; None before one came."""
 
     def __init__(self) -> None:
         self.signal: signal.Signals | None = None
@@ -20,7 +20,7 @@ class Interrupt:
 
     @contextmanager
     def listening(self) -> Iterator["Interrupt"]:
-        """Signals are remembered inside. A second Ctrl-C ends the process at once."""
+        """A context in which signals are remembered. A second Ctrl-C ends the process at once."""
         before = {number: signal.signal(number, self._remember) for number in (signal.SIGTERM, signal.SIGINT)}
         try:
             yield self
@@ -32,8 +32,8 @@ class Interrupt:
         now = time.monotonic()
         if self.signal is None:
             self.signal, self._since = signal.Signals(number), now
-            # Not print: the signal may have come in the middle of one.
-            # Nor is it sure that anybody still listens: the same Ctrl-C has ended a `tee`.
+            # Not print: the signal may have interrupted one, and print is not reentrant. Errors are ignored, since the reader
+            # of stderr may be gone: the same Ctrl-C ends a `tee`.
             with suppress(OSError):
                 os.write(2, f"\n{self.signal.name}: saving after this step; Ctrl-C again ends at once\n".encode())
         elif number == signal.SIGINT and now - self._since > _SAME_KEY_SECONDS:

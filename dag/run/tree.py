@@ -1,4 +1,4 @@
-"""A tree of tensors and plain values as named tensors and JSON, for files that hold no pickles."""
+"""Trees of tensors and plain values as named tensors and JSON, for files without pickles."""
 
 import math
 from typing import Any
@@ -8,7 +8,7 @@ from torch import Tensor
 
 
 def packed(tree: Any, tensors: dict[str, Tensor], name: str = "") -> Any:
-    """JSON of a tree of dicts, lists, tensors and plain values; each tensor goes into `tensors` and leaves its name."""
+    """JSON for a tree of dicts, lists, tensors and plain values. Each tensor is put into `tensors`, and replaced by its name."""
     if isinstance(tree, Tensor):
         tensors[name] = tree
         return {"tensor": name}
@@ -19,12 +19,12 @@ def packed(tree: Any, tensors: dict[str, Tensor], name: str = "") -> Any:
     if isinstance(tree, torch.dtype):
         return {"dtype": str(tree).removeprefix("torch.")}
     if isinstance(tree, float) and not math.isfinite(tree):
-        return {"float": repr(tree)}  # of a skipped update; JSON has no word for it
+        return {"float": repr(tree)}  # a skipped update may leave one, and JSON cannot express it
     return tree
 
 
 def unpacked(tree: Any, tensors: dict[str, Tensor]) -> Any:
-    """What `packed` was given."""
+    """The tree from which `packed` made this JSON and these tensors; tuples become lists."""
     if isinstance(tree, dict):
         if tree.keys() == {"tensor"}:
             return tensors[tree["tensor"]]

@@ -1,4 +1,4 @@
-"""From a recipe to the objects that run it, and their description in run.json."""
+"""Builds the objects that a recipe describes, and describes them for run.json."""
 
 import subprocess
 from collections.abc import Callable, Iterator
@@ -32,26 +32,27 @@ from dag.training.plan import make_plan
 
 @dataclass
 class Components:
-    """What a recipe builds."""
+    """The objects of a training run."""
 
     policy: Policy
     reward: RewardSum
     learner: Learner
     evaluator: Evaluator
     prompts: tuple[str, ...]
+    """P prompts to train on."""
     text: Tensor
-    """(P, S, D) prompt embeddings on the CPU."""
+    """(P, S, D) embeddings of the prompts, on the CPU."""
     fingerprint: dict[str, str]
-    """Of the base model and the prompts: a resumed run must have the same."""
+    """Fingerprints of the base model's networks and of the prompts; a resumed run must have the same."""
 
     @contextmanager
     def scoring(self) -> Iterator[None]:
-        """A phase that decodes and scores: what is offloaded comes to the device."""
+        """A context in which offloaded decoders and reward networks are on the device, to decode and score."""
         with self.reward.at_work(), self.policy.decoder.at_work():
             yield
 
     def standing(self) -> Iterator[Tensor]:
-        """What is in memory between two phases: weights, gradients, optimizer states."""
+        """Tensors that stay in memory between phases: weights, gradients and optimizer states, without the reward's networks."""
         for module in (*self.policy.modules(), *([] if self.flow is None else [self.flow])):
             yield from (*module.parameters(), *module.buffers())
         yield from self.policy.trainable()
@@ -80,11 +81,16 @@ def build(
     reward: RewardSum | None = None,
     processes: Processes = ALONE,
 ) -> Components:
-    """Load the model and assemble everything. Cheap mistakes (prompts, kernels, rewards) surface before the model is read.
+    """Load the model and build everything else. Mistakes in prompts, kernels and rewards raise before the model is read.
 
     Args:
-        reward: instead of the recipe's own.
+        warn:      called with one line for each warning.
+        reward:    taken instead of the recipe's rewards.
         processes: share the work.
+
+    Raises:
+        UsageError: the recipe asks for what cannot be done.
+        RunError:   the model or a reward cannot be loaded.
     """
     found = prompts.load_prompts(recipe.prompts)
     texts = (*found.training, *found.held_out)
@@ -115,10 +121,11 @@ def learner_of(
     warn: Callable[[str], object] = print,
     processes: Processes = ALONE,
 ) -> Learner:
-    """The recipe's objective, optimizers and flow for a policy.
+    """The learner of a policy: the recipe's objective, optimizers and state flow.
 
     Args:
         text: (P, S, D) embeddings of the prompts, on the CPU.
+        warn: called with one line for each warning.
     """
     train, device = recipe.train, policy.schedule.timesteps.device
     objective = OBJECTIVES[recipe.objective.name](recipe.objective, kernels)
@@ -131,7 +138,7 @@ def learner_of(
 
 
 def _flow_fit(recipe: Recipe, policy: Policy, text: Embeddings) -> FlowFit:
-    """A fresh state flow with its optimizer; its weights depend on the seed alone."""
+    """A new state flow with its optimizer. The flow's initial weights depend on the seed alone."""
     balance, schedule = recipe.balance, policy.schedule
     assert balance is not None
     with torch.random.fork_rng(devices=[]):
@@ -146,7 +153,7 @@ def _flow_fit(recipe: Recipe, policy: Policy, text: Embeddings) -> FlowFit:
 
 
 def describe_run(recipe: Recipe, components: Components, device: torch.device) -> dict[str, Any]:
-    """What run.json holds: enough to know what ran, on what, and to resume it."""
+    """The content of run.json: the recipe, which a resumed run reads, what was built from it, and the machine."""
     return {
         "recipe": recipe.model_dump(mode="json"),
         "seed": recipe.seed,
@@ -163,7 +170,7 @@ def describe_run(recipe: Recipe, components: Components, device: torch.device) -
 
 
 def git_commit() -> str | None:
-    """The commit of this code, with -dirty if it was changed; None outside a repository."""
+    """The commit of this code, with -dirty if files have changed since; None outside a git repository."""
     try:
         command = ["git", "describe", "--always", "--dirty", "--abbrev=12"]
         return subprocess.run(

@@ -1,13 +1,13 @@
-"""Prompt embeddings: all of them in CPU memory, those in use on the device."""
+"""Prompt embeddings: all are in CPU memory, and those in use also on the device."""
 
 import torch
 from torch import Tensor
 
 
 class Embeddings:
-    """Rows of (P, S, D) prompt embeddings, moved to the device when other prompts are asked for than before.
+    """The embeddings of P prompts. The rows last asked for stay on the device.
 
-    A micro-batch asks for the same prompts in every transition and for policy and flow alike: one copy serves them all.
+    In every transition of a micro-batch, policy and flow ask for the same prompts: one copy to the device serves them all.
 
     Args:
         text: (P, S, D) on the CPU.
@@ -18,7 +18,7 @@ class Embeddings:
         self._prompt_id, self._rows = torch.empty(0, dtype=torch.int64), text[:0].to(device)
 
     def rows(self, prompt_id: Tensor) -> Tensor:
-        """(B, S, D) on the device of prompts (B,), which are on the CPU."""
+        """(B, S, D) embeddings on the device. `prompt_id` (B,) is on the CPU."""
         if not torch.equal(prompt_id, self._prompt_id):
             self._prompt_id, self._rows = prompt_id, self.text[prompt_id].to(self.device)
         return self._rows

@@ -12,48 +12,54 @@ from torch import Tensor
 from dag.chain.trajectory import ChainStore, Trajectories, concatenate
 from dag.objectives import ObjectiveOutput
 
-# Fields of stored trajectories that earlier versions called otherwise.
+# Today's names of fields of trajectories that earlier versions stored under another name.
 _RENAMED = {"looking": "x0_hat_reward"}
 
 
 @dataclass
 class UpdateSums:
-    """Sums over micro-batches, from which the metrics of an epoch's updates are formed."""
+    """Numbers of micro-batches and updates, from which the metrics of an epoch are computed."""
 
     loss: list[Tensor] = field(default_factory=list)
+    """() of each micro-batch: its share of the update's mean loss."""
     clipped: list[Tensor] = field(default_factory=list)
+    """() of each micro-batch: the share of transitions whose ratio was outside the clip range."""
     ratio_dev: list[Tensor] = field(default_factory=list)
+    """() of each micro-batch of the first update: the largest |ratio - 1|."""
     updates: int = 0
+    """Finished updates."""
     norms: dict[str, list[float]] = field(default_factory=dict)
+    """The gradient norms of each finished update, by the optimizer's name."""
 
     @classmethod
     def of(cls, stored: dict[str, Any], device: torch.device) -> "UpdateSums":
-        """What `state` gave, on the policy's device."""
+        """The sums that `state` returned, on the policy's device."""
         names = ("loss", "clipped", "ratio_dev")
         lists = {name: [] if stored[name] is None else list(stored[name].to(device)) for name in names}
         return cls(**lists, updates=stored["updates"], norms=stored["norms"])
 
     def state(self) -> dict[str, Any]:
-        """A tree of tensors and plain values."""
+        """The sums as a tree of tensors and plain values, for a checkpoint."""
         lists = {"loss": self.loss, "clipped": self.clipped, "ratio_dev": self.ratio_dev}
         stacked = {name: torch.stack(values) if values else None for name, values in lists.items()}
         return {**stacked, "updates": self.updates, "norms": self.norms}
 
     def extend(self, other: "UpdateSums") -> None:
-        """Add an update's micro-batches."""
+        """Add the micro-batches of an update. Its norms are added by `end_update`."""
         self.loss += other.loss
         self.clipped += other.clipped
         self.ratio_dev += other.ratio_dev
 
     def add(self, output: ObjectiveOutput, loss: Tensor) -> None:
-        """Add one micro-batch."""
+        """Add one micro-batch, whose share of the update's mean loss is `loss` ()."""
         self.loss.append(loss)
-        if self.updates == 0:  # later ones have moved the policy
+        if self.updates == 0:  # before the first update the ratio should be 1
             self.ratio_dev.append((output.ratio - 1).abs().max())
         if output.clipped is not None:
             self.clipped.append(output.clipped.float().mean())
 
     def end_update(self, norms: dict[str, float]) -> None:
+        """Count a finished update, with its gradient norms by the optimizer's name."""
         self.updates += 1
         for name, norm in norms.items():
             self.norms.setdefault(name, []).append(norm)
@@ -61,45 +67,47 @@ class UpdateSums:
 
 @dataclass
 class EpochState:
-    """How far an epoch has come. The gradients of the update under way are in the parameters."""
+    """How far an unfinished epoch has come. The gradients of its unfinished update are not here but in the parameters."""
 
     epoch: int
     store: ChainStore
-    """The chains of `sampled`."""
+    """The chains of the trajectories in `sampled`."""
     points: int = 0
     """Safe points passed."""
     sampled: list[Trajectories] = field(default_factory=list)
-    """Sampled and scored tiles, without their chains. One pass samples none beforehand."""
+    """Sampled and scored tiles, without their chains. Empty in one pass."""
     has_begun: bool = False
-    """Whether what comes before the first update is done."""
+    """Whether the first update may start: the rollout's residuals and advantages are computed and the flow is
+    fitted. One pass needs no such preparation."""
     measured: dict[str, Any] = field(default_factory=dict)
-    """Metrics from before the first update, in the end those of all updates."""
+    """Metrics of the rollout's residuals; after the last update also those of the updates."""
     advantages: Tensor | None = None
-    """(N,) formed from the complete rollout, or None."""
+    """(N,) advantages that the objective formed from the complete rollout, or None."""
     sums: UpdateSums = field(default_factory=UpdateSums)
-    """Over the finished updates."""
+    """The sums of the finished updates."""
     share: UpdateSums = field(default_factory=UpdateSums)
-    """Over the update under way."""
+    """The sums of the unfinished update."""
     micro_batches: int = 0
-    """How many micro-batches of the update under way are back-propagated."""
+    """How many micro-batches of the unfinished update are back-propagated."""
     drawn: list[Trajectories] = field(default_factory=list)
-    """One pass: the finished updates' trajectories."""
+    """One pass: the trajectories of each finished update, without their chains."""
     residuals: list[Tensor] = field(default_factory=list)
-    """One pass: (N, T) of each finished update."""
+    """One pass: the residuals of each finished update, (N, T) for its trajectories in all processes."""
     walked: list[Trajectories] = field(default_factory=list)
-    """One pass: the finished micro-batches of the update under way."""
+    """One pass: the trajectories of each finished micro-batch of the unfinished update."""
     log_F_tilde: list[Tensor] = field(default_factory=list)
-    """One pass: (B, T) learnt flows of each of `walked`."""
+    """One pass: (B, T) learnt flows of each entry of `walked`."""
     metrics: dict[str, Any] | None = None
-    """The finished epoch's, before its evaluation."""
+    """The epoch's metrics when all updates are finished and only the evaluation is left; None before."""
 
     @property
     def num_sampled(self) -> int:
+        """Trajectories that are sampled and scored; 0 in one pass."""
         return sum(tile.num_trajectories for tile in self.sampled)
 
     @property
     def num_walked(self) -> int:
-        """Trajectories of the update under way, in one pass."""
+        """One pass: trajectories of the unfinished update that are back-propagated."""
         return sum(tile.num_trajectories for tile in self.walked)
 
     def rollout(self) -> Trajectories:
@@ -109,24 +117,24 @@ class EpochState:
     # -- the course of an epoch ----------------------------------------------------------------------------------
 
     def restart_update(self) -> None:
-        """Forget the update under way; its gradients are the caller's to clear."""
+        """Forget the unfinished update. The caller clears its gradients."""
         self.share, self.micro_batches = UpdateSums(updates=self.sums.updates), 0
         self.walked, self.log_F_tilde = [], []
 
     def end_update(self, norms: dict[str, float]) -> None:
-        """Count the update under way as finished; in one pass `keep` follows."""
+        """Count the unfinished update as finished. In one pass, call `keep` next."""
         self.sums.extend(self.share)
         self.sums.end_update(norms)
         self.share, self.micro_batches = UpdateSums(updates=self.sums.updates), 0
 
     def keep(self, drawn: Trajectories, residuals: Tensor) -> None:
-        """One pass: what is left of a finished update's micro-batches."""
+        """One pass: keep the trajectories of the update just finished and their residuals (N, T)."""
         self.drawn.append(drawn)
         self.residuals.append(residuals)
         self.walked, self.log_F_tilde = [], []
 
     def end_updates(self, metrics: dict[str, Any]) -> None:
-        """Only the evaluation is left: the trajectories go."""
+        """Keep the epoch's metrics, and drop everything that only updates need."""
         self.sampled, self.drawn, self.residuals = [], [], []
         self.advantages, self.store, self.metrics = None, self.store.emptied(), metrics
         self.has_begun = False
@@ -134,12 +142,12 @@ class EpochState:
     # -- on disk -------------------------------------------------------------------------------------------------
 
     def state(self) -> dict[str, Any]:
-        """A tree of tensors and plain values, for a checkpoint."""
+        """The state as a tree of tensors and plain values, for a checkpoint. Its keys are those of format 2 of checkpoints."""
         sampled = vars(concatenate(self.sampled, self.store.so_far())) if self.sampled else None
         return {"metrics": self.metrics, "sampled": sampled, "progress": self._progress() if self.has_begun else None}
 
     def _progress(self) -> dict[str, Any]:
-        """How far the updates are."""
+        """The part of the state that updates change."""
         return {
             "outcome": self.sums.state(),
             "share": self.share.state(),
@@ -153,7 +161,7 @@ class EpochState:
         }
 
     def load_state(self, stored: dict[str, Any], device: torch.device) -> None:
-        """Continue from what `state` gave, on the policy's device; this state is a fresh one."""
+        """Restore what `state` returned, on the policy's device, into this state, which must be new."""
         self.metrics = stored["metrics"]
         if stored["sampled"] is not None:
             rollout = _trajectories(stored["sampled"], device)

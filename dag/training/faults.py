@@ -1,4 +1,4 @@
-"""Numbers that are not finite: found before anything learns from them, and what they came from."""
+"""Finds numbers that are not finite before anything is trained on them, and reports which transitions they came from."""
 
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -14,13 +14,13 @@ from dag.objectives import ObjectiveOutput
 from dag.run import durable
 from dag.run.metrics import finite
 
-# Transitions that a dump shows where no loss is to blame.
+# Transitions that a dump shows if all losses are finite.
 _SHOWN = 8
 
 
 @dataclass(frozen=True)
 class _Rows:
-    """Transitions of one micro-batch."""
+    """B transitions of step k, (B,) each."""
 
     k: int
     sample_id: Tensor
@@ -31,21 +31,21 @@ class _Rows:
 
 @dataclass
 class Suspects:
-    """The transitions of the update under way: a few numbers each."""
+    """A few numbers of each transition of the unfinished update, in case its gradient is not finite."""
 
     rows: list[_Rows] = field(default_factory=list)
     trajectories: Trajectories | None = None
-    """Where their states are; None in one pass, which keeps none."""
+    """The trajectories with their chains; None in one pass, which stores no chains."""
 
     def clear(self) -> None:
         self.rows, self.trajectories = [], None
 
     def add(self, k: int, sample_id: Tensor, output: ObjectiveOutput) -> None:
-        """A micro-batch of step k."""
+        """Remember a micro-batch of transitions of step k; `sample_id` is (B,)."""
         self.rows.append(_Rows(k, sample_id, output.loss.detach(), output.residual, output.ratio))
 
     def worst(self) -> list[dict[str, Any]]:
-        """Transitions whose loss is not finite, or else those with the largest."""
+        """The transitions whose loss is not finite; if there are none, those with the largest loss."""
         found = [
             {
                 "sample_id": sample,
@@ -63,23 +63,23 @@ class Suspects:
         return bad or order[:_SHOWN]
 
     def states(self, rows: list[dict[str, Any]]) -> dict[str, Tensor]:
-        """x_t and x_next of transitions, by sample and step; empty where no chain is kept."""
-        drawn, kept = self.trajectories, {}
-        if drawn is None:
+        """x_t and x_next of the transitions `rows`, by a name with sample and step; empty if no chain is stored."""
+        trajectories, states = self.trajectories, {}
+        if trajectories is None:
             return {}
         for row in rows:
-            at = (drawn.sample_id == row["sample_id"]).nonzero()[0]
+            index = (trajectories.sample_id == row["sample_id"]).nonzero()[0]
             name = f"sample_{row['sample_id']}_step_{row['k']}"
-            kept[f"{name}_x_t"] = drawn.states(row["k"], at)[0].cpu().clone()
-            kept[f"{name}_x_next"] = drawn.states(row["k"] + 1, at)[0].cpu().clone()
-        return kept
+            states[f"{name}_x_t"] = trajectories.states(row["k"], index)[0].cpu().clone()
+            states[f"{name}_x_next"] = trajectories.states(row["k"] + 1, index)[0].cpu().clone()
+        return states
 
 
 class NotFiniteError(DivergedError):
-    """A rollout, or gradients several times in a row: nothing has learnt from them.
+    """A rollout was not finite, or gradients were not, several times in a row. Nothing has been trained on them.
 
     Args:
-        suspects: the transitions to blame, if they are known.
+        suspects: the transitions of the update whose gradient was not finite, if they are known.
     """
 
     def __init__(self, message: str, suspects: Suspects | None = None) -> None:
@@ -88,9 +88,9 @@ class NotFiniteError(DivergedError):
 
 
 def dump(folder: Path, name: str, rows: list[dict[str, Any]], states: dict[str, Tensor]) -> Path:
-    """Write folder/name.json and, if there are states, name.safetensors; returns the former."""
+    """Write transitions to folder/name.json and their states, if any, to name.safetensors. Returns the path of the JSON."""
     folder.mkdir(parents=True, exist_ok=True)
-    # JSON has no word for what is not finite.
+    # JSON has no number that is not finite, hence a text.
     stored = [{key: value if finite(value) == value else repr(value) for key, value in row.items()} for row in rows]
     durable.write_json(folder / f"{name}.json", {"transitions": stored})
     if states:
@@ -99,7 +99,7 @@ def dump(folder: Path, name: str, rows: list[dict[str, Any]], states: dict[str, 
 
 
 def not_finite(trajectories: Trajectories) -> str | None:
-    """The first number of a rollout that is not finite, in words; None if all are."""
+    """A sentence about the first number of a rollout that is not finite; None if all are finite."""
     tables = {"log P_F": trajectories.log_pf, "log P_B": trajectories.log_pb, "reward": trajectories.reward[:, None]}
     if trajectories.x0_hat_reward is not None:
         tables["the forward-looking reward"] = trajectories.x0_hat_reward

@@ -1,8 +1,8 @@
-"""Fitting the state flow to a rollout: per-step constants, running residual means and scales, flow-only updates.
+"""Fits the state flow to a rollout: its per-step constants, running means and scales of residuals, flow-only updates.
 
-The UNet is not called here: log P_F stays what it was at sampling time.
+The UNet is not called here: log P_F is that of sampling time.
 
-Legend: N trajectories, B rows, T transitions.
+Legend: N trajectories, B of them, T transitions.
 """
 
 from collections.abc import Callable
@@ -20,18 +20,24 @@ from dag.run.processes import ALONE, Processes
 from dag.training.embeddings import Embeddings
 from dag.training.optimizer import ClippedOptimizer
 
-# Share of a new rollout in the running means per step.
+# Weight of a new rollout in the running means and scales of each step.
 _RUNNING_RATE = 0.3
 _ROWS_AT_ONCE = 64
 
 
 class FlowFit:
-    """Owns what the flow carries from rollout to rollout.
+    """The state flow with its optimizer, and the running statistics of its residuals.
 
     Args:
+        optimizer:   the flow's optimizer.
         text:        embeddings of the recipe's prompts.
-        calibration: share by which a rollout moves the constants (`flow.calibration`); 0 never.
+        calibration: how far a rollout moves the flow's constants (`flow.calibration`).
         is_scaled:   divide residuals by their running sd per step (`objective.residual_scale: running`).
+
+    Attributes:
+        residual_scale: (T,) what the residuals of each step are divided by; ones if not `is_scaled`.
+        baseline:       (T,) running means of the residuals of each step, for DAG-KL.
+        is_calibrated:  whether `recentre` has been called.
     """
 
     def __init__(
@@ -50,26 +56,26 @@ class FlowFit:
         self.is_calibrated = False
 
     def step_weights(self) -> Tensor:
-        """(T,) weights of the steps' losses, s_k over their mean; ones where residuals are not scaled.
+        """(T,) weights s_k / mean(s) of the steps' losses, with s the residual scale; ones if residuals are not scaled.
 
-        loss_k = (s_k / mean s) g(delta / s_k): its gradient is g'(delta / s_k) / mean s, so a wide step counts like a
-        narrow one. Without this weight it is divided by s_k twice, and the narrow steps, which hardly touch the
-        reward, drown the others.
+        The gradient of (s_k / mean s) g(delta / s_k) is g'(delta / s_k) / mean s, so that steps with large and with small
+        residuals count alike. Without this weight the gradient is divided by s_k twice, and the steps with small residuals,
+        which hardly depend on the reward, dominate.
         """
         return self.residual_scale / self.residual_scale.mean()
 
     def log_F_tilde(self, trajectories: Trajectories, rows: Rows, k: int | Tensor) -> Tensor:
-        """(B,) learnt part of the flow at state k of each row, with gradients; k an int, or (B,) beside indices."""
+        """(B,) learnt flow at state k of each row, with gradients. If k is (B,), `rows` must be indices too."""
         ks = torch.full((count(rows),), k, device=self.baseline.device) if isinstance(k, int) else k
         return self.log_F_tilde_at(trajectories.states(k, rows), trajectories.prompt_id[on_cpu(rows)], ks)
 
     def log_F_tilde_at(self, x_t: Tensor, prompt_id: Tensor, ks: Tensor) -> Tensor:
-        """(B,) the same at states (B, C, H, W) of steps (B,)."""
+        """(B,) learnt flow at states x_t (B, C, H, W) of the steps `ks` (B,), with gradients."""
         return self.flow(x_t, self.schedule.timesteps[ks], ks, self.text.rows(prompt_id))
 
     @torch.no_grad()
     def residuals(self, trajectories: Trajectories, terms: LogTerms, rows: Rows) -> Tensor:
-        """(B, T) residuals of some trajectories at the sampling-time policy and the current flow."""
+        """(B, T) residuals of some trajectories, from the log P_F of sampling time and the current flow."""
         steps = range(self.schedule.num_transitions)
         parts = cut(rows, _ROWS_AT_ONCE)
         table = torch.cat(
@@ -80,9 +86,9 @@ class FlowFit:
         )
 
     def recentre(self, residuals: Tensor) -> None:
-        """Centre the flow's constants on a rollout's residuals (N, T), and track their mean and scale per step."""
+        """Move the flow's constants towards a zero mean of a rollout's residuals (N, T), and update the running statistics."""
         mean = residuals.mean(0)
-        # The constants move a step's residuals alike: their spread stays.
+        # The constants shift all residuals of a step by the same amount, so the spread does not change.
         spread = residuals.std(0, correction=0).clamp(min=1e-6)
         if self.calibration > 0:
             rate = self.calibration if self.is_calibrated else 1.0
@@ -106,21 +112,25 @@ class FlowFit:
         processes: Processes = ALONE,
         groups: int = 1,
     ) -> None:
-        """One shuffled pass over every transition: an update per `batch` of them on the mean penalty of delta / s.
+        """One shuffled pass over all transitions of a rollout: a flow-only update for each `batch` of them.
 
-        All processes shuffle alike, and each computes the gradients of its own transitions.
+        The loss is the mean penalty of delta / s, weighted by `step_weights`. All processes shuffle alike, and each computes
+        the gradients of its own transitions.
 
         Args:
-            groups: the number of updates; gathered rows are put back into the order that a single process has.
+            penalty:   g, elementwise.
+            batch:     transitions of an update, in all processes together.
+            generator: shuffles; in the same state in every process.
+            groups:    the number of updates that share the trajectories, see `dag.run.processes`.
         """
         N, T = processes.size * len(terms.log_pf), terms.log_pf.shape[1]
         device = terms.log_pf.device
-        # Which transitions are ours is decided on the CPU, where choosing costs no wait.
-        place = torch.full((N,), -1)
-        place[processes.mine(torch.arange(N), groups)] = torch.arange(N // processes.size)
+        # For each of all N trajectories its row in this process, or -1. On the CPU, since selecting waits for a GPU.
+        local_row = torch.full((N,), -1)
+        local_row[processes.mine(torch.arange(N), groups)] = torch.arange(N // processes.size)
         for index in torch.randperm(N * T, generator=generator).split(batch):
-            mine = place[index // T] >= 0
-            rows, k = place[index // T][mine].to(device), (index % T)[mine].to(device)
+            is_local = local_row[index // T] >= 0
+            rows, k = local_row[index // T][is_local].to(device), (index % T)[is_local].to(device)
             self.optimizer.zero_grad()
             if len(rows):
                 delta = self._residual_of(trajectories, terms, rows, k)
@@ -131,7 +141,7 @@ class FlowFit:
             self.optimizer.check()
 
     def _residual_of(self, trajectories: Trajectories, terms: LogTerms, rows: Tensor, k: Tensor) -> Tensor:
-        """(B,) residuals of single transitions with the gradient of log F; log F' is a constant target."""
+        """(B,) residuals of the transitions k (B,) of `rows` (B,), with the gradient of log F alone: log F' is a fixed target."""
         T = self.schedule.num_transitions
         following = (k + 1).clamp(max=T - 1)
         with torch.no_grad():
@@ -142,7 +152,7 @@ class FlowFit:
 
 
 def describe_residuals(residuals: Tensor) -> dict[str, float | list[float]]:
-    """Metrics of a rollout's residuals (N, T), before the flow is fitted to them."""
+    """The metrics of a rollout's residuals (N, T), to be taken before the flow is fitted to them."""
     return {
         "residual_mean": float(residuals.mean()),
         "residual_rms": float(residuals.square().mean().sqrt()),

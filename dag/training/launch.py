@@ -1,4 +1,4 @@
-"""From a recipe and a run folder to a training run: processes, device, threads, what run.json says, trackers."""
+"""Starts training in a process: connects the processes, chooses device and threads, writes run.json, opens trackers."""
 
 import ctypes
 import os
@@ -26,7 +26,7 @@ from dag.run.signals import Interrupt
 from dag.training.build import build, describe_run
 from dag.training.trainer import Trainer
 
-# accelerate's launcher tells its processes the precision, torchrun does not.
+# accelerate's launcher sets this variable in the processes that it starts; torchrun does not.
 _IS_LAUNCHED = "ACCELERATE_MIXED_PRECISION" in os.environ
 _PR_SET_PDEATHSIG = 1
 _LOADING = (
@@ -41,15 +41,16 @@ def train(config: Recipe, opener: Callable[[], tuple[RunFolder, bool]]) -> None:
     """Train a recipe in each process of the launch.
 
     Args:
-        opener: (run folder, whether it is resumed); the main process calls it, and all must be able to read the folder.
+        opener: returns (run folder, whether the run is resumed). Only the main process calls it; all must be able to read the
+            folder.
 
     Raises:
-        UsageError: the launch or the recipe asks for what cannot be done.
+        UsageError: the way of launching, or the recipe, asks for what cannot be done.
         RunError, StoppedError: see `Trainer.fit`.
     """
     _end_with_launcher()
     with deterministic(config.deterministic), ExitStack() as stack:
-        # Without a GPU accelerate connects the processes that torchrun started only if it is told of the CPU.
+        # Without a GPU accelerate connects the processes that torchrun started only if it is explicitly given the CPU.
         state = PartialState(cpu=_takes_cpu())
         _check_launch(state.num_processes)
         found: list[Any] = [None, None]
@@ -67,7 +68,8 @@ def train(config: Recipe, opener: Callable[[], tuple[RunFolder, bool]]) -> None:
 
 
 def _end_with_launcher() -> None:
-    """accelerate's launcher passes no signal on: without this, a SIGTERM ends it and leaves the training behind."""
+    """Have Linux send this process a SIGTERM when accelerate's launcher ends. The launcher does not forward signals: a
+    SIGTERM would end it and leave this process running."""
     if _IS_LAUNCHED and sys.platform == "linux" and "accelerate" in _command_of(os.getppid()):
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, int(signal.SIGTERM), 0, 0, 0)
 
@@ -80,12 +82,12 @@ def _command_of(process: int) -> str:
 
 
 def _takes_cpu() -> bool:
-    """Whether accelerate must be told to take the CPU."""
+    """Whether accelerate has to be given the CPU explicitly."""
     return _are_cpu_processes() or _has_mac_gpu()
 
 
 def _has_mac_gpu() -> bool:
-    """Whether accelerate would take a Mac's GPU, on which a rollout's noise cannot be drawn."""
+    """Whether there is a Mac's GPU, which accelerate would take although a rollout's noise cannot be drawn on it."""
     return torch.backends.mps.is_available()
 
 
@@ -94,7 +96,10 @@ def _are_cpu_processes() -> bool:
 
 
 def _check_launch(num_processes: int) -> None:
-    """Without a GPU accelerate's launcher starts one process whatever it was asked for, and says nothing."""
+    """Raises UsageError unless as many processes are connected as were asked for.
+
+    Without a GPU accelerate's launcher silently starts a single process, whatever it was asked for.
+    """
     started = int(os.environ.get("WORLD_SIZE", "1"))
     if num_processes != started:
         raise UsageError(f"{started} processes were started, and {num_processes} found each other")
@@ -116,20 +121,20 @@ def _train(config: Recipe, run: RunFolder, is_resumed: bool) -> None:
     if config.memory.budget_gib is not None:
         limit_memory(device, config.memory.budget_gib)
     say = print if processes.is_main else _nothing
-    # What the main process downloads or converts, the others find.
+    # The main process builds first: the others then find what it has downloaded or converted.
     with out_of_memory_ends(_LOADING), accelerator.main_process_first():
         components = build(config, device, say, processes=processes)
     say(f"kernels: {components.kernels.name} ({components.kernels.reason})")
     say(f"attention: {components.policy.describe()['attention']}", flush=True)
-    here = {**describe_run(config, components, device), "processes": processes.size}
+    description = {**describe_run(config, components, device), "processes": processes.size}
     if is_resumed:
         before = run.read_description()
-        if changed := _changes(before, here):
+        if changed := _changes(before, description):
             say(f"not where this run began ({'; '.join(changed)}): it goes on, but not bit for bit", flush=True)
         elif device.type == "cuda" and not config.deterministic:
             say("on a GPU and without deterministic: true it goes on, but not bit for bit", flush=True)
-        # With what may change on the way: more epochs, other reports.
-        here = {**before, "recipe": here["recipe"]}
+        # run.json goes on describing the start of the run; only the recipe may have changed, in its epochs and reports.
+        description = {**before, "recipe": description["recipe"]}
     tracker = None
     if trackers is not None:
         accelerator.init_trackers(
@@ -139,7 +144,7 @@ def _train(config: Recipe, run: RunFolder, is_resumed: bool) -> None:
     try:
         with out_of_memory_ends(_OUTSIDE), Interrupt().listening() as interrupt:
             trainer = Trainer(config, run, components, tracker, processes, interrupt)
-            trainer.fit(is_resumed, on_start=lambda: run.write_description(here) if processes.is_main else None)
+            trainer.fit(is_resumed, on_start=lambda: run.write_description(description) if processes.is_main else None)
     except OSError as error:
         raise RunError(f"{error.filename or run.path}: {error.strerror or error}") from None
     finally:
@@ -149,28 +154,28 @@ def _train(config: Recipe, run: RunFolder, is_resumed: bool) -> None:
 
 
 def _nothing(*texts: object, **options: object) -> None:
-    """What other processes than the main one print."""
+    """Takes the place of print in all processes but the main one."""
 
 
 def _describe_compilations(run: RunFolder, counts: dict[str, int]) -> None:
-    """Add to run.json what `memory.compile` did in this process, if the run began."""
+    """Add the counts of `dag.models.levers.compilations` to run.json, if anything was compiled."""
     if counts["graphs"]:
-        with suppress(RunError, OSError):  # a full disk is told of elsewhere
+        with suppress(RunError, OSError):  # a full disk is reported elsewhere
             run.write_description(run.read_description() | {"compiled": counts})
 
 
 def _changes(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
-    """Where a resumed run is not on the machine and with the versions that it began with."""
+    """What has changed in machine and versions since a resumed run began, one entry for each change."""
     places = ("device", "threads", "processes", "python", "jpeg")
     pairs = [(key, before[key], now[key]) for key in places if key in before]
-    # A package that is there now and was not before counts; one that an older run.json does not speak of cannot.
+    # A package that has been installed since is a change; one that an older run.json does not list is not.
     then = before.get("versions", {})
     pairs += [(name, then[name], version) for name, version in now["versions"].items() if name in then]
     return [f"{key} {old or 'none'} then, {new or 'none'} now" for key, old, new in pairs if old != new]
 
 
 def _use_all_threads(device_type: str) -> None:
-    """Undo the launcher's OMP_NUM_THREADS=1, which it sets for any number of CPU processes, also for one."""
+    """Undo the OMP_NUM_THREADS=1 that accelerate's launcher sets for CPU processes, even for a single one."""
     if device_type == "cpu" and _IS_LAUNCHED and torch.get_num_threads() == 1:
         threads = num_cores()
         torch.set_num_threads(threads)

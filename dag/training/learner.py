@@ -1,6 +1,6 @@
-"""What updates carry from rollout to rollout: policy, objective, state flow, optimizers and scales.
+"""The policy, objective, state flow, optimizers and scales that training carries from rollout to rollout.
 
-`StoredTraining` and `OnePass` are the two ways of training with it.
+`StoredTraining` and `OnePass` are the two ways of training a learner.
 
 Legend: N trajectories, T transitions.
 """
@@ -26,17 +26,18 @@ from dag.training.loss import Loss, Rollout
 from dag.training.optimizer import ClippedOptimizer
 from dag.training.updates import Updates
 
-# Flow-only minibatches are this many micro-batches large: the flow net is far cheaper than the denoiser.
+# A flow-only update takes this many times as many transitions as a micro-batch: the flow is far cheaper than the denoiser.
 _FLOW_BATCHES = 8
 
 
 class Learner:
-    """
+    """The state of training that outlives an epoch, apart from counters of the loop.
+
     Args:
-        optimizer: the policy's.
-        flow_fit:  None for objectives without a flow.
+        optimizer: the policy's optimizer.
+        flow_fit:  the state flow; None for objectives without one.
         text:      embeddings of the recipe's prompts.
-        warn:      hears of a micro-batch that had to be halved.
+        warn:      called with one line when a micro-batch had to be halved.
         processes: share each update's trajectories.
     """
 
@@ -60,13 +61,14 @@ class Learner:
         self.updates = Updates(recipe, optimizer, flow, T, self.device, warn, processes)
 
     def rollout(self, trajectories: Trajectories, epoch: int, score: Score | None = None, groups: int = 1) -> Rollout:
-        """Trajectories with their numbers in the objective's nats.
+        """The rollout of these trajectories, with their log-probs and rewards on the objective's scale.
 
         Args:
-            groups: the number of updates that share them.
+            score:  see `Rollout.score`.
+            groups: the number of updates that share the trajectories.
 
         Raises:
-            NotFiniteError: one of their numbers is not finite.
+            NotFiniteError: a number of the trajectories, in any process, is not finite.
         """
         bad = not_finite(trajectories)
         if self.processes.any((bad is not None,))[0]:
@@ -77,7 +79,7 @@ class Learner:
         return Rollout(trajectories, self.log_scale.terms(trajectories, epoch), epoch, groups, score)
 
     def fit_flow(self, rollout: Rollout) -> None:
-        """`flow.passes` flow-only passes, each shuffled by its own seed."""
+        """Train the flow alone on a rollout, `flow.passes` times, each with its own shuffle."""
         balance = self.recipe.balance
         assert balance is not None and self.flow_fit is not None and rollout.terms is not None
         huber, batch = balance.huber, _FLOW_BATCHES * self.recipe.train.micro_batch
@@ -102,7 +104,7 @@ class Learner:
         return {"residual_scale": self.flow_fit.residual_scale, "baseline": self.flow_fit.baseline}
 
     def state_dict(self) -> dict[str, Any]:
-        """Plain numbers, for JSON; weights, optimizers and `tensors` are kept apart."""
+        """The state's plain numbers, for JSON. A checkpoint stores weights, optimizer states and `tensors` separately."""
         return self.updates.state_dict() | {
             "is_calibrated": self.flow_fit is not None and self.flow_fit.is_calibrated,
             "reward_scale": asdict(self.log_scale.reward_scale),

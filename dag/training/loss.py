@@ -1,6 +1,6 @@
-"""What a micro-batch of transitions costs: the objective's loss and the regulariser, with gradients.
+"""The loss of a micro-batch of transitions: the objective and the regularisers, with gradients.
 
-Legend: N trajectories, B rows of a micro-batch, T transitions.
+Legend: N trajectories, B transitions of a micro-batch, T transitions of a trajectory.
 """
 
 import math
@@ -23,39 +23,41 @@ from dag.training.flow_fit import FlowFit
 
 @dataclass(frozen=True)
 class Rollout:
-    """What every update on one rollout looks at."""
+    """A rollout as all its updates use it."""
 
     trajectories: Trajectories
     terms: LogTerms | None
-    """None for objectives without a flow."""
+    """The terms of detailed balance; None for objectives without a flow."""
     epoch: int
     groups: int
     """The number of updates that share the trajectories."""
     score: Score | None = None
-    """Rewards of images of trajectory rows; only `forward_looking.source: current` calls it."""
+    """Computes the rewards of images of these trajectories; only `forward_looking.source: current` calls it."""
 
 
 @dataclass(frozen=True)
 class FlowTerms:
-    """Both ends of B transitions in the detailed balance, (B,) each, in nats."""
+    """The terms of the state flow at both ends of B transitions, (B,) each, in nats."""
 
     log_F_tilde: Tensor
     """Learnt flow at x_t, with gradients."""
     log_F_tilde_next: Tensor
     """Learnt flow at x_next; ignored in the last transition."""
     log_looking: Tensor
+    """Forward-looking term at x_t."""
     log_looking_next: Tensor
+    """Forward-looking term at x_next; ignored in the last transition."""
     log_reward: Tensor
     """Takes the place of the flow at x_next in the last transition, and is ignored elsewhere."""
 
 
 class Loss:
-    """The objective on the transitions that a policy is trained on.
+    """The objective and the regularisers for the transitions of a policy.
 
     Args:
-        flow_fit:  None for objectives without a flow.
+        flow_fit:  the state flow; None for objectives without one.
         text:      embeddings of the recipe's prompts.
-        log_scale: turns log-probs and rewards into the objective's nats.
+        log_scale: converts log-probs and rewards to the objective's scale.
     """
 
     def __init__(
@@ -75,16 +77,16 @@ class Loss:
         ones = torch.ones(self.schedule.num_transitions, device=self.device)
         self.policy_weight = self.schedule.balanced_weights() if is_balanced else ones
 
-    # -- one transition, however its states came about ----------------------------------------------------------
+    # -- one transition, of a stored rollout or in one pass -----------------------------------------------------
 
     def log_probs(
         self, x_t: Tensor, x_next: Tensor, prediction: Prediction, k: int, text: Tensor, old: Tensor | None = None
     ) -> TransitionLogProbs:
-        """The log-probs of B transitions of step k, sums over latent dims, and what the regularisers need.
+        """The log-probs of B transitions of step k, as sums over latent dims, and what the regularisers need.
 
         Args:
             text: (B, S, D) embeddings of the prompts.
-            old:  (B, C, H, W) the sampling-time output; None if nothing pulls towards it.
+            old:  (B, C, H, W) network output at sampling time; only needed with `regulariser.sampling`.
         """
         ks, pretrained = torch.full((len(x_t),), k, device=self.device), None
         if self.regularisers.pretrained_kl > 0:
@@ -104,14 +106,14 @@ class Loss:
         flows: FlowTerms | None = None,
         advantage: Tensor | None = None,
     ) -> Transition:
-        """B transitions of step k as the objective sees them.
+        """B transitions of step k in the form that the objective takes.
 
         Args:
             now:        log-probs with the policy's gradients.
-            log_pf_old: (B,) at sampling time, sums over latent dims.
-            log_pb:     (B,) sums over latent dims.
-            flows:      None for objectives without a flow.
-            advantage:  (B,) for objectives that form one from the complete update.
+            log_pf_old: (B,) log P_F at sampling time, sums over latent dims.
+            log_pb:     (B,) log P_B, or the log-prob of the prior, sums over latent dims.
+            flows:      terms of the state flow; None for objectives without one.
+            advantage:  (B,) for objectives that form advantages.
         """
         factor, ks = self.log_scale.reduction_factor, torch.full((len(log_pb),), k, device=self.device)
         transition = Transition(
@@ -129,12 +131,12 @@ class Loss:
         return replace(transition, **vars(flows), residual_scale=self.flow_fit.residual_scale[ks])
 
     def output(self, transition: Transition, k: int) -> ObjectiveOutput:
-        """The objective's output, weighted as step k."""
+        """The objective's output, its loss multiplied by the weight of step k (`FlowFit.step_weights`)."""
         output = self.objective(transition)
         return output if self.flow_fit is None else replace(output, loss=self.flow_fit.step_weights()[k] * output.loss)
 
     def regulariser(self, now: TransitionLogProbs) -> Tensor:
-        """(B,) pull towards the sampling-time prediction and towards the pretrained policy."""
+        """(B,) weighted sum of the regularisers: distance to the output at sampling time, KL to the pretrained policy."""
         weights, total = self.regularisers, torch.zeros_like(now.log_pb)
         if now.gap is not None:
             total = total + weights.sampling / math.prod(self.policy.latent_shape) * now.gap
@@ -147,7 +149,11 @@ class Loss:
     def of_step(
         self, rollout: Rollout, rows: Rows, k: int, advantages: Tensor | None = None
     ) -> tuple[ObjectiveOutput, Tensor]:
-        """(objective output, regulariser (B,)) of step k of some trajectories, with gradients."""
+        """(the objective's output, regulariser (B,)) of step k of the trajectories `rows`, with gradients.
+
+        Args:
+            advantages: (N, T) for objectives that form advantages.
+        """
         trajectories = rollout.trajectories
         x_t, x_next = trajectories.states(k, rows), trajectories.states(k + 1, rows)
         prediction, old = self._predict(rollout, rows, k), None
@@ -186,7 +192,7 @@ class Loss:
     def _log_looking(
         self, rollout: Rollout, terms: LogTerms, rows: Rows, k: int, prediction: Prediction | None = None
     ) -> Tensor:
-        """(B,) forward-looking term at state k: the rollout's, or (published) that of the current policy's x0_hat."""
+        """(B,) forward-looking term at state k, from the rollout's x0_hat or, if the recipe says so, the current policy's."""
         section = self.forward_looking
         if section is None or section.source != "current":
             return terms.log_looking[rows, k]

@@ -1,12 +1,13 @@
-"""Training while sampling: a transition is back-propagated as soon as the next state is known.
+"""One pass: training while sampling. A transition is back-propagated after the denoiser's pass at its next state.
 
 Detailed balance is local. The residual of step k needs log P_F and log P_B of that step, the flows at x_k and x_{k+1} and
-the rewards of two x0_hat, all known after the forward pass at x_{k+1}. So one denoiser pass per transition serves sampling
-and training, no chain is stored, and at most two steps' graphs live at a time; the last one waits for the final picture.
+the rewards of their x0_hat, all known after the denoiser's pass at x_{k+1}. So one denoiser pass per transition serves sampling
+and training, and at most two steps' graphs are in memory at a time. The last step waits for the final picture's reward. Chains
+are stored for flow-only updates (`flow.passes`) alone.
 
-Every update samples its own trajectories, hence is strictly on-policy. What a stored rollout gives beforehand comes from
-earlier rollouts here: the flow's constants, the residual scales, DAG-KL's baseline. Given those, the gradient is that of
-`dag.training.stored.StoredTraining` on the stored chains of the same trajectories.
+Every update samples its own trajectories, hence is strictly on-policy. The flow's constants, the residual scales and DAG-KL's
+baseline, which `dag.training.stored.StoredTraining` computes from the rollout itself, come from earlier rollouts here. Given
+the same values of them, the gradient equals that of `StoredTraining` on the same trajectories.
 
 Legend: B rows of a micro-batch, N trajectories, T transitions.
 """
@@ -33,29 +34,37 @@ from dag.training.safe_points import Steps, agreed
 
 @dataclass(frozen=True)
 class _Pending:
-    """A trained step that waits for the flow at the next state."""
+    """A trained step that waits for the flow at its next state, or for the final reward."""
 
     step: Step
     weight: float
+    """Importance weight, see `Updates.choose_steps`."""
     now: TransitionLogProbs
+    """Log-probs with the policy's gradients."""
     log_F_tilde: Tensor
+    """(B,) learnt flow at x_t, with gradients."""
     log_looking: Tensor
+    """(B,) forward-looking term at x_t."""
 
 
 @dataclass
 class _Tile:
-    """One micro-batch on its way down the chain, and the numbers it leaves."""
+    """A micro-batch of B trajectories while it is sampled, with one entry per finished step in each list."""
 
     batch: Batch
     text: Tensor
+    """(B, S, D) prompt embeddings on the device."""
     sample_id: Tensor
+    """(B,) int64 on the device."""
     score: Score
     states: list[Tensor] = field(default_factory=list)
+    """The chain's T + 1 states; empty if no chain is kept."""
     log_pf: list[Tensor] = field(default_factory=list)
     log_pb: list[Tensor] = field(default_factory=list)
     log_F_tilde: list[Tensor] = field(default_factory=list)
     x0_hat_reward: list[Tensor] = field(default_factory=list)
     reward: Tensor | None = None
+    """(B,) reward of the final pictures; None before the last step."""
 
     @property
     def rows(self) -> Tensor:
@@ -63,10 +72,11 @@ class _Tile:
 
 
 class OnePass:
-    """Sampling and updates in one.
+    """Samples and trains at the same time.
 
     Args:
-        learner: of an objective with a flow, calibrated by at least one stored rollout where its units need it.
+        learner: its objective has a flow. With `beta.unit: reward_sd` it must have seen a stored rollout, which sets the
+            reward scale.
     """
 
     def __init__(self, learner: Learner, meter: PhaseMeter) -> None:
@@ -83,18 +93,19 @@ class OnePass:
         scorer: Callable[[Batch], Score],
         on_rows: Callable[[int], object] = lambda n: None,
     ) -> Steps:
-        """All updates of an epoch on fresh trajectories, or those that `state` has left.
+        """The updates of an epoch that `state` does not have yet, each on newly sampled trajectories.
 
         Yields after each micro-batch and each update. At the end `state.drawn` holds the trajectories, without their chains,
         and `state.measured` the metrics.
 
         Args:
-            batch:   this process's trajectories.
-            scorer:  the rewards of some of them.
-            on_rows: hears of finished policy transitions.
+            batch:   this process's trajectories of the epoch.
+            scorer:  gives the function that scores images of some of them.
+            on_rows: called with the number of trajectories after each of their transitions, for a progress bar.
 
         Raises:
-            TooManyRowsError: in a micro-batch; a new iterator over the same state tries again.
+            TooManyRowsError: a GPU ran out of memory in a micro-batch. A new iterator over the same state continues.
+            NotFiniteError:   see `Learner.rollout` and `Updates.step`.
         """
         state.has_begun = True
         groups = list(batch.tiles(len(batch.sample_id) // self.recipe.train.updates))
@@ -108,7 +119,14 @@ class OnePass:
         state.measured |= describe_residuals(torch.cat(state.residuals)) | self.updates.metrics(state.sums)
 
     def _fit_flow(self, trajectories: Trajectories, log_F_tilde: Tensor, epoch: int) -> Tensor:
-        """Recentre the flow on an update's residuals (N, T), which are returned; then flow-only passes."""
+        """Recentre the flow on an update's residuals, and train it alone if the recipe says so.
+
+        Args:
+            log_F_tilde: (N, T) learnt flows of the update's trajectories in this process.
+
+        Returns:
+            The residuals (N, T) of the update's trajectories in all processes.
+        """
         rollout = self.learner.rollout(trajectories, epoch)
         terms = rollout.terms
         assert terms is not None
@@ -126,14 +144,15 @@ class OnePass:
         scorer: Callable[[Batch], Score],
         on_rows: Callable[[int], object],
     ) -> Steps:
-        """Walk the micro-batches of an update that are left, and accumulate their gradients."""
+        """Sample the micro-batches of an update that `state` does not have yet, and accumulate their gradients."""
         self.updates.begin(state)
-        processes, together = self.learner.processes, self.learner.processes.size * len(group.sample_id)
+        processes = self.learner.processes
+        num_trajectories = processes.size * len(group.sample_id)
         for rows in group.tail(state.num_walked).tiles(self.updates.micro_batch):
             text = self.learner.text.rows(rows.prompt_id)
             tile = _Tile(rows, text, rows.sample_id.to(self.device), scorer(rows))
             with self.meter.peak("update"):
-                agreed(processes, partial(self._walk, tile, state, together, on_rows))
+                agreed(processes, partial(self._walk, tile, state, num_trajectories, on_rows))
             state.walked.append(self._trajectories(tile))
             state.log_F_tilde.append(torch.stack(tile.log_F_tilde, 1))
             state.micro_batches += 1
@@ -141,8 +160,12 @@ class OnePass:
 
     # -- one micro-batch -----------------------------------------------------------------------------------------
 
-    def _walk(self, tile: _Tile, state: EpochState, together: int, on_rows: Callable[[int], object]) -> None:
-        """Denoise a micro-batch and accumulate its gradients."""
+    def _walk(self, tile: _Tile, state: EpochState, num_trajectories: int, on_rows: Callable[[int], object]) -> None:
+        """Sample a micro-batch and accumulate its gradients.
+
+        Args:
+            num_trajectories: of the update, in all processes together.
+        """
         weights, pending, timed = dict(self.updates.choose_steps()), None, self.meter.timed
         steps = walk(
             self.policy,
@@ -163,7 +186,7 @@ class OnePass:
             with timed("update"):
                 if pending is not None:
                     target = log_F_tilde.detach() if self.balance.detach_next else self._log_F_tilde(tile, step)
-                    self._backward(tile, pending, target, log_looking, None, together, state)
+                    self._backward(tile, pending, target, log_looking, None, num_trajectories, state)
                 pending = None
                 if step.k in weights:
                     now = self.loss.log_probs(step.x_t, step.x_next, step.prediction, step.k, tile.text)
@@ -175,9 +198,9 @@ class OnePass:
             tile.reward = tile.score(self.policy.decode(x_0), tile.rows)
         if pending is not None:
             with timed("update"):
-                nothing = torch.zeros_like(pending.log_looking)
+                no_flow = torch.zeros_like(pending.log_looking)
                 log_reward = self.learner.log_scale.log_reward(tile.reward.to(self.device), state.epoch)
-                self._backward(tile, pending, nothing, nothing, log_reward, together, state)
+                self._backward(tile, pending, no_flow, no_flow, log_reward, num_trajectories, state)
 
     def _log_F_tilde(self, tile: _Tile, step: Step) -> Tensor:
         ks = torch.full((len(step.x_t),), step.k, device=self.device)
@@ -185,7 +208,7 @@ class OnePass:
 
     @torch.no_grad()
     def _log_looking(self, tile: _Tile, step: Step, epoch: int) -> Tensor:
-        """(B,) forward-looking term at state k; a step that is not scored itself carries the newest reward."""
+        """(B,) forward-looking term at x_t of the step. A state that is not scored takes the newest reward before it."""
         section = self.recipe.forward_looking
         if section is None:
             return torch.zeros(len(step.x_t), device=self.device)
@@ -203,10 +226,17 @@ class OnePass:
         log_F_tilde_next: Tensor,
         log_looking_next: Tensor,
         log_reward: Tensor | None,
-        together: int,
+        num_trajectories: int,
         state: EpochState,
     ) -> None:
-        """Gradients of a step whose next flow, or final reward, is now known."""
+        """Accumulate the gradients of a step whose next flow, or final reward, is now known.
+
+        Args:
+            log_F_tilde_next: (B,) learnt flow at x_next, detached or with gradients (`detach_next`).
+            log_looking_next: (B,) forward-looking term at x_next.
+            log_reward:       (B,) for the last step; None for all others.
+            num_trajectories: of the update, in all processes together.
+        """
         k, sampled = pending.step.k, pending.step.sampled
         end = log_F_tilde_next.detach() + log_looking_next if log_reward is None else log_reward
         flows = FlowTerms(
@@ -227,11 +257,12 @@ class OnePass:
         transition = self.loss.transition(k, pending.now, sampled.log_pf, sampled.log_pb, flows, advantage)
         output, regulariser = self.loss.output(transition, k), self.loss.regulariser(pending.now)
         self.updates.suspects.add(k, tile.sample_id, output)
-        self.updates.backward(output, regulariser, pending.weight, together, state.share)
+        self.updates.backward(output, regulariser, pending.weight, num_trajectories, state.share)
 
-    # -- what is left of it --------------------------------------------------------------------------------------
+    # -- the trajectories of a micro-batch -----------------------------------------------------------------------
 
     def _remember(self, tile: _Tile, step: Step, log_F_tilde: Tensor) -> None:
+        """Add a step's numbers, without gradients, to the tile."""
         tile.log_pf.append(step.sampled.log_pf)
         tile.log_pb.append(step.sampled.log_pb)
         tile.log_F_tilde.append(log_F_tilde.detach())
@@ -239,6 +270,7 @@ class OnePass:
             tile.states += [step.x_next] if tile.states else [step.x_t, step.x_next]
 
     def _trajectories(self, tile: _Tile) -> Trajectories:
+        """The trajectories of a finished tile, with their chains if flow-only updates need them."""
         assert tile.reward is not None
         x0_hat_reward = torch.stack(tile.x0_hat_reward, 1).to(self.device) if tile.x0_hat_reward else None
         return Trajectories(

@@ -1,4 +1,4 @@
-"""Optimizers, gradient clipping and the finite check."""
+"""Optimizers, with gradient clipping and a check that gradients are finite."""
 
 import math
 from typing import Any
@@ -12,14 +12,14 @@ from dag.quiet import quieten
 from dag.recipe import Train
 from dag.training.faults import NotFiniteError, Suspects
 
-# In a row; a single overflow is ordinary in half precision.
+# More skipped updates in a row than this end the run. A single overflow is ordinary in half precision.
 _MAX_SKIPPED_UPDATES = 5
 
 
 def build_optimizer(
     parameters: list[nn.Parameter], learning_rate: float, train: Train, kind: str
 ) -> torch.optim.Optimizer:
-    """AdamW, or bitsandbytes' 8-bit ones. Raises UsageError if that is not installed."""
+    """The optimizer `kind` (a value of `train.optimizer`). Raises UsageError if it needs bitsandbytes, which is not installed."""
     options: dict[str, Any] = {
         "lr": learning_rate,
         "betas": train.adam_betas,
@@ -27,7 +27,7 @@ def build_optimizer(
         "eps": 1e-8,
     }
     if kind == "adamw":
-        # On a GPU one launch moves all weights; on a CPU the plain form keeps earlier runs' numbers.
+        # On a GPU the fused form updates all weights in one launch. On a CPU the plain form gives the numbers of earlier runs.
         return torch.optim.AdamW(parameters, **options, fused=parameters[0].is_cuda)
     quieten()
     try:
@@ -35,19 +35,20 @@ def build_optimizer(
     except ImportError:
         raise UsageError(f"optimizer={kind} needs bitsandbytes: pip install bitsandbytes, or use adamw") from None
     for parameter in parameters:
-        # Its kernels go through memory in order: states of another layout would not survive being saved.
+        # Its kernels read memory in order and ignore the layout: saved states of another layout would be restored wrongly.
         parameter.data = parameter.data.contiguous()
     kinds = {"adamw8bit": bitsandbytes.optim.AdamW8bit, "paged_adamw8bit": bitsandbytes.optim.PagedAdamW8bit}
     return kinds[kind](parameters, **options)
 
 
 class ClippedOptimizer:
-    """One optimizer with its parameters: scale, clip, check, step.
+    """An optimizer that clips gradients, skips those that are not finite, and counts how many it skipped in a row.
 
     Args:
-        name: for error messages, "policy" or "flow".
-        weights: whose masters the optimizer moves; None where the parameters are computed with as they are.
-        use_scaler: scale losses against underflow; for fp16 alone.
+        name:       "policy" or "flow", for error messages and metrics.
+        clip_norm:  largest norm of the gradient.
+        weights:    the weights whose masters are the parameters; None if the network computes with the parameters themselves.
+        use_scaler: scale losses against underflow, for fp16.
     """
 
     def __init__(
@@ -64,18 +65,19 @@ class ClippedOptimizer:
         self.skipped = 0
 
     def zero_grad(self) -> None:
+        """Clear the gradients, also those of the weights' copies."""
         self.optimizer.zero_grad(set_to_none=True)
         if self.weights is not None:
             self.weights.forget()
 
     def backward(self, loss: Tensor) -> None:
-        """Accumulate the gradients of a loss ()."""
+        """Add the gradients of a loss () to the accumulated ones."""
         self.scaler.scale(loss).backward()
         if self.weights is not None:
             self.weights.gather()
 
     def step(self) -> float:
-        """Apply the accumulated gradients; returns their norm before clipping. A non-finite gradient is skipped."""
+        """One optimizer step with the accumulated gradients, skipped if they are not finite. Returns their norm before clipping."""
         self.scaler.unscale_(self.optimizer)
         norm = float(nn.utils.clip_grad_norm_(self.parameters, self.clip_norm))
         self.skipped = 0 if math.isfinite(norm) else self.skipped + 1
@@ -87,7 +89,7 @@ class ClippedOptimizer:
         return norm
 
     def check(self, suspects: Suspects | None = None) -> None:
-        """Raises NotFiniteError after several skipped updates in a row."""
+        """Raises NotFiniteError after more than _MAX_SKIPPED_UPDATES skipped updates in a row; `suspects` are its transitions."""
         if self.skipped > _MAX_SKIPPED_UPDATES:
             raise NotFiniteError(
                 f"the {self.name}'s gradient was not finite {self.skipped} times in a row; lower its learning rate or beta",

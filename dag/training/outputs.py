@@ -1,4 +1,4 @@
-"""What a run leaves for its user: rows, curves, pictures, weights."""
+"""Writes what a run gives its user: metrics, curves, pictures, weights."""
 
 import shutil
 from collections.abc import Callable
@@ -19,10 +19,10 @@ from dag.training.build import Components
 
 
 class Outputs:
-    """Writes into a run folder.
+    """Writes a run's results into its folder.
 
     Args:
-        tracker: gets (metrics, trajectories) of every epoch, e.g. accelerate's log; None logs to files alone.
+        tracker: called with (metrics, trajectories so far) after every epoch, e.g. accelerate's log; None logs to files alone.
     """
 
     def __init__(
@@ -35,7 +35,12 @@ class Outputs:
         self.recipe, self.run, self.components, self.tracker = recipe, run, components, tracker
 
     def epoch(self, epoch: int, metrics: dict[str, Any], result: EvaluationResult | None) -> None:
-        """A row of metrics with a line and the curves, and after an evaluation its pictures."""
+        """Write the metrics, redraw the curves and print a line; after an evaluation also write its pictures.
+
+        Args:
+            epoch:  the number of completed epochs; 0 for the evaluation before training.
+            result: of the evaluation, if there was one.
+        """
         trajectories = epoch * self.recipe.train.trajectories
         row = {
             "epoch": epoch,
@@ -55,7 +60,10 @@ class Outputs:
         tqdm.write(line(row, self.recipe.train.epochs))
 
     def finish(self) -> None:
-        """Export the weights, and put the same prompts and seeds before and after side by side."""
+        """Export the weights, and join the pictures from before and after training, of the same prompts and noise, into one.
+
+        Raises RunError if the weights cannot be written.
+        """
         temporary_weights = self.run.path / f"{durable.TEMPORARY}{self.run.weights.name}"
         for old in (temporary_weights, self.run.weights):
             shutil.rmtree(old, ignore_errors=True)

@@ -1,4 +1,4 @@
-"""What a recipe would do, in numbers, without loading a weight: `--plan`, and the counts in run.json."""
+"""Counts what a recipe will do, without loading any weight, for `--plan` and run.json."""
 
 import json
 import math
@@ -7,31 +7,33 @@ from dataclasses import dataclass
 from dag.models.source import local_folder
 from dag.recipe import Recipe, is_scored
 
-# When the model's files are not at hand: SD 1.x / 2.x have 4 latent channels and a VAE of factor 8.
+# Assumed if the model's files are not on this machine: those of SD 1.x, whose VAE divides the side by 8.
 _ASSUMED_CHANNELS, _ASSUMED_FACTOR, _ASSUMED_RESOLUTION = 4, 8, 512
 
 
 @dataclass(frozen=True)
 class Plan:
+    """How much a recipe's run computes."""
+
     latent_elements: int
-    """D, per sample."""
+    """D, the number of elements of one latent."""
     is_assumed: bool
     """True if D is that of an SD 1.x model because the configs are not on this machine."""
     trajectories: int
-    """Over the whole run."""
+    """Trajectories of the complete run."""
     updates: int
-    """Optimizer steps of the policy over the whole run."""
+    """Optimizer steps of the policy in the complete run."""
     transitions_per_update: int
     unet_rows_per_epoch: int
-    """UNet forward rows (guidance counts twice), sampling and training, without evaluations."""
+    """UNet forward rows (two per state with guidance) in sampling and training, without evaluations."""
     rewards_per_epoch: int
-    """Images decoded and scored."""
+    """Images that are decoded and scored in an epoch."""
     beta_eff: float | None
-    """Nats per unit of reward in the sum convention; None for DDPO."""
+    """Effective beta, in nats per unit of reward, if log-probs were sums; None for an objective without a flow."""
 
 
 def latent_elements(recipe: Recipe) -> tuple[int, bool]:
-    """(D, is it an assumption)."""
+    """(D, whether it is assumed because the model's files are not on this machine)."""
     folder = local_folder(recipe.model.path)
     channels, factor, resolution = (
         _ASSUMED_CHANNELS,
@@ -48,6 +50,7 @@ def latent_elements(recipe: Recipe) -> tuple[int, bool]:
 
 
 def make_plan(recipe: Recipe) -> Plan:
+    """The plan of a recipe. An epoch's numbers are those after the warm-up."""
     train, balance, T = recipe.train, recipe.balance, recipe.sampler.steps
     D, is_assumed = latent_elements(recipe)
     warmup = 0 if balance is None else min(recipe.flow.warmup_epochs, train.epochs)
@@ -60,12 +63,12 @@ def make_plan(recipe: Recipe) -> Plan:
     if recipe.regulariser.pretrained_kl > 0:
         extra += trained_rows
     extra += train.trajectories * T if recipe.has_prior else 0
-    looks, section = 0, recipe.forward_looking
+    previews, section = 0, recipe.forward_looking
     if section is not None:
-        looks = train.trajectories * sum(is_scored(k, T, section.stride) for k in range(T))
+        previews = train.trajectories * sum(is_scored(k, T, section.stride) for k in range(T))
         if section.source == "current":
             extra += trained_rows
-            looks += 2 * trained_rows - train.trajectories * train.inner_epochs
+            previews += 2 * trained_rows - train.trajectories * train.inner_epochs
     beta_eff = None
     if balance is not None:
         beta_eff = balance.beta.value * (D if balance.log_prob_reduction == "mean" else 1)
@@ -76,20 +79,20 @@ def make_plan(recipe: Recipe) -> Plan:
         updates=(train.epochs - warmup) * train.updates * train.inner_epochs,
         transitions_per_update=train.trajectories // train.updates * steps,
         unet_rows_per_epoch=branches * (sampled_rows + extra),
-        rewards_per_epoch=train.trajectories + looks,
+        rewards_per_epoch=train.trajectories + previews,
         beta_eff=beta_eff,
     )
 
 
 def _target(recipe: Recipe) -> str:
-    """What the objective samples from, in words; nothing for one that only maximises."""
+    """The distribution that the objective aims at, in words; "" for one that only maximises the reward."""
     if recipe.balance is None:
         return ""
     return f" towards {'p_pretrained ' if recipe.has_prior else ''}exp(beta r)"
 
 
 def describe(recipe: Recipe, num_prompts: int) -> str:
-    """The plan as a person reads it."""
+    """The plan as text for the terminal."""
     plan, train, sampler = make_plan(recipe), recipe.train, recipe.sampler
     known = (
         "assumed, an SD 1.x latent: the model's files are not on this machine"

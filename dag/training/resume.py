@@ -1,7 +1,8 @@
-"""What a checkpoint of a run holds, and how a run goes on from it.
+"""Writes the checkpoints of a run, and resumes a run from one.
 
-Weights, optimizers, flow, scales and counters, which are the same in every process; the metrics so far; inside an epoch also
-the state of that epoch in each process: sampled trajectories, finished micro-batches and the gradients they left.
+A checkpoint holds the trained weights, optimizer states, scales and counters, which are the same in every process, and the
+metrics so far. One taken inside an epoch also holds the `EpochState` of each process, and the gradients of its unfinished
+update. The files' keys are those of format 2 (`flight`, `rests`), whatever the code calls them today.
 """
 
 from collections.abc import Iterator
@@ -38,19 +39,19 @@ class Checkpoints:
         """Write a checkpoint; returns its name. Every process calls this, the main one writes.
 
         Args:
-            epoch:   the epoch under way; None between two epochs.
-            seconds: what the phases of that epoch have taken.
+            epoch:   the unfinished epoch; None between two epochs.
+            seconds: seconds of that epoch so far, by phase.
             tile:    samples per network call.
 
         Raises:
-            RunError: it cannot be written; an earlier one is still there.
+            RunError: it cannot be written, in every process. Earlier checkpoints stay, see `dag.run.checkpoint.save`.
         """
         tensors: dict[str, Tensor] = {}
-        mine = None if epoch is None else tree.packed(self._under_way(epoch), tensors)
-        everyones = [] if epoch is None else self.processes.objects((mine, {k: v.cpu() for k, v in tensors.items()}))
+        packed = None if epoch is None else tree.packed(self._unfinished(epoch), tensors)
+        of_all = [] if epoch is None else self.processes.objects((packed, {k: v.cpu() for k, v in tensors.items()}))
         problem = None
         if self.processes.is_main:
-            groups = {**self._groups(), **{f"flight_{rank}": group for rank, (_, group) in enumerate(everyones)}}
+            groups = {**self._groups(), **{f"flight_{rank}": group for rank, (_, group) in enumerate(of_all)}}
             state = {
                 "epoch": position.epoch,
                 "rests": position.points,
@@ -60,7 +61,7 @@ class Checkpoints:
                 "seconds": seconds,
                 "learner": self.components.learner.state_dict(),
                 "optimizers": {name: optimizer_state.numbers_of(one) for name, one in self._optimizers()},
-                "flight": [stored for stored, _ in everyones],
+                "flight": [stored for stored, _ in of_all],
             }
             try:
                 texts = {_METRICS: self.run.metrics.text()}
@@ -73,14 +74,14 @@ class Checkpoints:
         return position.name
 
     def _groups(self) -> dict[str, dict[str, Tensor]]:
-        """Tensors that are the same in every process."""
+        """The tensors that are the same in every process, by file and name."""
         groups = {"policy": self.components.policy.state_dict(), "learner": self.components.learner.tensors()}
         if self.components.flow is not None:
             groups["flow"] = self.components.flow.state_dict()
         return groups | {f"optimizer_{name}": optimizer_state.tensors_of(one) for name, one in self._optimizers()}
 
-    def _under_way(self, epoch: EpochState) -> dict[str, Any]:
-        """This process's state of an epoch, and the gradients of the update under way."""
+    def _unfinished(self, epoch: EpochState) -> dict[str, Any]:
+        """This process's state of an unfinished epoch, and the gradients of its unfinished update."""
         gradients = None
         if epoch.has_begun and epoch.micro_batches:
             optimizers = self.components.learner.updates.optimizers()
@@ -88,13 +89,14 @@ class Checkpoints:
         return {**epoch.state(), "gradients": gradients}
 
     def _optimizers(self) -> Iterator[tuple[str, torch.optim.Optimizer]]:
+        """(name, optimizer) of the policy and, if there is one, the flow."""
         for optimizer in self.components.learner.updates.optimizers():
             yield optimizer.name, optimizer.optimizer
 
     # -- resuming ------------------------------------------------------------------------------------------------
 
     def find(self) -> tuple[Path | None, list[str]]:
-        """(the newest checkpoint that this launch can go on from, or None if there is none; why newer ones cannot be).
+        """(the newest checkpoint that can be resumed, or None if there is none; one line for each newer one that cannot).
 
         Raises:
             RunError: there are checkpoints, and none can be used.
@@ -105,25 +107,26 @@ class Checkpoints:
                 found = checkpoint.newest(self.run.checkpoints, self._objection)
             except RunError as error:
                 found = error
-        # All take the one that the main process took, also where a shared disk shows them another.
+        # All processes take the main one's choice: a shared disk may show others a different folder.
         found = self.processes.from_main(found)
         if isinstance(found, RunError):
             raise found
         return found
 
     def _objection(self, state: dict[str, Any]) -> str | None:
-        mine, theirs = self.components.fingerprint, state["fingerprint"]
-        if changed := [name for name in mine if mine[name] != theirs.get(name)]:
+        """Why a complete checkpoint with this state.json cannot be resumed, or None."""
+        now, then = self.components.fingerprint, state["fingerprint"]
+        if changed := [name for name in now if now[name] != then.get(name)]:
             return f"was trained on another {' and another '.join(changed)} than this recipe names now"
         if state["flight"] and state["processes"] != self.processes.size:
             return f"was taken inside an epoch by {state['processes']} processes, this launch has {self.processes.size}"
         return None
 
     def load(self, folder: Path, fresh: EpochState) -> tuple[dict[str, Any], EpochState | None]:
-        """Restore everything but the metrics file; returns state.json and the epoch under way, if there was one.
+        """Restore everything but the metrics file; returns state.json and the unfinished epoch, or None if there is none.
 
         Args:
-            fresh: a new state, into which that epoch is restored.
+            fresh: a new state, into which the unfinished epoch is restored.
         """
         state, learner = checkpoint.load_state(folder), self.components.learner
         self.components.policy.load_state_dict(checkpoint.load_tensors(folder, "policy"))
@@ -141,10 +144,10 @@ class Checkpoints:
         fresh.load_state(stored, learner.device)
         for clipped in learner.updates.optimizers() if stored["gradients"] is not None else ():
             for parameter, gradient in zip(clipped.parameters, stored["gradients"][clipped.name], strict=True):
-                # In the parameter's own memory layout, in whose order norms are summed.
+                # In the parameter's own memory layout: the order in which a norm is summed, hence its bits, depends on it.
                 parameter.grad = None if gradient is None else torch.empty_like(parameter).copy_(gradient)
         return state, fresh
 
     def metrics_of(self, folder: Path) -> str:
-        """metrics.jsonl as it was when the checkpoint was taken."""
+        """The content of metrics.jsonl when the checkpoint was taken."""
         return (folder / _METRICS).read_text(encoding="utf-8")

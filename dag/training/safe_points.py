@@ -17,7 +17,7 @@ from dag.run.signals import Interrupt
 
 Result = TypeVar("Result")
 Steps = Generator[None, None, None]
-"""Work in steps. Each ends at a safe point, and none is under way there."""
+"""Work that is done in steps, each of which ends at a safe point (a `yield`)."""
 
 
 class TooManyRowsError(torch.OutOfMemoryError):
@@ -25,11 +25,11 @@ class TooManyRowsError(torch.OutOfMemoryError):
 
 
 def agreed(processes: Processes, work: Callable[[], Result]) -> Result:
-    """What `work` returns, once it has ended well in every process. No collective may stand inside `work`.
+    """Run `work` in every process; returns its result if it succeeded in all of them. `work` must not contain a collective.
 
     Raises:
-        TooManyRowsError: a GPU ran out of memory, in whichever process and by whatever name.
-        RunError: what `work` raised, an error of the system in one line, or that another process failed.
+        TooManyRowsError: a GPU ran out of memory, in any process, whatever error said so.
+        RunError: `work` raised a RunError or an OSError in this process, or failed in another one.
     """
     is_out, why, error, result = False, "in another process", None, None
     try:
@@ -37,7 +37,7 @@ def agreed(processes: Processes, work: Callable[[], Result]) -> Result:
     except RuntimeError as raised:
         if not is_out_of_memory(raised):
             raise
-        # Not raised on: its traceback holds the tensors that were too many.
+        # The error itself is dropped: its traceback would keep the tensors that filled the memory.
         is_out, why = True, str(raised)
     except RunError as raised:
         error = raised
@@ -55,8 +55,8 @@ class SafePoints:
     """Decides at each safe point whether to save and whether to stop.
 
     Args:
-        save:    writes a checkpoint of the state here and returns its name, or None if there is nothing to save.
-        minutes: between checkpoints inside an epoch; None takes none.
+        minutes: minutes between checkpoints inside an epoch; None takes none there.
+        save:    writes a checkpoint and returns its name, or returns None if there is nothing to save.
     """
 
     def __init__(
@@ -70,11 +70,11 @@ class SafePoints:
         self.has_saved()
 
     def has_saved(self) -> None:
-        """The minutes count from here."""
+        """Note that a checkpoint was written now; the minutes until the next one count from here."""
         self._since = time.monotonic()
 
     def reach(self) -> None:
-        """Save if it is time; after a signal save and raise StoppedError."""
+        """Reach a safe point: save if it is time. If a signal has come to any process, save and raise StoppedError."""
         is_due = self.minutes is not None and time.monotonic() - self._since > 60 * self.minutes
         is_stopping, is_due = self.processes.any((self.interrupt.signal is not None, is_due))
         if not (is_stopping or is_due):
@@ -85,10 +85,10 @@ class SafePoints:
             self.stop(saved)
 
     def is_stopping(self) -> bool:
-        """Whether a signal has come, to whichever process."""
+        """Whether a signal has come to any process."""
         return self.processes.any((self.interrupt.signal is not None,))[0]
 
     def stop(self, saved: str | None) -> NoReturn:
-        """Raises StoppedError, which names what was saved."""
+        """Raise StoppedError, which names the checkpoint that was saved."""
         numbers = torch.tensor([int(self.interrupt.signal or 0)])
         raise StoppedError(int(self.processes.largest(numbers)[0]), saved)

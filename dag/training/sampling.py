@@ -1,4 +1,4 @@
-"""Rolling out the policy for an epoch: which prompts and sample ids, their chains, their rewards.
+"""Samples and scores the trajectories of an epoch.
 
 Legend: N trajectories of an epoch, B of a tile, T transitions.
 """
@@ -26,20 +26,20 @@ class Sampling:
         self.recipe, self.components, self.processes, self.meter = recipe, components, processes, meter
 
     def batch(self, epoch: int) -> Batch:
-        """Prompts and global sample ids of this process's share of an epoch."""
+        """The prompts and sample ids of this process's share of an epoch."""
         count, updates = self.recipe.train.trajectories, self.recipe.train.updates
         drawn = prompts.draw(len(self.components.prompts), count, self.recipe.seed, epoch)
         ids = epoch * count + torch.arange(count)
         return Batch(self.processes.mine(torch.from_numpy(drawn), updates), self.processes.mine(ids, updates))
 
     def store(self) -> ChainStore:
-        """Room for the chains of this process's share."""
+        """A new store for the chains of this process's share."""
         device, num_states = self.components.device, self.components.policy.schedule.num_transitions + 1
         place = torch.device("cpu") if self.recipe.memory.chains == "cpu" else device
         return ChainStore(num_states, self.recipe.train.trajectories // self.processes.size, place, device)
 
     def scorer(self, batch: Batch) -> Score:
-        """The rewards of a batch's images."""
+        """The function that scores images of a batch's trajectories."""
 
         def score(images: Tensor, rows: Tensor, *, is_preview: bool = False) -> Tensor:
             texts = [self.components.prompts[i] for i in batch.prompt_id[rows].tolist()]
@@ -48,7 +48,7 @@ class Sampling:
         return score
 
     def images_per_trajectory(self) -> int:
-        """How many pictures of a trajectory are scored."""
+        """The number of pictures of a trajectory that are scored: the final one, and previews."""
         section, T = self.recipe.forward_looking, self.components.policy.schedule.num_transitions
         return 1 + (0 if section is None else sum(is_scored(k, T, section.stride) for k in range(T)))
 
@@ -59,15 +59,15 @@ class Sampling:
         on_rows: Callable[[int], object] = lambda n: None,
         on_images: Callable[[int], object] = lambda n: None,
     ) -> Steps:
-        """Sample and score an epoch's trajectories into `state`, or those that are left; yields after each tile.
+        """Sample and score the trajectories of an epoch that `state` does not have yet. Yields after each tile.
 
         Args:
-            tile:      trajectories at a time. Counter-based noise gives the same chains for any number.
-            on_rows:   hears of sampled transitions.
-            on_images: hears of scored pictures.
+            tile:      trajectories at a time. The noise is counter-based, hence the same for any number.
+            on_rows:   called with the number of transitions just sampled, for a progress bar.
+            on_images: called with the number of pictures just scored, for a progress bar.
 
         Raises:
-            TooManyRowsError: a tile did not fit; a new iterator over the same state tries again.
+            TooManyRowsError: a GPU ran out of memory in a tile. A new iterator over the same state continues.
         """
         for batch in self.batch(state.epoch).tail(state.num_sampled).tiles(tile):
             chain, scored = agreed(self.processes, partial(self._tile, batch, on_rows, on_images))
@@ -78,10 +78,10 @@ class Sampling:
     def _tile(
         self, batch: Batch, on_rows: Callable[[int], object], on_images: Callable[[int], object]
     ) -> tuple[Tensor, Trajectories]:
-        """(chain, scored trajectories without it) of a tile."""
+        """(chain (T + 1, B, C, H, W), scored trajectories without it) of a tile."""
         recipe, policy, size = self.recipe, self.components.policy, len(batch.sample_id)
         with self.meter.phase("sample"):
-            drawn = sample_tile(
+            sampled = sample_tile(
                 policy,
                 self.components.text[batch.prompt_id],
                 batch.sample_id,
@@ -92,5 +92,5 @@ class Sampling:
                 on_step=lambda: on_rows(size),
             )
         with self.meter.phase("reward"):
-            seen, reward, _ = score_tile(policy, drawn, self.scorer(batch), on_image=lambda: on_images(size))
-        return drawn.chain, assemble(drawn, seen, reward, batch, recipe.seed, recipe.sampler)
+            x0_hat_reward, reward, _ = score_tile(policy, sampled, self.scorer(batch), on_image=lambda: on_images(size))
+        return sampled.chain, assemble(sampled, x0_hat_reward, reward, batch, recipe.seed, recipe.sampler)

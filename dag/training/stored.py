@@ -1,8 +1,8 @@
-"""Training on a stored rollout: the updates that it pays for.
+"""Training on a stored rollout.
 
-Every gradient is a mean over all transitions of an update. The numbers that need the complete update (DAG-KL's baseline,
-residual scales) are formed first, from the numbers of the rollout and a pass of the flow net, so that the gradient does not
-depend on how the rows are cut into micro-batches.
+Every gradient is a mean over all transitions of an update. Numbers that need the complete update or rollout (DAG-KL's baseline,
+residual scales) are computed before it, from the rollout's scalars and a pass of the flow network, so that the gradient does
+not depend on how the update is cut into micro-batches.
 
 Legend: N trajectories, T transitions.
 """
@@ -37,17 +37,18 @@ class StoredTraining:
         score: Score | None = None,
         on_rows: Callable[[int], object] = lambda n: None,
     ) -> Steps:
-        """The updates of an epoch, or those that `state` has left; yields after each micro-batch.
+        """The updates of an epoch that `state` does not have yet. Yields after each micro-batch.
 
-        At the end `state.measured` holds their metrics.
+        At the end `state.measured` holds the metrics. Warm-up epochs (`flow.warmup_epochs`) have no updates, only the flow's
+        fit.
 
         Args:
-            trajectories: the epoch's, on this process.
-            score:        rewards of images of trajectory rows; only `forward_looking.source: current` calls it.
-            on_rows:      hears of finished policy transitions.
+            trajectories: this process's trajectories of the epoch, with their chains.
+            score:        see `Rollout.score`.
+            on_rows:      called with the number of transitions just back-propagated, for a progress bar.
 
         Raises:
-            TooManyRowsError: in a micro-batch; a new iterator over the same state tries again.
+            TooManyRowsError: a GPU ran out of memory in a micro-batch. A new iterator over the same state continues.
             NotFiniteError:   see `Learner.rollout` and `Updates.step`.
         """
         train, epoch = self.recipe.train, state.epoch
@@ -63,11 +64,11 @@ class StoredTraining:
         state.measured |= self.updates.metrics(state.sums)
 
     def _begin(self, rollout: Rollout, state: EpochState) -> None:
-        """What comes before a rollout's first update: the flow alone, and what is formed from the complete rollout."""
+        """Before the first update: fit the flow to the rollout, and let the objective form advantages from all rewards."""
         trajectories, groups, flow_fit = rollout.trajectories, rollout.groups, self.learner.flow_fit
         if flow_fit is not None and rollout.terms is not None:
-            mine = flow_fit.residuals(trajectories, rollout.terms, slice(0, trajectories.num_trajectories))
-            residuals = self.processes.everyones(mine, groups)
+            local_residuals = flow_fit.residuals(trajectories, rollout.terms, slice(0, trajectories.num_trajectories))
+            residuals = self.processes.everyones(local_residuals, groups)
             state.measured |= describe_residuals(residuals)
             flow_fit.recentre(residuals)
             self.learner.fit_flow(rollout)
@@ -78,18 +79,18 @@ class StoredTraining:
         state.has_begun = True
 
     def _update(self, rollout: Rollout, rows: Rows, state: EpochState, on_rows: Callable[[int], object]) -> Steps:
-        """One optimizer step over the transitions of `rows`, and of the other processes'."""
+        """One optimizer step on the transitions of `rows` in this process and their counterparts in the others."""
         with self.meter.phase("update"):
             advantages = self._advantages(rollout, rows, state.advantages)
             self.updates.begin(state)
         self.updates.suspects.trajectories = rollout.trajectories
-        steps, together = self.updates.choose_steps(), self.processes.size * count(rows)
+        steps, num_trajectories = self.updates.choose_steps(), self.processes.size * count(rows)
         work = [(tile, k, weight) for tile in cut(rows, self.updates.micro_batch) for k, weight in steps]
         for tile, k, weight in work[state.micro_batches :]:
             with self.meter.phase("update"):
                 agreed(
                     self.processes,
-                    partial(self._micro_batch, rollout, tile, k, weight, advantages, together, state),
+                    partial(self._micro_batch, rollout, tile, k, weight, advantages, num_trajectories, state),
                 )
             state.micro_batches += 1
             on_rows(count(tile))
@@ -104,15 +105,19 @@ class StoredTraining:
         k: int,
         weight: float,
         advantages: Tensor | None,
-        together: int,
+        num_trajectories: int,
         state: EpochState,
     ) -> None:
+        """Back-propagate step k of `rows`; `num_trajectories` are those of the update in all processes together."""
         output, regulariser = self.learner.loss.of_step(rollout, rows, k, advantages)
         self.updates.suspects.add(k, rollout.trajectories.sample_id[rows], output)
-        self.updates.backward(output, regulariser, weight, together, state.share)
+        self.updates.backward(output, regulariser, weight, num_trajectories, state.share)
 
     def _advantages(self, rollout: Rollout, rows: Rows, per_trajectory: Tensor | None) -> Tensor | None:
-        """(N, T) advantages, filled in for `rows`, or None. Formed over the rows of all processes."""
+        """(N, T) advantages, of which those of `rows` are set, or None if the objective forms none.
+
+        They are formed from the rows of all processes, or are those `per_trajectory` (N,) if they are given.
+        """
         learner = self.learner
         if per_trajectory is not None:
             return per_trajectory.to(learner.device)[:, None].expand(-1, learner.schedule.num_transitions)

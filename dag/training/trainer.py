@@ -1,4 +1,4 @@
-"""The training loop: sample, score, update, measure, save. No maths and no file formats here."""
+"""The training loop: sample, score, update, evaluate, save. Maths and file formats are elsewhere."""
 
 from collections.abc import Callable
 from contextlib import closing, nullcontext
@@ -37,12 +37,12 @@ class Trainer:
     """Runs a recipe in a run folder.
 
     Args:
-        tracker:   gets every epoch's metrics, see `dag.training.outputs.Outputs`.
-        processes: share the work; the main one writes.
-        interrupt: tells of signals.
+        tracker:   see `dag.training.outputs.Outputs`.
+        processes: share the work; the main one writes files.
+        interrupt: remembers signals; None listens to none.
 
     Attributes:
-        state: the epoch under way; None between two epochs.
+        state: the unfinished epoch; None between two epochs.
         tile:  samples per network call, halved where memory ran out.
     """
 
@@ -69,12 +69,13 @@ class Trainer:
         """Train to the recipe's last epoch, from the start or from the newest checkpoint that can be used.
 
         Args:
-            on_start: called when it is sure that the run begins or goes on.
+            on_start: called once a checkpoint, if there is one, is loaded, just before training.
 
         Raises:
-            StoppedError:  a signal came; what was done is saved.
-            RunError:      the run cannot go on; what was done is saved.
-            DivergedError: its numbers are to blame, and not saved.
+            UsageError:    the checkpoint is beyond the recipe's last epoch.
+            StoppedError:  a signal came; the run was saved.
+            RunError:      the run cannot continue; it was saved if that was possible.
+            DivergedError: numbers are not finite; nothing was saved.
         """
         start = self._resume() if is_resumed else None
         on_start()
@@ -96,7 +97,10 @@ class Trainer:
     # -- one epoch -----------------------------------------------------------------------------------------------
 
     def train_epoch(self, epoch: int) -> None:
-        """A rollout and its updates, or what a checkpoint inside the epoch has left; then evaluation, record, checkpoint."""
+        """One epoch: rollout and updates (from `state`, if a checkpoint inside the epoch was loaded), evaluation, checkpoint.
+
+        Raises StoppedError after a signal.
+        """
         done, is_last = epoch + 1, epoch + 1 == self.recipe.train.epochs
         if self.state is None:
             self.begin_epoch(epoch)
@@ -114,13 +118,13 @@ class Trainer:
                 self.safe_points.stop(name)
 
     def begin_epoch(self, epoch: int) -> EpochState:
-        """A fresh state, which `learn` continues."""
+        """Start an epoch: a new state, which `learn` continues."""
         self.meter.start_epoch()
         self.state = EpochState(epoch, self.sampling.store())
         return self.state
 
     def learn(self) -> dict[str, Any]:
-        """The rollout and the updates of the epoch under way, or what is left of them; returns the epoch's metrics."""
+        """The rollout and the updates of the epoch, as far as `state` does not have them yet. Returns the epoch's metrics."""
         state = self.state
         assert state is not None
         if state.metrics is None:
@@ -130,17 +134,17 @@ class Trainer:
                 trajectories = self.sample(state)
                 self.train_on(trajectories, state)
             state.end_updates(self._summary(trajectories) | state.measured)
-            del trajectories  # its chain would stay through the evaluation and the next rollout
+            del trajectories  # else its chains would stay in memory through the evaluation
             self._safe_point()
         assert state.metrics is not None
         return state.metrics
 
     def is_one_pass(self, epoch: int) -> bool:
-        """Warm-up epochs roll out beforehand: they give one-pass training its units."""
+        """Whether an epoch trains in one pass. Warm-up epochs store their rollout: they set the flow's constants and the scales."""
         return self.recipe.train.rollout == "one_pass" and epoch >= self.recipe.flow.warmup_epochs
 
     def sample(self, state: EpochState) -> Trajectories:
-        """Roll out and score this process's trajectories of the epoch, or those that are left."""
+        """This process's trajectories of the epoch: sample and score those that `state` does not have yet."""
         T, each = self.components.policy.schedule.num_transitions, self.sampling.images_per_trajectory()
         total, done = len(self.sampling.batch(state.epoch).sample_id), state.num_sampled
         with (
@@ -155,7 +159,7 @@ class Trainer:
         return state.rollout()
 
     def train_on(self, trajectories: Trajectories, state: EpochState) -> None:
-        """The optimizer updates that a rollout pays for, or those that are left."""
+        """Train on a stored rollout: the updates that `state` does not have yet."""
         train, section = self.recipe.train, self.recipe.forward_looking
         total = trajectories.num_trajectories * self.learner.schedule.num_transitions * train.inner_epochs
         done = state.sums.updates * total // (train.updates * train.inner_epochs)
@@ -167,10 +171,10 @@ class Trainer:
                 lambda: training.steps(state, trajectories, score, bar.update),
                 lambda why: self.updates.halve_micro_batch(state, why),
             )
-        self.components.reward.check()  # of previews scored in training, which no final picture follows
+        self.components.reward.check()  # scores of previews are else checked with the next final picture, and here is none
 
     def train_in_one_pass(self, state: EpochState) -> Trajectories:
-        """Sample, score and update at once; returns the trajectories, without their chains."""
+        """Train in one pass: the updates that `state` does not have yet. Returns the trajectories, without their chains."""
         training, batch = OnePass(self.learner, self.meter), self.sampling.batch(state.epoch)
         T, done = (
             self.learner.schedule.num_transitions,
@@ -184,7 +188,7 @@ class Trainer:
         return concatenate(state.drawn)
 
     def evaluate(self) -> EvaluationResult | None:
-        """The fixed pictures and their measures; None on other processes than the main one."""
+        """Sample the fixed pictures in all processes and measure them in the main one; the others return None."""
         evaluator, policy, reward = self.components.evaluator, self.components.policy, self.components.reward
         drawn: list[Tensor] = []
 
@@ -205,27 +209,34 @@ class Trainer:
     # -- safe points and memory ----------------------------------------------------------------------------------
 
     def _run(self, steps: Callable[[], Steps], halve: Callable[[str], object]) -> None:
-        """Go through `steps`, each of which ends at a safe point.
+        """Go through the steps, with a safe point after each.
 
-        Where a GPU runs out of memory, `halve` hears why and a new iterator continues from the state.
+        If a GPU runs out of memory, call `halve` with the reason, and continue from the state with new `steps()`.
         """
-        while True:
-            try:
-                with closing(steps()) as running:
-                    for _ in running:
-                        self._safe_point()
-                return
-            except TooManyRowsError as error:
-                why = first_line(error)
-            # Not inside, where the traceback would hold the tensors that were too many.
+        while (why := self._shortage(steps())) is not None:
             halve(why)
 
+    def _shortage(self, steps: Steps) -> str | None:
+        """Go through the steps; returns why a GPU ran out of memory, or None.
+
+        Returning leaves the except block, where the traceback would keep the tensors that filled the memory.
+        """
+        try:
+            with closing(steps):
+                for _ in steps:
+                    self._safe_point()
+        except TooManyRowsError as error:
+            return first_line(error)
+        return None
+
     def _safe_point(self) -> None:
+        """Count a safe point of the epoch, and save or stop there if it is time."""
         if self.state is not None:
             self.state.points += 1
         self.safe_points.reach()
 
     def _halve_tile(self, why: str) -> None:
+        """Halve the samples per network call. Raises RunError if it is one already."""
         if self.tile == 1:
             raise RunError(f"out of GPU memory while sampling one picture; lower model.resolution ({why})")
         self.tile //= 2
@@ -235,6 +246,7 @@ class Trainer:
     # -- records -------------------------------------------------------------------------------------------------
 
     def _summary(self, trajectories: Trajectories) -> dict[str, Any]:
+        """The metrics of an epoch's trajectories, over all processes."""
         reward = self.processes.everyones(trajectories.reward)
         return {
             "reward_mean": float(reward.mean()),
@@ -243,29 +255,29 @@ class Trainer:
         }
 
     def record(self, epoch: int, metrics: dict[str, Any], result: EvaluationResult | None) -> None:
-        """One row of metrics, and after an evaluation its picture."""
+        """Write an epoch's metrics, and after an evaluation its pictures; `epoch` is the number of completed epochs."""
         row = metrics | self.meter.row()
         agreed(self.processes, lambda: self.outputs.epoch(epoch, row, result) if self.processes.is_main else None)
 
     def finish(self) -> None:
-        """Export the weights, and put the same prompts and seeds before and after side by side."""
+        """Export the weights, and join the pictures from before and after training into one."""
         agreed(self.processes, lambda: self.outputs.finish() if self.processes.is_main else None)
 
     # -- checkpoints ---------------------------------------------------------------------------------------------
 
     def _save_inside_epoch(self) -> str | None:
-        """A checkpoint inside the epoch; None before the first."""
+        """Write a checkpoint inside the epoch and return its name; return None if no epoch has begun."""
         if self.state is None:
             return None
         position = Position(self.state.epoch, self.state.points)
         return self.checkpoints.save(position, self.state, self.meter.seconds, self.tile)
 
     def _save_after_failure(self) -> None:
-        """Save without the update under way, of which one process may have done more than another."""
+        """Save without the unfinished update, in which the processes may have come to different points."""
         if self.state is not None:
             if self.state.has_begun:
                 self.updates.discard(self.state)
-            self.state.points += 1  # the point before may be saved already, with that update
+            self.state.points += 1  # a checkpoint of the last safe point may exist, with the unfinished update
         try:
             if name := self._save_inside_epoch():
                 self._say(f"saved {name}; --resume goes on from there")
@@ -273,7 +285,7 @@ class Trainer:
             self._say(str(error))
 
     def _resume(self) -> int | None:
-        """Restore the newest checkpoint that can be used; the number of completed epochs, or None if there is none yet."""
+        """Restore the newest usable checkpoint. Returns the number of completed epochs, or None if there is no checkpoint yet."""
         folder, skipped = self.checkpoints.find()
         if folder is None:
             self._say(f"{self.run.path} has no checkpoint yet: training starts anew")
@@ -298,7 +310,7 @@ class Trainer:
         return epoch
 
     def _dumped(self, error: NotFiniteError) -> str:
-        """Writes the transitions that an error names, and says where."""
+        """Write the transitions that an error names; returns the end of a sentence that says where, or ""."""
         suspects = error.suspects
         if suspects is None:
             return ""
@@ -312,12 +324,14 @@ class Trainer:
         return ""
 
     def _last_good(self) -> str:
+        """The end of a sentence that names the newest complete checkpoint, or ""."""
         good = checkpoint.newest_complete(self.run.checkpoints)
         return f"; the last checkpoint is {good.name}" if good else ""
 
     # -- progress ------------------------------------------------------------------------------------------------
 
     def _say(self, text: str) -> None:
+        """Print a line, in the main process alone."""
         if self.processes.is_main:
             tqdm.write(text)
 

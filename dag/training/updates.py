@@ -1,4 +1,4 @@
-"""Optimizer steps over accumulated gradients: which transitions count, how much, and what happens if memory runs out."""
+"""Optimizer steps: which steps of a chain they train, with which weights, and what to do if memory runs out."""
 
 import math
 from collections.abc import Callable, Iterator
@@ -18,19 +18,19 @@ from dag.training.optimizer import ClippedOptimizer
 
 
 class Updates:
-    """Owns the optimizers.
+    """The optimizers of policy and flow, and the accumulation of gradients for them.
 
     Args:
         policy:          the policy's optimizer.
-        flow:            the flow's; None for objectives without one.
-        num_transitions: T, of a trajectory.
-        warn:            hears of a micro-batch that had to be halved.
+        flow:            the flow's optimizer; None for objectives without a flow.
+        num_transitions: T, the transitions of a trajectory.
+        warn:            called with one line when a micro-batch had to be halved.
         processes:       share each update's trajectories.
 
     Attributes:
         optimizer_step: the number of updates so far.
-        micro_batch: the recipe's, or less where memory ran out.
-        suspects:    what to look at if a gradient of the update under way is not finite.
+        micro_batch:    the recipe's, or less after memory ran out.
+        suspects:       the transitions of the unfinished update, in case its gradient is not finite.
     """
 
     def __init__(
@@ -53,25 +53,28 @@ class Updates:
         if self.flow is not None:
             yield self.flow
 
-    # -- one update: begin, backward as often as it takes, step -------------------------------------------------
+    # -- one update: begin, backward for each micro-batch, step --------------------------------------------------
 
     def begin(self, state: EpochState) -> None:
-        """Clear what an earlier update left, unless this one is under way already."""
+        """Begin an update with cleared gradients, unless `state` has some of its micro-batches already."""
         if state.micro_batches == 0:
             self.discard(state)
 
     def discard(self, state: EpochState) -> None:
-        """Forget the gradients of the update under way."""
+        """Forget the unfinished update and its gradients."""
         state.restart_update()
         self.suspects.clear()
         for optimizer in self.optimizers():
             optimizer.zero_grad()
 
     def halve_micro_batch(self, state: EpochState, why: str) -> None:
-        """Start the update under way over with half as many rows at a time: the gradient is the same.
+        """Halve the micro-batch and discard the unfinished update, to be done again; its gradient will be the same.
+
+        Args:
+            why: the reason, for the error.
 
         Raises:
-            RunError: it is one row already.
+            RunError: the micro-batch is one row already.
         """
         self.discard(state)
         if self.micro_batch == 1:
@@ -84,10 +87,11 @@ class Updates:
         self.warn(f"out of GPU memory: micro-batch {self.micro_batch} from here on, over the same effective batch")
 
     def choose_steps(self) -> list[tuple[int, float]]:
-        """[(k, importance weight)] of an update; all with weight 1 unless step_fraction < 1.
+        """[(k, importance weight)] of the steps that an update trains, the same in all processes and micro-batches.
 
-        The terminal transition, the only place where the final reward enters, is kept with weight 1; the others
-        stand for their whole stratum.
+        With `step_fraction` 1 they are all steps, with weight 1. Below 1 they are drawn at random, and weighted so that the
+        expected gradient is that of all steps. With `keep_terminal` the last step, where the final reward enters, is always
+        among them, with weight 1; if it is the only one, the gradient of the others is missing.
         """
         T, train = self.num_transitions, self.recipe.train
         count = max(1, math.ceil(train.step_fraction * T))
@@ -104,14 +108,21 @@ class Updates:
     def backward(
         self, output: ObjectiveOutput, regulariser: Tensor, weight: float, num_trajectories: int, sums: UpdateSums
     ) -> None:
-        """Accumulate the gradient of a micro-batch's share in the mean over the update's transitions."""
+        """Add the gradient of a micro-batch's share of the update's mean loss.
+
+        Args:
+            regulariser:      (B,).
+            weight:           importance weight of the step.
+            num_trajectories: of the update, in all processes together.
+            sums:             where the loss and the ratio are added for the metrics.
+        """
         transitions = num_trajectories * self.num_transitions
         loss = weight * (output.loss + regulariser).sum() / transitions
         self.policy.backward(loss)
         sums.add(output, loss.detach())
 
     def step(self, state: EpochState) -> None:
-        """One optimizer step on the accumulated gradients. Raises NotFiniteError after several skipped ones in a row."""
+        """One optimizer step with the gradients of all processes. Raises NotFiniteError after several skipped ones in a row."""
         for optimizer in self.optimizers():
             self.processes.sum_gradients(optimizer.parameters)
         self._unscale_flow()
@@ -123,7 +134,7 @@ class Updates:
         self.optimizer_step += 1
 
     def _unscale_flow(self) -> None:
-        """The flow, always fp32, saw the policy's scaled loss."""
+        """Divide the flow's gradients by the scale of the policy's loss. With fp16 both come from the one scaled loss."""
         scale = self.policy.scaler.get_scale()
         if self.flow is None or scale == 1.0:
             return
@@ -132,7 +143,7 @@ class Updates:
                 parameter.grad /= scale
 
     def metrics(self, sums: UpdateSums) -> dict[str, Any]:
-        """Loss, ratio and gradient norms over all processes; empty without an update."""
+        """The metrics of the updates in all processes: loss, ratio and gradient norms. Empty if there was no update."""
         if sums.updates == 0:
             return {}
         measured: dict[str, Any] = {
@@ -146,7 +157,7 @@ class Updates:
     # -- what a checkpoint keeps ---------------------------------------------------------------------------------
 
     def state_dict(self) -> dict[str, Any]:
-        """Plain numbers, for JSON; optimizer states are kept apart."""
+        """Plain numbers, for JSON. A checkpoint stores the optimizer states separately."""
         return {
             "optimizer_step": self.optimizer_step,
             "micro_batch": self.micro_batch,
@@ -157,7 +168,7 @@ class Updates:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.optimizer_step, self.micro_batch = state["optimizer_step"], state["micro_batch"]
         self.policy.scaler.load_state_dict(state["scaler"])
-        # The scale becomes a tensor with the first loss; the next thing may be an optimizer step.
+        # The scaler creates its tensor at the first loss; after a resume an optimizer step may come before any loss.
         self.policy.scaler.scale(torch.zeros((), device=self.device))
         for optimizer in self.optimizers():
             optimizer.skipped = state["skipped"][optimizer.name]

@@ -6,10 +6,15 @@ from collections.abc import Iterator
 from typing import Any
 
 from dag import recipe
-from dag.recipe import reward_sections, schema
+from dag.recipe import objective_sections, reward_sections, schema
 from dag.recipe.section import Section
 
-SCHEMAS = {"dag.recipe": recipe, "dag.recipe.schema": schema, "dag.recipe.reward_sections": reward_sections}
+SCHEMAS = {
+    "dag.recipe": recipe,
+    "dag.recipe.schema": schema,
+    "dag.recipe.objective_sections": objective_sections,
+    "dag.recipe.reward_sections": reward_sections,
+}
 
 
 def sections_below(section: type[Section]) -> Iterator[type[Section]]:
@@ -143,7 +148,7 @@ def properties_of(source: str) -> str:
     """The properties in a module of the schema. Its other functions only check keys, which does not count as reading."""
     functions = [node for node in ast.walk(ast.parse(source)) if isinstance(node, ast.FunctionDef)]
     kept = [f for f in functions if any(ast.unparse(decorator) == "property" for decorator in f.decorator_list)]
-    sections = f"from dag.recipe.schema import {', '.join(SECTIONS)}, Balance"
+    sections = f"from dag.recipe import {', '.join(SECTIONS)}, Balance"
     return f"{sections}\n{ast.unparse(ast.Module(list[ast.stmt](kept), []))}"
 
 
