@@ -18,7 +18,7 @@ from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 
-from dag.errors import RunError, StoppedError, UsageError, exit_code
+from dag.errors import RunError, StoppedError, UsageError, exit_code, quiet_on_broken_pipe
 from dag.recipe import Recipe, prompts
 from dag.recipe.load import flat, load
 from dag.run.folder import RunFolder, default_path, newest_run
@@ -124,4 +124,4 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(quiet_on_broken_pipe(main))

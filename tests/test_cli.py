@@ -104,7 +104,7 @@ def test_other_flags_are_refused(arguments: list[str], capsys: pytest.CaptureFix
 def test_plan_prints_counts_and_writes_nothing(
     file: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    # Each lever costs seconds to follow; one is enough to see it named.
+    # Each lever takes seconds to count; one is enough here.
     monkeypatch.setattr("dag.costs.forecast.LEVERS", LEVERS[1:2])
     assert train_dag.main(["--recipe", str(file), "--plan", "--set", "train.epochs=7"]) == 0
     captured = capsys.readouterr()

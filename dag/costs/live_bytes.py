@@ -84,8 +84,8 @@ def as_on_cuda() -> Iterator[None]:
     """Inside, meta tensors use the kernels of CUDA; other devices are unaffected. Cannot be nested.
 
     PyTorch gives meta tensors its reference implementation of attention, which holds the attention matrices in fp32.
-    Inside, they get the memory-efficient kernel, which holds what flash attention holds; other devices are unaffected, and
-    so is attention with a mask. There is no autocast here: the policy uses none.
+    Here they get the memory-efficient kernel, which holds what flash attention holds. Attention with a mask is left alone, and
+    so is autocast, which the policy does not use.
     """
     library = torch.library.Library("aten", "IMPL")
     library.impl("scaled_dot_product_attention", _attention, "AutogradMeta")
