@@ -34,12 +34,13 @@ import torch
 from dag_kernels import table
 
 from dag.checklist import missing, runner, trial_run
-from dag.costs.commands import count, environment, launches, previews, profile, storage, train_step
+from dag.costs.commands import count, launches, previews, profile, storage, train_step
 from dag.costs.train_step import Row
 from dag.errors import RunError, UsageError, exit_code, quiet_on_broken_pipe
 from dag.run.determinism import reserve_workspace
 from dag.run.durable import write_json
 from dag.run.gpu import this_device
+from dag.run.machine import environment
 
 
 def trial(given: argparse.Namespace, device: torch.device) -> Iterator[Row]:

@@ -71,7 +71,7 @@ def run(folder: Path, minutes: float, has_gpu: bool, chosen: Sequence[Stage] | N
 
 def machine() -> dict[str, Any]:
     """What the figures depend on: GPU, versions, commit. Found by another process, so that this one uses no GPU memory."""
-    command = [sys.executable, "-c", "from dag.costs.commands import tell_machine; tell_machine()"]
+    command = [sys.executable, "-c", "from dag.run.machine import tell_machine; tell_machine()"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     try:
         return json.loads(done.stdout.strip().rpartition("\n")[2])

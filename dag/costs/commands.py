@@ -2,7 +2,6 @@
 
 import argparse
 import functools
-import json
 import tempfile
 import traceback
 from collections.abc import Callable, Iterator
@@ -21,9 +20,8 @@ from dag.recipe.load import load
 from dag.rewards import RewardSum
 from dag.run.determinism import deterministic
 from dag.run.folder import RunFolder
-from dag.run.gpu import GIB, free_memory, limit_memory, out_of_memory_ends, this_device
-from dag.run.machine import describe_machine
-from dag.training.build import build, git_commit
+from dag.run.gpu import free_memory, limit_memory, out_of_memory_ends
+from dag.training.build import build
 from dag.training.trainer import Trainer
 
 
@@ -158,19 +156,3 @@ def _shown(row: Row, literal: Row | None) -> str:
         work = literal["gflop_per_transition"] / row["gflop_per_transition"]
         line += f"  {row['times_published']:.2f} x published (by FLOP {work:.2f})"
     return line
-
-
-def environment(device: torch.device) -> Row:
-    """What measured figures depend on: machine, versions, commit."""
-    machine = describe_machine(device)
-    return {**machine.pop("versions"), **machine, "commit": git_commit()}
-
-
-def tell_machine() -> None:
-    """Print the GPU and the environment as one line of JSON, for `dag.checklist.runner`."""
-    device = this_device()
-    gpu = None
-    if device.type == "cuda":
-        properties = torch.cuda.get_device_properties(device)
-        gpu = f"{properties.name}, {properties.total_memory / GIB:.1f} GiB"
-    print(json.dumps({"gpu": gpu, "cuda": torch.version.cuda, **environment(device)}))

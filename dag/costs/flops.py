@@ -5,6 +5,7 @@ attention. Legend: T transitions.
 """
 
 from collections.abc import Callable
+from functools import cache, cached_property
 from typing import Any
 
 import torch
@@ -98,17 +99,40 @@ class _Counts:
     """
 
     def __init__(self, made: Weightless) -> None:
-        policy, flow = made.policy, made.flow
-        x_t, t, text = made.chain(1, 1)[0], policy.schedule.timesteps[:1], made.text.to(META)
-        self.conditional = _gflop(lambda: policy.predict(x_t, t, text, unguided=True), grad=False)
-        self.guided = _gflop(lambda: policy.predict(x_t, t, text), grad=False)
-        self.trained = _gflop(lambda: policy.predict(x_t, t, text).branches.sum().backward())
-        self.decode = _gflop(lambda: policy.decode(x_t.float()), grad=False)
-        self.preview = _gflop(lambda: policy.preview(x_t.float()), grad=False)
-        self.flow = 0.0 if flow is None else _gflop(lambda: flow(x_t, t, torch.zeros_like(t), text).sum().backward())
-        self.reward = sum(_tower(term.name) for term in made.recipe.reward if isinstance(term, Tower))
+        self.made, self.policy = made, made.policy
+        self.state = made.chain(1, 1)[0], made.policy.schedule.timesteps[:1], made.text.to(META)
+
+    @cached_property
+    def conditional(self) -> float:
+        return _gflop(lambda: self.policy.predict(*self.state, unguided=True), grad=False)
+
+    @cached_property
+    def guided(self) -> float:
+        return _gflop(lambda: self.policy.predict(*self.state), grad=False)
+
+    @cached_property
+    def trained(self) -> float:
+        return _gflop(lambda: self.policy.predict(*self.state).branches.sum().backward())
+
+    @cached_property
+    def decode(self) -> float:
+        return _gflop(lambda: self.policy.decode(self.state[0].float()), grad=False)
+
+    @cached_property
+    def preview(self) -> float:
+        return _gflop(lambda: self.policy.preview(self.state[0].float()), grad=False)
+
+    @cached_property
+    def flow(self) -> float:
+        flow, (x_t, t, text) = self.made.flow, self.state
+        return 0.0 if flow is None else _gflop(lambda: flow(x_t, t, torch.zeros_like(t), text).sum().backward())
+
+    @cached_property
+    def reward(self) -> float:
+        return sum(_tower(term.name) for term in self.made.recipe.reward if isinstance(term, Tower))
 
 
+@cache
 def _tower(name: str) -> float:
     """GFLOP of a reward network on one picture."""
     with META:

@@ -1,6 +1,7 @@
-"""The machine on which numbers were computed: its device, threads, and the versions of packages and drivers."""
+"""The machine on which numbers were computed: its device, threads, the versions of packages and drivers, and our commit."""
 
 import importlib.metadata
+import json
 import os
 import platform
 import re
@@ -9,6 +10,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+
+from dag.run.gpu import GIB, this_device
 
 _PACKAGES = (
     "torch",
@@ -35,6 +38,33 @@ def describe_machine(device: torch.device) -> dict[str, Any]:
         "python": platform.python_version(),
         "versions": versions(),
     }
+
+
+def environment(device: torch.device) -> dict[str, Any]:
+    """What measured figures depend on: machine, versions, commit."""
+    machine = describe_machine(device)
+    return {**machine.pop("versions"), **machine, "commit": git_commit()}
+
+
+def tell_machine() -> None:
+    """Print the GPU and the environment as one line of JSON, for `dag.checklist.runner`."""
+    device = this_device()
+    gpu = None
+    if device.type == "cuda":
+        properties = torch.cuda.get_device_properties(device)
+        gpu = f"{properties.name}, {properties.total_memory / GIB:.1f} GiB"
+    print(json.dumps({"gpu": gpu, "cuda": torch.version.cuda, **environment(device)}))
+
+
+def git_commit() -> str | None:
+    """The commit of this code, with -dirty if files have changed since; None outside a git repository."""
+    try:
+        command = ["git", "describe", "--always", "--dirty", "--abbrev=12"]
+        return subprocess.run(
+            command, cwd=Path(__file__).parent, capture_output=True, text=True, check=True
+        ).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return None
 
 
 def versions() -> dict[str, str | None]:

@@ -1,10 +1,8 @@
 """Builds the objects that a recipe describes, and describes them for run.json."""
 
-import subprocess
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -21,7 +19,7 @@ from dag.objectives.state_flow import StateFlow
 from dag.recipe import Recipe, prompts
 from dag.rewards import RewardSum
 from dag.run.fingerprint import of_texts, of_weights
-from dag.run.machine import describe_machine
+from dag.run.machine import describe_machine, git_commit
 from dag.run.processes import ALONE, Processes
 from dag.training.embeddings import Embeddings
 from dag.training.flow_fit import FlowFit
@@ -167,14 +165,3 @@ def describe_run(recipe: Recipe, components: Components, device: torch.device) -
         "jpeg": features.version("libjpeg_turbo") or features.version("jpg"),
         "commit": git_commit(),
     }
-
-
-def git_commit() -> str | None:
-    """The commit of this code, with -dirty if files have changed since; None outside a git repository."""
-    try:
-        command = ["git", "describe", "--always", "--dirty", "--abbrev=12"]
-        return subprocess.run(
-            command, cwd=Path(__file__).parent, capture_output=True, text=True, check=True
-        ).stdout.strip()
-    except (OSError, subprocess.CalledProcessError):
-        return None

@@ -10,7 +10,6 @@ import pytest
 import torch
 from helpers.building import parts_of
 
-from dag import bench
 from dag.recipe import Recipe
 from dag.run import machine
 from dag.training.build import describe_run
@@ -40,8 +39,8 @@ def test_run_json_and_the_bench_record_the_versions(make_recipe: Callable[..., R
     assert described["versions"]["torch"] == torch.__version__
     names = {"triton", "bitsandbytes", "xformers", "cuda", "cudnn", "driver"}
     assert names <= described["versions"].keys()
-    assert names <= bench.environment(CPU).keys()
-    assert bench.environment(CPU)["device"] == described["device"]
+    assert names <= machine.environment(CPU).keys()
+    assert machine.environment(CPU)["device"] == described["device"]
     json.dumps(described)
 
 
