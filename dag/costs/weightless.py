@@ -172,7 +172,7 @@ def _with_adamw(recipe: Recipe) -> Recipe:
 class _FirstPredictions:
     """`Policy.predict` whose first calls run; later calls allocate a result of the same shape.
 
-    For each set of switches two calls run, three where gradients are on: with one-pass training, memory then holds at the
+    For each set of switches one call runs, three where gradients are on: with one-pass training, memory then holds at the
     third the gradients of the first and the graph of the second.
     """
 
@@ -184,7 +184,7 @@ class _FirstPredictions:
         self, x_t: Tensor, t: Tensor, text: Tensor, *, pretrained: bool = False, unguided: bool = False
     ) -> Prediction:
         switches, B = (pretrained, unguided), len(x_t)
-        if self.ran[switches] < (3 if torch.is_grad_enabled() else 2):
+        if self.ran[switches] < (3 if torch.is_grad_enabled() else 1):
             result = self.predict(x_t, t, text, pretrained=pretrained, unguided=unguided)
             self.ran[switches] += 1
             self.like[switches] = (len(result.branches) // B, result.branches.dtype, result.guidance_scale)

@@ -21,6 +21,7 @@ from dag.training.trainer import Trainer
 ROOT = Path(__file__).parents[2]
 STEPS, TRAJECTORIES = 5, 2
 SMALL = (
+    "model.resolution=32",
     f"sampler.steps={STEPS}",
     f"train.trajectories={TRAJECTORIES}",
     f"train.micro_batch={TRAJECTORIES}",

@@ -22,7 +22,7 @@ from dag.training.trainer import Trainer
 
 ROOT = Path(__file__).parents[2]
 BASE: dict[str, dict[str, Any]] = {
-    "model": {"path": "embedded"},
+    "model": {"path": "embedded", "resolution": 32},
     "sampler": {"steps": 2, "guidance_scale": 3.0, "tile": 4},
     "prompts": {"texts": ["a cat", "a dog"]},
     "reward": {"name": "colourfulness"},

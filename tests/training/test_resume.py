@@ -81,7 +81,7 @@ def test_a_run_in_pieces_is_the_undisturbed_one(make_recipe: MakeRecipe, tmp_pat
     undisturbed, parted = (RunFolder.create(tmp_path / name) for name in ("undisturbed", "parted"))
     trained(recipe, undisturbed)
     # Not a divisor of the safe points of an epoch, so that stops fall on tiles, micro-batches, ends of updates and evaluations.
-    names = trained_in_pieces(recipe, parted, 3 if kind == "one_pass" else 7)
+    names = trained_in_pieces(recipe, parted, 3 if kind == "one_pass" else 11)
     assert len(names) > 4
     assert rows(undisturbed.path) == rows(parted.path)
     ours, theirs = weights(undisturbed), weights(parted)
