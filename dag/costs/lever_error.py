@@ -98,7 +98,7 @@ def storage(components: Components, recipe: Recipe, batch: Batch) -> Iterator[Ro
             yield {
                 "chain": dtype,
                 "log_pf_at": at,
-                "bytes": round(_stored(components, recipe, batch, drawn).bytes_per_trajectory),
+                "bytes": round(_stored(recipe, batch, drawn).bytes_per_trajectory),
                 "log_pf_error": float(difference.abs().max()),
                 "ratio_error": float(difference.expm1().abs().max()),
                 "ratio_error_of_means": float((difference / dims).expm1().abs().max()),
@@ -119,7 +119,7 @@ def _log_pf_of(components: Components, chain: Tensor, text: Tensor) -> Tensor:
     return torch.stack(columns, 1)
 
 
-def _stored(components: Components, recipe: Recipe, batch: Batch, drawn: SampledTile) -> Trajectories:
+def _stored(recipe: Recipe, batch: Batch, drawn: SampledTile) -> Trajectories:
     """The trajectories that the trainer would store of a tile; rewards are zeros."""
     nothing = torch.zeros_like(drawn.log_pf)
     kept = assemble(drawn, nothing, nothing[:, 0], batch, recipe.seed, recipe.sampler)

@@ -226,3 +226,9 @@ def test_no_runs_at_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None
     monkeypatch.chdir(tmp_path)
     with pytest.raises(UsageError, match="no run of tiny"):
         newest_run("tiny")
+
+
+def test_metrics_of_an_earlier_version_are_read_under_todays_names(tmp_path: Path) -> None:
+    metrics = MetricsFile(tmp_path / "metrics.jsonl")
+    metrics.write({"epoch": 1, "fidelity_top1": 0.5, "fidelity_top5": 1.0})
+    assert metrics.read() == [{"epoch": 1, "noun_top1": 0.5, "noun_top5": 1.0}]

@@ -123,6 +123,23 @@ def test_what_is_in_flight_comes_back_on_the_policys_device(
         assert {name.rsplit("/", 1)[-1] for name in behind} <= {"prompt_id", "chain", "per_trajectory"}
 
 
+def test_trajectories_of_an_earlier_version_are_read_under_todays_names(
+    make_recipe: MakeRecipe, tmp_path: Path
+) -> None:
+    """A checkpoint inside an epoch calls the rewards of x0_hat `looking` there."""
+    trainer = Trainer(make_recipe(), RunFolder.create(tmp_path / "run"), parts_of(make_recipe()))
+    state = trainer.begin_epoch(0)
+    trainer.sample(state)
+    stored = state.state()
+    reward = stored["sampled"]["x0_hat_reward"]
+    assert reward is not None
+    stored["sampled"] = {"looking" if name == "x0_hat_reward" else name: v for name, v in stored["sampled"].items()}
+    restored = EpochState(0, state.store.emptied())
+    restored.load_state(stored, torch.device("cpu"))
+    found = restored.rollout().x0_hat_reward
+    assert found is not None and torch.equal(found, reward)
+
+
 def test_a_loss_scale_is_there_for_a_step_that_follows_a_resume(make_recipe: MakeRecipe, tmp_path: Path) -> None:
     """Losses are scaled with fp16 only, which needs a GPU; here its scaler runs on the CPU."""
 
