@@ -8,7 +8,7 @@ import torch
 from dag_kernels import standard_normal
 from helpers.building import disturb, parts_of
 
-from dag.chain.rollout import SampledTile, generate, sample_tile
+from dag.chain.rollout import SampledTile, generate, sample_tile, walk
 from dag.chain.schedule import INITIAL_NOISE
 from dag.recipe import Recipe
 
@@ -33,6 +33,15 @@ def test_the_stored_state_is_the_state(make_recipe: MakeRecipe) -> None:
         assert torch.equal(tile.chain[k + 1], expected)
         assert torch.equal(tile.log_pf[:, k], schedule.log_pf(tile.chain[k], tile.chain[k + 1], output, k))
         assert torch.equal(tile.log_pb[:, k], schedule.log_pb(tile.chain[k], tile.chain[k + 1], k))
+
+
+def test_only_trained_steps_keep_a_graph(make_recipe: MakeRecipe) -> None:
+    """A graph for every step would give the same gradients, and use the memory of all of them."""
+    recipe = make_recipe()
+    parts = parts_of(recipe)
+    text, ids = parts.text[:1].repeat(2, 1, 1), torch.arange(2)
+    steps = walk(parts.policy, text, ids, recipe.seed, recipe.sampler, trained={1, 3})
+    assert [step.k for step in steps if step.prediction.branches.requires_grad] == [1, 3]
 
 
 def test_a_prior_takes_the_place_of_the_noising_kernel(make_recipe: MakeRecipe) -> None:
