@@ -1,5 +1,6 @@
 """Fixtures: a Stable Diffusion folder of shrunken random networks, and recipes that use it."""
 
+import gc
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -20,6 +21,11 @@ if not torch.cuda.is_available():
 
 from dag.recipe import Recipe
 from dag.recipe.load import parse
+
+
+def pytest_collection_finish() -> None:
+    """Exempt what the imports made from garbage collection, which would go through all of it again and again."""
+    gc.freeze()
 
 
 @pytest.fixture(autouse=True)

@@ -12,6 +12,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
 
 from dag.costs.live_bytes import as_on_cuda
+from dag.costs.remembered import RememberedShapes
 from dag.costs.weightless import META, Weightless
 from dag.recipe import Recipe, is_scored
 from dag.recipe.reward_sections import Tower
@@ -142,6 +143,6 @@ def _tower(name: str) -> float:
 
 
 def _gflop(call: Callable[[], object], grad: bool = True) -> float:
-    with counter() as counted, as_on_cuda(), torch.set_grad_enabled(grad):
+    with RememberedShapes(), counter() as counted, as_on_cuda(), torch.set_grad_enabled(grad):
         call()
     return counted.get_total_flops() / 1e9

@@ -18,6 +18,7 @@ from dag.chain.rollout import sample_tile, score_tile
 from dag.chain.trajectory import ChainStore, Trajectories
 from dag.costs.fake_gpu import FakeGpu
 from dag.costs.live_bytes import LiveBytes, as_on_cuda
+from dag.costs.remembered import RememberedShapes
 from dag.costs.weightless import META, Weightless, some_bytes
 from dag.recipe import Recipe
 from dag.run.meter import PhaseMeter
@@ -90,8 +91,7 @@ class Simulation:
         if phase == "one pass":
             # Passes that train the flow alone need the epoch's chains, besides those that the present update is sampling.
             kept = [*chains, self._chain(train.trajectories // train.updates)] if self.recipe.flow.passes > 0 else []
-            # Three previews run: at the third, memory holds the graphs of two steps.
-            return self._peak_of(self.one_pass, [*ungraded, *fetched, *kept], previews=3)
+            return self._peak_of(self.one_pass, [*ungraded, *fetched, *kept])
         if phase == "update":
             section = self.recipe.forward_looking
             scores_again = section is not None and section.source == "current"
@@ -104,9 +104,9 @@ class Simulation:
         left_out = self._states_left_out(self._sampled(), self.recipe.forward_looking is not None)
         return self._peak_of(self.rollout, [*everything, *fetched, *chains, *left_out])
 
-    def _peak_of(self, run: Callable[[], object], existing: Iterable[Tensor], previews: int = 1) -> int:
-        """Peak bytes of `run`, `existing` tensors included; of calls of `Policy.preview`, `previews` really run."""
-        with LiveBytes("meta") as live, FakeGpu(), as_on_cuda(), self.made.repeats_are_free(previews):
+    def _peak_of(self, run: Callable[[], object], existing: Iterable[Tensor]) -> int:
+        """Peak bytes of `run`, `existing` tensors included."""
+        with RememberedShapes(), LiveBytes("meta") as live, FakeGpu(), as_on_cuda():
             live.include(existing)
             run()
         return live.peak

@@ -19,6 +19,7 @@ from dag.chain.rollout import Batch, Score, assemble, sample_tile, score_tile
 from dag.chain.trajectory import ChainStore
 from dag.costs.fake_gpu import Counts, FakeGpu
 from dag.costs.live_bytes import LiveBytes, as_on_cuda
+from dag.costs.remembered import RememberedShapes
 from dag.costs.weightless import META, Weightless
 from dag.recipe import Recipe
 from dag.recipe.reward_sections import Custom, Http, RewardTerm, Tower
@@ -69,7 +70,7 @@ def rehearse(recipe: Recipe) -> Rehearsed:
         }
     )
     loop = _Loop(recipe)
-    with LiveBytes("meta") as live, loop.gpu, as_on_cuda():
+    with RememberedShapes(), LiveBytes("meta") as live, loop.gpu, as_on_cuda():
         live.include(loop.standing())
         if recipe.train.rollout == "one_pass":
             transition, per_tile = loop.one_pass(stride)

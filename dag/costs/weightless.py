@@ -4,9 +4,7 @@ Legend: B rows of a micro-batch or tile, N trajectories, T transitions.
 """
 
 import math
-from collections import Counter
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable
 from dataclasses import replace
 from typing import Any
 
@@ -14,7 +12,6 @@ import torch
 from dag_kernels import PLAIN, Kernels
 from torch import Tensor, nn
 
-from dag.chain.policy import Prediction
 from dag.chain.rollout import CHAIN_DTYPES, Batch
 from dag.costs.reward_networks import footprint
 from dag.models import families
@@ -128,26 +125,6 @@ class Weightless:
             if isinstance(module, nn.Linear) and "transformer_blocks" in name and not module.weight.requires_grad:
                 yield module
 
-    # -- repeated calls ------------------------------------------------------------------------------------------
-
-    @contextmanager
-    def repeats_are_free(self, previews: int = 1) -> Iterator[None]:
-        """Inside, only the first calls of each network run; later calls, which would be alike, only allocate their result.
-
-        Args:
-            previews: how many calls of `Policy.preview` run.
-        """
-        policy: Any = self.policy
-        original = {name: getattr(policy, name) for name in ("predict", "decode", "preview")}
-        policy.predict = _FirstPredictions(policy.predict)
-        policy.decode = _first_pictures(policy.decode, 1)
-        policy.preview = _first_pictures(policy.preview, previews)
-        try:
-            yield
-        finally:
-            for name, call in original.items():
-                setattr(policy, name, call)
-
 
 def _without_levers(recipe: Recipe, is_assumed: bool) -> Recipe:
     """The recipe without the levers that cannot run on the meta device; their effect on weights is computed instead."""
@@ -167,46 +144,6 @@ def _with_adamw(recipe: Recipe) -> Recipe:
     return recipe.model_copy(
         update={name: section.model_copy(update={"optimizer": "adamw"}) for name, section in sections.items()}
     )
-
-
-class _FirstPredictions:
-    """`Policy.predict` whose first calls run; later calls allocate a result of the same shape.
-
-    For each set of switches one call runs, three where gradients are on: with one-pass training, memory then holds at the
-    third the gradients of the first and the graph of the second.
-    """
-
-    def __init__(self, predict: Any) -> None:
-        self.predict, self.ran = predict, Counter[tuple[bool, bool]]()
-        self.like: dict[tuple[bool, bool], tuple[int, torch.dtype, float]] = {}
-
-    def __call__(
-        self, x_t: Tensor, t: Tensor, text: Tensor, *, pretrained: bool = False, unguided: bool = False
-    ) -> Prediction:
-        switches, B = (pretrained, unguided), len(x_t)
-        if self.ran[switches] < (3 if torch.is_grad_enabled() else 1):
-            result = self.predict(x_t, t, text, pretrained=pretrained, unguided=unguided)
-            self.ran[switches] += 1
-            self.like[switches] = (len(result.branches) // B, result.branches.dtype, result.guidance_scale)
-            return result
-        branches, dtype, guidance_scale = self.like[switches]
-        output = torch.empty(branches * B, *x_t.shape[1:], dtype=dtype, device=x_t.device)
-        output.requires_grad_(torch.is_grad_enabled() and not pretrained)
-        return Prediction(output, B, guidance_scale, output[-B:])
-
-
-def _first_pictures(call: Any, times: int) -> Any:
-    """`Policy.decode` or `Policy.preview` whose first `times` calls run; later calls allocate a result of that shape."""
-    shapes: list[torch.Size] = []
-
-    def limited(latents: Tensor, *others: Any) -> Tensor:
-        if len(shapes) == times:
-            return torch.empty(len(latents), *shapes[0], device=latents.device)
-        images = call(latents, *others)
-        shapes.append(images.shape[1:])
-        return images
-
-    return limited
 
 
 class _Kept(torch.autograd.Function):
