@@ -2,7 +2,7 @@
 
 They promise samples from R. A chain of Gaussian steps cannot reach that exactly: the one-dimensional target has 0.3 of its mass
 in the left mode, and the best Gaussian steps, found by dynamic programming, put 0.257 there. Training begins at 0.5 and goes
-towards 0.257. The short runs stop near 0.3, so their bounds include both values. `pytest -s` prints the numbers.
+towards 0.257. `pytest -s` prints the numbers.
 """
 
 import pytest
@@ -97,25 +97,14 @@ def test_untrained_chain_samples_the_data_law() -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["dag_db", "dag_kl"])
-def test_dag_reaches_both_modes_in_proportion(name: str) -> None:
-    toy = line_toy()
-    toy.train(objective(name), Settings())
-    for result in line_fits(toy, on_grid(TARGET), name):
-        assert 0.23 <= result.left <= 0.35
-        assert result.kl <= 0.04
-        assert result.w1 <= 0.10
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("name", ["dag_db", "dag_kl"])
-def test_dag_ends_at_the_best_gaussian_steps(name: str) -> None:
-    """Larger steps and a finer table, so that neither a short training nor a coarse policy leaves a distance.
+@pytest.mark.parametrize(("name", "iterations"), [("dag_db", 800), ("dag_kl", 1200)])
+def test_dag_ends_at_the_best_gaussian_steps(name: str, iterations: int) -> None:
+    """Large steps and a fine table, so that neither a short training nor a coarse policy leaves a distance.
 
     The flow agrees too. Samples could not show that: log F contains every constant of log P_F and log P_B.
     """
     toy = line_toy(centres=57)
-    toy.train(objective(name), Settings(iterations=1200, policy_lr=4e-2, flow_lr=4e-1))
+    toy.train(objective(name), Settings(iterations))
     has_ended(toy, best_gaussian_steps(TARGET, toy_schedule(SD)), left=0.257, tolerance=0.3, label=f"{name} longer")
 
 
@@ -124,7 +113,7 @@ def test_dag_ends_at_the_best_gaussian_steps(name: str) -> None:
 def test_with_a_prior_dag_ends_at_the_tilted_data_distribution(name: str) -> None:
     """Mass in the left mode: 0.227 for data times reward, 0.274 for the best Gaussian steps, 0.256 for the reward alone."""
     toy = ToyGFN(DATA, TILT, torch.linspace(-3.5, 3.5, 57), SEEDS, has_prior=True)
-    toy.train(objective(name), Settings(iterations=600, policy_lr=4e-2, flow_lr=4e-1))
+    toy.train(objective(name), Settings(iterations=400))
     best = best_gaussian_steps(TILT, toy_schedule(SD), prior=DATA)
     print(f"\n{'optimum':<14}         {fit(best[0], on_grid(DATA, TILT))}", end="")
     has_ended(toy, best, left=0.274, tolerance=0.1, label=f"{name} prior")
@@ -133,7 +122,7 @@ def test_with_a_prior_dag_ends_at_the_tilted_data_distribution(name: str) -> Non
 @pytest.mark.slow
 def test_ddpo_collapses_to_the_higher_mode() -> None:
     toy = line_toy()
-    toy.train(objective("ddpo"), Settings(warmup=0, decay=False))
+    toy.train(objective("ddpo"), Settings(iterations=400, warmup=0, policy_lr=1e-2, decay=False))
     for result in line_fits(toy, on_grid(TARGET), "ddpo"):
         assert result.left < 0.05
         assert result.kl > 0.5
@@ -143,11 +132,11 @@ def test_ddpo_collapses_to_the_higher_mode() -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["dag_db", "dag_kl"])
 def test_dag_reaches_four_modes_in_proportion(name: str) -> None:
-    shares = corner_shares(name, Settings(iterations=400, warmup=50, policy_lr=1e-2, flow_lr=1e-1))
+    shares = corner_shares(name, Settings(iterations=300, warmup=50, policy_lr=2e-2, flow_lr=2e-1))
     assert (shares - UNEVEN_CORNERS.weights).abs().max() < 0.05
 
 
 @pytest.mark.slow
 def test_ddpo_keeps_the_highest_of_four_modes() -> None:
-    shares = corner_shares("ddpo", Settings(iterations=400, warmup=0, policy_lr=1e-2, decay=False))
+    shares = corner_shares("ddpo", Settings(iterations=250, warmup=0, policy_lr=2e-2, decay=False))
     assert shares[:, 3].min() > 0.9

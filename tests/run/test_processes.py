@@ -32,7 +32,7 @@ KINDS: dict[str, dict[str, Any]] = {
         "train": {"step_fraction": 0.75, "inner_epochs": 2},
     },
     "dag_kl": {"objective": {"name": "dag_kl", "normalise_advantage": True}},
-    "ddpo": {"objective": {"name": "ddpo", "per_prompt": 4}},
+    "ddpo": {"objective": {"name": "ddpo", "per_prompt": 2}},
     "one_pass": {"train": {"rollout": "one_pass"}, "flow": {"passes": 1, "warmup_epochs": 1}},
 }
 
@@ -53,7 +53,7 @@ def small(make_recipe: MakeRecipe) -> dict[str, Recipe]:
     """Recipes with tiles of one sample, so that several processes call the network with the same rows as one process."""
     return {
         name: make_recipe(
-            **{**sections, "train": {"epochs": 2, "micro_batch": 1, **sections.get("train", {})}},
+            **{**sections, "train": {"epochs": 2, "trajectories": 4, "micro_batch": 1, **sections.get("train", {})}},
             sampler={"tile": 1},
             evaluation={"every": 2, "images_per_prompt": 3, "prompts": 1},
         )
