@@ -75,9 +75,14 @@ def parts_of(recipe: Recipe) -> Components:
     return build(recipe, CPU, warn=lambda text: None)
 
 
+def trainer_of(recipe: Recipe, run: RunFolder) -> Trainer:
+    """A trainer of the recipe, on the CPU."""
+    return Trainer(recipe, run, parts_of(recipe))
+
+
 def rolled_out(recipe: Recipe, run: RunFolder) -> tuple[Trainer, Trajectories]:
     """A trainer of the recipe, and the trajectories of its first epoch."""
-    trainer = Trainer(recipe, run, parts_of(recipe))
+    trainer = trainer_of(recipe, run)
     return trainer, sampled(trainer)
 
 
