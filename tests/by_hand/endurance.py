@@ -32,7 +32,7 @@ from dag.run import checkpoint
 
 ROOT = Path(__file__).parents[2]
 SMALL = (
-    *("train.trajectories=8", "train.micro_batch=2", "sampler.tile=2", "sampler.steps=4"),
+    *("train.trajectories=4", "train.micro_batch=2", "sampler.tile=2", "sampler.steps=4"),
     *("evaluation.prompts=1", "evaluation.images_per_prompt=2", "evaluation.every=2"),
     *("checkpoint.every=2", "checkpoint.minutes=0.005", "checkpoint.keep=2"),
 )

@@ -317,7 +317,7 @@ def test_a_quantised_base_is_smaller_close_and_trains(
 ) -> None:
     pytest.importorskip("bitsandbytes")
     plain, small = (parts_of(make_recipe(memory={"base": base})) for base in ("compute", kind))
-    name = "mid_block.attentions.0.transformer_blocks.0.ff.net.2"
+    name = "down_blocks.1.attentions.0.transformer_blocks.0.ff.net.2"
     before, after = (parts.policy.denoiser.get_parameter(f"{name}.weight") for parts in (plain, small))
     assert after.nbytes * 32 == before.nbytes * bits
     with torch.no_grad():

@@ -60,7 +60,7 @@ KINDS: dict[str, dict[str, Any]] = {
         "adapter": {"rank": 300},  # several layers of more than 4096 weights: their 8-bit states share a table
         "memory": {"chains": "cpu"},
     },
-    "ddpo": {"objective": {"name": "ddpo", "per_prompt": 4}},
+    "ddpo": {"objective": {"name": "ddpo", "per_prompt": 2}},
     "full": {"adapter": {"kind": "full"}, "train": {"learning_rate": 1e-5}},
     "one_pass": {"train": {"rollout": "one_pass"}, "flow": {"passes": 1, "warmup_epochs": 1}},
 }
@@ -71,7 +71,7 @@ def test_a_run_in_pieces_is_the_undisturbed_one(make_recipe: MakeRecipe, tmp_pat
     sections = dict(KINDS[kind])
     if sections.get("train", {}).get("optimizer"):
         pytest.importorskip("bitsandbytes")
-    sections["train"] = {"epochs": 3, "micro_batch": 2, **sections.get("train", {})}
+    sections["train"] = {"epochs": 3, "trajectories": 4, "micro_batch": 1, **sections.get("train", {})}
     recipe = make_recipe(
         **sections,
         sampler={"tile": 2},
