@@ -4,6 +4,7 @@
     figure4      the same on JPEG compressibility and incompressibility
     comparison   the three with the same trajectories and the same budget of tuning, without a regulariser and with it
     ablations    one choice of DAG-DB at a time
+    prior        DAG-DB with the pretrained model as its prior, and without
 
 `tiny` is the embedded model on a CPU, `paper` Stable Diffusion 1.5 with the published settings on one GPU. Runs that are
 complete are not run again, interrupted ones are resumed. Each study's folder gets figures (PNG, SVG), curves.csv,

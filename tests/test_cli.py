@@ -160,12 +160,12 @@ def test_plan_reads_the_latent_from_the_models_configs(file: Path) -> None:
 # -- mistakes that cost nothing -----------------------------------------------------------------------------------
 
 MISTAKES = {
-    "unknown key": ("train.epoch=3", "mine.yaml: train.epoch: unknown key; did you mean 'epochs'?"),
-    "wrong type": ("train.epochs=1.5", "mine.yaml: train.epochs: input should be a valid integer"),
-    "eta 0": ("sampler.eta=0", "mine.yaml: sampler.eta: input should be greater than 0 (found 0)"),
+    "unknown key": ("train.epoch=3", "--set train.epoch: unknown key; did you mean 'epochs'?"),
+    "wrong type": ("train.epochs=1.5", "--set train.epochs: input should be a valid integer"),
+    "eta 0": ("sampler.eta=0", "--set sampler.eta: input should be greater than 0 (found 0)"),
     "too many steps": (
         "sampler.steps=1001",
-        "mine.yaml: sampler.steps: input should be less than or equal to 1000",
+        "--set sampler.steps: input should be less than or equal to 1000",
     ),
     "no prompt file": ("prompts={file: no.txt}", "prompts.file: no.txt does not exist"),
     "empty prompt file": ("prompts={file: empty.txt}", "prompts.file: empty.txt holds no prompt"),

@@ -15,7 +15,10 @@ _ABREAST, _GAP_PX = 4, 12
 
 
 def grid(images: Tensor, captions: Sequence[str], columns: int) -> Image.Image:
-    """A grid of images (N, 3, H, W) in [0, 1], row by row, a caption above each; pictures under 96 px are enlarged."""
+    """A grid of images (N, 3, H, W) in [0, 1], row by row, a caption above each.
+
+    Pictures under 96 px are enlarged, and captions that are wider than a picture are shortened.
+    """
     pictures = [Image.fromarray(array) for array in to_bytes(images)]
     side = max(pictures[0].width, _SMALLEST_CELL_PX)
     rows = math.ceil(len(pictures) / columns)
@@ -23,9 +26,23 @@ def grid(images: Tensor, captions: Sequence[str], columns: int) -> Image.Image:
     draw = ImageDraw.Draw(sheet)
     for index, (picture, caption) in enumerate(zip(pictures, captions, strict=True)):
         left, top = index % columns * (side + 2), index // columns * (side + _CAPTION_PX + 2)
-        draw.text((left + 1, top), caption, fill="black", font_size=_CAPTION_PX - 2)
+        draw.text((left + 1, top), _shortened(draw, caption, side), fill="black", font_size=_CAPTION_PX - 2)
         sheet.paste(picture.resize((side, side), Image.Resampling.BICUBIC), (left, top + _CAPTION_PX))
     return sheet
+
+
+def _shortened(draw: ImageDraw.ImageDraw, caption: str, width: int) -> str:
+    """The caption, or as much of its beginning as fits into so many pixels, and an ellipsis."""
+
+    def fits(text: str) -> bool:
+        return draw.textlength(text, font_size=_CAPTION_PX - 2) <= width
+
+    if fits(caption):
+        return caption
+    kept = len(caption)
+    while kept and not fits(caption[:kept] + "…"):
+        kept -= 1
+    return caption[:kept] + "…"
 
 
 def with_title(sheet: Image.Image, title: str) -> Image.Image:

@@ -26,7 +26,7 @@ def _paper(name: str) -> tuple[Method, ...]:
     )
 
 
-# The published micro-batch of 8 needs more than 24 GB; the gradient does not depend on its size.
+# Half the published micro-batch leaves room on 24 GB; the gradient does not depend on its size.
 _ON_24_GB = (
     "train.micro_batch=4",
     "sampler.tile=4",  # equal to the micro-batch, so that the first ratio is exactly 1

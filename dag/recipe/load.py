@@ -43,7 +43,7 @@ def load(path: str | Path, overrides: typing.Sequence[str] = ()) -> Recipe:
         raise UsageError(f"{path}: a recipe is a mapping of keys, found {type(data).__name__}")
     for override in overrides:
         _apply_override(data, override)
-    return parse(data, str(path))
+    return parse(data, str(path), [override.partition("=")[0].strip() for override in overrides])
 
 
 class _Loader(yaml.SafeLoader):
@@ -59,16 +59,30 @@ class _Loader(yaml.SafeLoader):
         return node
 
 
-def parse(data: dict[str, Any], source: str) -> Recipe:
-    """The recipe in a mapping. Raises UsageError with every mistake found; `source` names the mapping in it."""
+def parse(data: dict[str, Any], source: str, overridden: typing.Sequence[str] = ()) -> Recipe:
+    """The recipe in a mapping. Raises UsageError with every mistake found.
+
+    Args:
+        source:     names the mapping in error messages.
+        overridden: keys that come from `--set`, which is named in the place of `source` for mistakes in them.
+    """
     try:
         recipe = Recipe.model_validate(data)
     except ValidationError as error:
-        raise UsageError("\n".join(f"{source}: {line}" for line in _explain(error))) from None
+        lines = [f"{_origin(line, overridden) or f'{source}:'} {line}" for line in _explain(error)]
+        raise UsageError("\n".join(lines)) from None
     problems = validate(recipe)
     if problems:
         raise UsageError("\n".join(f"{source}: {problem}" for problem in problems))
     return recipe
+
+
+def _origin(line: str, overridden: typing.Sequence[str]) -> str | None:
+    """`--set` if the key that the line begins with, or a section that it is in, is among the overridden ones."""
+    key = line.partition(":")[0]
+    # A single reward may be written without its index in the list.
+    keys = (f"{key}.", f"{key}.".replace("reward.0.", "reward.", 1))
+    return "--set" if any(key.startswith(f"{name}.") for name in overridden for key in keys) else None
 
 
 def flat(data: Any, prefix: str = "") -> dict[str, Any]:
@@ -146,6 +160,8 @@ def _explain(error: ValidationError) -> list[str]:
             lines.append(f"{key}.name: unknown name '{context['tag']}'{hint} known: {', '.join(tags)}")
         elif item["type"] == "union_tag_not_found":
             lines.append(f"{key}.name: missing, and it has no default")
+        elif location == ["reward"] and item["type"] == "tuple_type":
+            lines.append(f"{key}: write {{name: ...}}, or a list of such sections (found {item['input']!r})")
         else:
             message = _PLAIN.get(item["type"]) or item["msg"].removeprefix("Value error, ")
             found = "" if item["type"] == "value_error" else f" (found {item['input']!r})"

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from PIL import Image, ImageColor
 
 from dag import report
@@ -81,3 +82,13 @@ def test_many_sheets_take_several_rows() -> None:
     places = [(index * (width + gap), 0) for index in range(abreast)] + [(0, height + gap)]
     assert [joined.getpixel(place) for place in places] == [ImageColor.getrgb(colour) for colour in colours]
     assert sheets.beside([Image.new("RGB", (30, 20))] * 2).size == (72, 20)
+
+
+def test_long_captions_do_not_run_into_each_other() -> None:
+    """Pixels of the next picture's caption are those that it has beside a short one."""
+    long, short, images = "a very long prompt about a cat that flies over the moon", "x", torch.zeros(2, 3, 96, 96)
+    beside_long, beside_short = (sheets.grid(images, [caption, "cat"], 2) for caption in (long, short))
+    second = (98, 0, 196, 12)
+    assert beside_long.crop(second).tobytes() == beside_short.crop(second).tobytes()
+    first = (0, 0, 98, 12)
+    assert beside_long.crop(first).tobytes() != beside_short.crop(first).tobytes()

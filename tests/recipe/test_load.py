@@ -261,6 +261,15 @@ def test_a_typo_in_an_override_is_an_unknown_key(file: Path) -> None:
     assert "trian: unknown key; did you mean 'train'?" in refusal(file, "trian.epochs=3")
 
 
+def test_a_mistake_in_an_override_is_not_blamed_on_the_file(file: Path) -> None:
+    file.write_text(file.read_text() + "\ntrian: {}\n")
+    said = refusal(file, "train.epochs=0", "sampler={stepz: 3}").splitlines()
+    assert {line.rpartition(": ")[0].partition(":")[0] for line in said} == {
+        "--set train.epochs", "--set sampler.stepz", str(file),
+    }  # fmt: skip
+    assert refusal(file, "reward=aesthetic").startswith("--set reward: write {name: ...}, or a list of such sections")
+
+
 # -- files --------------------------------------------------------------------------------------------------------
 
 BROKEN_FILES = [
@@ -340,7 +349,7 @@ def test_messages_speak_of_the_file_and_not_of_python(file: Path, override: str)
 
 
 def test_a_refused_section_is_quoted_once(file: Path) -> None:
-    assert refusal(file, "prompts={}") == f"{file}: prompts: give exactly one of set, file, texts (found: none)"
+    assert refusal(file, "prompts={}") == "--set prompts: give exactly one of set, file, texts (found: none)"
 
 
 def test_a_repeated_key_is_refused(file: Path) -> None:
@@ -357,9 +366,9 @@ def test_merge_keys_may_be_overridden(file: Path) -> None:
 @pytest.mark.parametrize("key", ["custom", "ddpo"])
 def test_a_key_named_like_a_reward_or_objective_is_unknown(file: Path, key: str) -> None:
     """pydantic's error paths contain names of union members; removing those must not remove a key of the same name."""
-    assert f"{file}: {key}: unknown key" in refusal(file, f"{key}=3")
-    assert f"{file}: objective.{key}: unknown key" in refusal(file, f"objective.{key}=3")
-    assert f"{file}: reward.0.{key}: unknown key" in refusal(file, f"reward.{key}=3")
+    assert f"--set {key}: unknown key" in refusal(file, f"{key}=3")
+    assert f"--set objective.{key}: unknown key" in refusal(file, f"objective.{key}=3")
+    assert f"--set reward.0.{key}: unknown key" in refusal(file, f"reward.{key}=3")
 
 
 @pytest.mark.parametrize(
