@@ -211,53 +211,68 @@ def run_missing(cases: Sequence[Case], jobs: int, gpus: Sequence[str] = ()) -> d
     done = len(cases) - len(missing)
     if done:
         print(f"{done} of {len(cases)} runs are complete already", flush=True)
-    threads = max(1, num_cores() // jobs)
-    children: set[subprocess.Popen[bytes]] = set()
-    stopping = threading.Event()
-    failed: dict[Case, int] = {}
-    free = _dealt(gpus, jobs)
-
-    def work(case: Case) -> None:
-        if stopping.is_set():
-            return
-        with _locked(case.folder) as lock:
-            if case.is_complete():  # another process has completed it since `missing` was listed
-                return
-            train(case, lock)
-
-    def train(case: Case, lock: int) -> None:
-        _say(case, "resumed" if _has_begun(case) else "started")
-        with case.log.open("ab") as log, _taken(free) as gpu:
-            child = subprocess.Popen(
-                _command(case),
-                stdout=log,
-                stderr=subprocess.STDOUT,
-                env={**os.environ, "OMP_NUM_THREADS": str(threads), **gpu},
-                # The child inherits the lock, so that the run stays locked if this process is killed.
-                pass_fds=[lock],
-            )
-            children.add(child)
-            if stopping.is_set():  # it was set after the check in `work`, before the child was in `children`
-                child.terminate()
-            code = child.wait()
-            children.discard(child)
-        if code == 0:
-            _say(case, f"reward {ends(case.metrics())[1]:.3f}")
-        elif not stopping.is_set():
-            failed[case] = code
-            _say(case, f"failed, see {case.log}")
-
+    trainings = _Trainings(jobs, gpus)
     with ThreadPoolExecutor(jobs) as pool:
-        futures = [pool.submit(work, case) for case in missing]
+        futures = [pool.submit(trainings.run, case) for case in missing]
         try:
             for future in futures:
                 future.result()
         except BaseException:
-            stopping.set()
-            for child in set(children):
-                child.terminate()
+            trainings.stop()
             raise
-    return failed
+    return trainings.failed
+
+
+class _Trainings:
+    """Runs that are trained at the same time, each in a process that a thread of ours waits for.
+
+    Attributes:
+        failed: exit codes of the runs that failed.
+    """
+
+    def __init__(self, jobs: int, gpus: Sequence[str]) -> None:
+        self.failed: dict[Case, int] = {}
+        self._threads = max(1, num_cores() // jobs)
+        self._free = _dealt(gpus, jobs)
+        self._children: set[subprocess.Popen[bytes]] = set()
+        self._stopping = threading.Event()
+
+    def run(self, case: Case) -> None:
+        """Train a case until its process ends, unless it is complete or all are being stopped."""
+        if self._stopping.is_set():
+            return
+        with _locked(case.folder) as lock:
+            if case.is_complete():  # another process has completed it since it was found missing
+                return
+            self._train(case, lock)
+
+    def stop(self) -> None:
+        """Ask all processes to end, and start no further ones."""
+        self._stopping.set()
+        for child in set(self._children):
+            child.terminate()
+
+    def _train(self, case: Case, lock: int) -> None:
+        _say(case, "resumed" if _has_begun(case) else "started")
+        with case.log.open("ab") as log, _taken(self._free) as gpu:
+            child = subprocess.Popen(
+                _command(case),
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                env={**os.environ, "OMP_NUM_THREADS": str(self._threads), **gpu},
+                # The child inherits the lock, so that the run stays locked if this process is killed.
+                pass_fds=[lock],
+            )
+            self._children.add(child)
+            if self._stopping.is_set():  # it was set after the check in `run`, before the child was in `_children`
+                child.terminate()
+            code = child.wait()
+            self._children.discard(child)
+        if code == 0:
+            _say(case, f"reward {ends(case.metrics())[1]:.3f}")
+        elif not self._stopping.is_set():
+            self.failed[case] = code
+            _say(case, f"failed, see {case.log}")
 
 
 def _say(case: Case, text: str) -> None:

@@ -69,7 +69,10 @@ def parse(data: dict[str, Any], source: str, overridden: typing.Sequence[str] = 
     try:
         recipe = Recipe.model_validate(data)
     except ValidationError as error:
-        lines = [f"{_origin(line, overridden) or f'{source}:'} {line}" for line in _explain(error)]
+        lines = [
+            f"--set {key}: {mistake}" if _is_in(key, overridden) else f"{source}: {key}: {mistake}"
+            for key, mistake in _explain(error)
+        ]
         raise UsageError("\n".join(lines)) from None
     problems = validate(recipe)
     if problems:
@@ -77,12 +80,11 @@ def parse(data: dict[str, Any], source: str, overridden: typing.Sequence[str] = 
     return recipe
 
 
-def _origin(line: str, overridden: typing.Sequence[str]) -> str | None:
-    """`--set` if the key that the line begins with, or a section that it is in, is among the overridden ones."""
-    key = line.partition(":")[0]
+def _is_in(key: str, overridden: typing.Sequence[str]) -> bool:
+    """Whether a key, or a section that it is in, is among the overridden ones."""
     # A single reward may be written without its index in the list.
-    keys = (f"{key}.", f"{key}.".replace("reward.0.", "reward.", 1))
-    return "--set" if any(key.startswith(f"{name}.") for name in overridden for key in keys) else None
+    spellings = (f"{key}.", f"{key}.".replace("reward.0.", "reward.", 1))
+    return any(spelling.startswith(f"{name}.") for name in overridden for spelling in spellings)
 
 
 def flat(data: Any, prefix: str = "") -> dict[str, Any]:
@@ -140,8 +142,9 @@ def _child(node: Any, name: str, create: bool) -> Any:
     return node.get(name)
 
 
-def _explain(error: ValidationError) -> list[str]:
-    lines = []
+def _explain(error: ValidationError) -> list[tuple[str, str]]:
+    """[(key, what is wrong with it)]"""
+    mistakes = []
     for item in error.errors(include_url=False):
         location = _without_union_tag(item["loc"])
         key = _shown(".".join(map(str, location))) or "recipe"
@@ -149,24 +152,24 @@ def _explain(error: ValidationError) -> list[str]:
             known = known_keys(item["loc"][:-1])
             close = difflib.get_close_matches(str(location[-1]), known, n=1)
             hint = f"; did you mean '{close[0]}'?" if close else f"; known: {', '.join(known)}"
-            lines.append(f"{key}: unknown key{hint}")
+            mistakes.append((key, f"unknown key{hint}"))
         elif item["type"] == "missing":
-            lines.append(f"{key}: missing, and it has no default")
+            mistakes.append((key, "missing, and it has no default"))
         elif item["type"] == "union_tag_invalid":
             context = item["ctx"]
             tags = context["expected_tags"].replace("'", "").split(", ")
             close = difflib.get_close_matches(str(context["tag"]), tags, n=1)
             hint = f"; did you mean '{close[0]}'?" if close else ";"
-            lines.append(f"{key}.name: unknown name '{context['tag']}'{hint} known: {', '.join(tags)}")
+            mistakes.append((f"{key}.name", f"unknown name '{context['tag']}'{hint} known: {', '.join(tags)}"))
         elif item["type"] == "union_tag_not_found":
-            lines.append(f"{key}.name: missing, and it has no default")
+            mistakes.append((f"{key}.name", "missing, and it has no default"))
         elif location == ["reward"] and item["type"] == "tuple_type":
-            lines.append(f"{key}: write {{name: ...}}, or a list of such sections (found {item['input']!r})")
+            mistakes.append((key, f"write {{name: ...}}, or a list of such sections (found {item['input']!r})"[:400]))
         else:
             message = _PLAIN.get(item["type"]) or item["msg"].removeprefix("Value error, ")
             found = "" if item["type"] == "value_error" else f" (found {item['input']!r})"
-            lines.append(f"{key}: {message[0].lower()}{message[1:]}{found}"[:400])
-    return lines
+            mistakes.append((key, f"{message[0].lower()}{message[1:]}{found}"[:400]))
+    return mistakes
 
 
 _UNION_TAGS = {
