@@ -97,19 +97,27 @@ def test_loss_and_gradient_err_at_most_twice_as_far_as_autocasts() -> None:
     with torch.no_grad():
         x_next = schedule.sample_next(x_t.double(), guided(exact, torch.float64), noise.double(), k).float()
 
-    def both_of(network: Any, dtype: torch.dtype, weights: list[Any]) -> tuple[Tensor, Tensor]:
+    names = policy.weights.names
+
+    def measured(network: Any, dtype: torch.dtype, weights: list[Any]) -> tuple[Tensor, ...]:
         output = guided(network, dtype)
         loss = unit * schedule.log_pf(x_t.to(output.dtype), x_next.to(output.dtype), output, k)
         loss.sum().backward()
         policy.weights.gather()
-        return loss.detach(), torch.cat([w.grad.flatten() for w in weights])
+        down, up = (
+            [w.grad.flatten() for w, n in zip(weights, names, strict=True) if part in n]
+            for part in ("lora_A", "lora_B")
+        )
+        return loss.detach(), torch.cat(down), torch.cat(up)
 
     trained = [[w for w in network.parameters() if w.requires_grad] for network in (exact, plain)]
-    truth = both_of(exact, torch.float64, trained[0])
+    truth = measured(exact, torch.float64, trained[0])
     with CudaAutocast(), torch.autocast("cpu", torch.bfloat16):
-        plainly = both_of(plain, torch.bfloat16, trained[1])
-    ours = both_of(policy.denoiser, torch.bfloat16, policy.trainable())
-    for name, found, autocast, true in zip(("log P_F", "gradient"), ours, plainly, truth, strict=True):
+        plainly = measured(plain, torch.bfloat16, trained[1])
+    ours = measured(policy.denoiser, torch.bfloat16, policy.trainable())
+    for name, found, autocast, true in zip(
+        ("log P_F", "gradient of A", "gradient of B"), ours, plainly, truth, strict=True
+    ):
         assert_as_good_as(name, found, autocast, true)
 
 
