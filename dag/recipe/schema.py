@@ -105,6 +105,9 @@ class Flow(Section):
     calibration: float = Field(0.5, ge=0, le=1)
     """How far each rollout moves the flow's per-step constants towards those with a mean residual of zero: 1 all the way, 0
     not at all (published). Unless it is 0, the first rollout moves them all the way."""
+    slopes: bool = False
+    """Give log F~ one slope in |x|^2 / D per step too, moved by `calibration` towards those that narrow the residuals. They take
+    most of the noise out of the early steps' residuals, which `objective.prior: pretrained` does not have to begin with."""
     passes: int = Field(0, ge=0)
     """Times that the flow alone is also trained on all transitions of a rollout, before the policy's updates; in one pass on
     those of an update, after it, for which its chains are kept. Cheap beside the UNet."""
@@ -281,6 +284,8 @@ def validate(recipe: Recipe) -> list[str]:
         problems.append("regulariser.pretrained_kl needs adapter.kind=lora: a full fine-tune keeps no pretrained copy")
     if not recipe.flow.channels:
         problems.append("flow.channels: name at least one width")
+    if recipe.flow.slopes and recipe.flow.calibration == 0:
+        problems.append("flow.slopes=true: flow.calibration=0 never moves the slopes; use 0.5")
     problems += _deterministic_problems(recipe)
     if recipe.evaluation.held_out and recipe.prompts.set not in ("drawbench", "hpdv2"):
         problems.append("evaluation.held_out: only prompts.set=drawbench and hpdv2 keep prompts back")

@@ -142,7 +142,11 @@ def _flow_fit(recipe: Recipe, policy: Policy, text: Embeddings) -> FlowFit:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(recipe.seed)
         flow = StateFlow(
-            policy.latent_shape[0], policy.text_shape[1], schedule.num_transitions, recipe.flow.channels
+            policy.latent_shape[0],
+            policy.text_shape[1],
+            schedule.num_transitions,
+            recipe.flow.channels,
+            recipe.flow.slopes,
         ).to(schedule.timesteps.device)
     optimizer = build_optimizer(list(flow.parameters()), recipe.flow.learning_rate, recipe.train, recipe.flow.optimizer)
     clipped = ClippedOptimizer("flow", optimizer, recipe.train.clip_norm)

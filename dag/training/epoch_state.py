@@ -97,6 +97,8 @@ class EpochState:
     """One pass: the trajectories of each finished micro-batch of the unfinished update."""
     log_F_tilde: list[Tensor] = field(default_factory=list)
     """One pass: (B, T) learnt flows of each entry of `walked`."""
+    excess: list[Tensor] = field(default_factory=list)
+    """One pass: (B, T) `norm_excess` of the states of each entry of `walked`; empty for a flow without slopes."""
     metrics: dict[str, Any] | None = None
     """The epoch's metrics when all updates are finished and only the evaluation is left; None before."""
 
@@ -119,7 +121,7 @@ class EpochState:
     def restart_update(self) -> None:
         """Forget the unfinished update. The caller clears its gradients."""
         self.share, self.micro_batches = UpdateSums(updates=self.sums.updates), 0
-        self.walked, self.log_F_tilde = [], []
+        self.walked, self.log_F_tilde, self.excess = [], [], []
 
     def end_update(self, norms: dict[str, float]) -> None:
         """Count the unfinished update as finished. In one pass, call `keep` next."""
@@ -131,7 +133,7 @@ class EpochState:
         """One pass: keep the trajectories of the update just finished and their residuals (N, T)."""
         self.drawn.append(drawn)
         self.residuals.append(residuals)
-        self.walked, self.log_F_tilde = [], []
+        self.walked, self.log_F_tilde, self.excess = [], [], []
 
     def end_updates(self, metrics: dict[str, Any]) -> None:
         """Keep the epoch's metrics, and drop everything that only updates need."""
@@ -158,6 +160,7 @@ class EpochState:
             "residuals": self.residuals,
             "tiles": [vars(one) for one in self.walked],
             "log_F_tilde": self.log_F_tilde,
+            "excess": self.excess,
         }
 
     def load_state(self, stored: dict[str, Any], device: torch.device) -> None:
@@ -179,6 +182,8 @@ class EpochState:
         self.residuals, self.log_F_tilde = (
             [table.to(device) for table in progress[name]] for name in ("residuals", "log_F_tilde")
         )
+        # Checkpoints of earlier versions lack it: their flows have no slopes.
+        self.excess = [table.to(device) for table in progress.get("excess", [])]
 
 
 def _trajectories(stored: dict[str, Any], device: torch.device) -> Trajectories:

@@ -1,4 +1,4 @@
-"""Fits the state flow to a rollout: its per-step constants, running means and scales of residuals, flow-only updates.
+"""Fits the state flow to a rollout: its per-step constants and slopes, running means and scales of residuals, flow-only updates.
 
 The UNet is not called here: log P_F is that of sampling time.
 
@@ -15,7 +15,7 @@ from dag.chain.schedule import Schedule
 from dag.chain.trajectory import Rows, Trajectories, count, cut, on_cpu
 from dag.objectives import transition
 from dag.objectives.log_scale import LogTerms
-from dag.objectives.state_flow import StateFlow
+from dag.objectives.state_flow import StateFlow, norm_excess
 from dag.run.processes import ALONE, Processes
 from dag.training.embeddings import Embeddings
 from dag.training.optimizer import ClippedOptimizer
@@ -31,7 +31,7 @@ class FlowFit:
     Args:
         optimizer:   the flow's optimizer.
         text:        embeddings of the recipe's prompts.
-        calibration: how far a rollout moves the flow's constants (`flow.calibration`).
+        calibration: how far a rollout moves the flow's constants and slopes (`flow.calibration`).
         is_scaled:   divide residuals by their running sd per step (`objective.residual_scale: running`).
 
     Attributes:
@@ -85,13 +85,30 @@ class FlowFit:
             table, terms.log_looking[rows], terms.log_pf[rows], terms.log_pb[rows], terms.log_reward[rows]
         )
 
-    def recentre(self, residuals: Tensor) -> None:
-        """Move the flow's constants towards a zero mean of a rollout's residuals (N, T), and update the running statistics."""
+    @torch.no_grad()
+    def excess(self, trajectories: Trajectories, rows: Rows) -> Tensor | None:
+        """(B, T) `norm_excess` of the states before each transition, which `recentre` needs for slopes; None without them."""
+        if self.flow.slopes is None:
+            return None
+        steps = range(self.schedule.num_transitions)
+        return torch.stack([norm_excess(trajectories.states(k, rows)) for k in steps], dim=1)
+
+    def recentre(self, residuals: Tensor, excess: Tensor | None) -> None:
+        """Move the flow's slopes towards narrow residuals (N, T) of a rollout and its constants towards residuals with a zero
+        mean, and update the running statistics.
+
+        Args:
+            excess: (N, T) `excess` of the rollout; None for a flow without slopes.
+        """
+        rate = self.calibration if self.is_calibrated else 1.0
+        if self.calibration > 0 and self.flow.slopes is not None and excess is not None:
+            step = rate * transition.slope_shift(residuals, excess)
+            self.flow.slopes += step
+            residuals = transition.with_slopes(residuals, excess, step)
         mean = residuals.mean(0)
         # The constants shift all residuals of a step by the same amount, so the spread does not change.
         spread = residuals.std(0, correction=0).clamp(min=1e-6)
         if self.calibration > 0:
-            rate = self.calibration if self.is_calibrated else 1.0
             self.flow.constants += rate * transition.constant_shift(residuals)
             mean = (1 - rate) * mean
         if self.calibration > 0 and not self.is_calibrated:

@@ -5,9 +5,9 @@ the rewards of their x0_hat, all known after the denoiser's pass at x_{k+1}. So 
 and training, and at most two steps' graphs are in memory at a time. The last step waits for the final picture's reward. Chains
 are stored for flow-only updates (`flow.passes`) alone.
 
-Every update samples its own trajectories, hence is strictly on-policy. The flow's constants, the residual scales and DAG-KL's
-baseline, which `dag.training.stored.StoredTraining` computes from the rollout itself, come from earlier rollouts here. Given
-the same values of them, the gradient equals that of `StoredTraining` on the same trajectories.
+Every update samples its own trajectories, hence is strictly on-policy. The flow's constants and slopes, the residual scales and
+DAG-KL's baseline, which `dag.training.stored.StoredTraining` computes from the rollout itself, come from earlier rollouts here.
+Given the same values of them, the gradient equals that of `StoredTraining` on the same trajectories.
 
 Legend: B rows of a micro-batch, N trajectories, T transitions.
 """
@@ -22,6 +22,7 @@ from torch import Tensor
 
 from dag.chain.rollout import Batch, Score, Step, clean_latents, last_latents, noise_dtype, walk
 from dag.chain.trajectory import Trajectories, concatenate
+from dag.objectives.state_flow import norm_excess
 from dag.objectives.transition import residual_table
 from dag.recipe import is_scored
 from dag.run.meter import PhaseMeter
@@ -62,6 +63,8 @@ class _Tile:
     log_pf: list[Tensor] = field(default_factory=list)
     log_pb: list[Tensor] = field(default_factory=list)
     log_F_tilde: list[Tensor] = field(default_factory=list)
+    excess: list[Tensor] = field(default_factory=list)
+    """`norm_excess` of x_t; empty for a flow without slopes."""
     x0_hat_reward: list[Tensor] = field(default_factory=list)
     reward: Tensor | None = None
     """(B,) reward of the final pictures; None before the last step."""
@@ -113,26 +116,27 @@ class OnePass:
             yield from self._micro_batches(group, state, scorer, on_rows)
             with self.meter.phase("update"):
                 self.updates.step(state)
-                drawn, log_F_tilde = concatenate(state.walked), torch.cat(state.log_F_tilde)
-                state.keep(drawn.without_chain(), self._fit_flow(drawn, log_F_tilde, state.epoch))
+                drawn = concatenate(state.walked)
+                state.keep(drawn.without_chain(), self._fit_flow(drawn, state))
             yield
         state.measured |= describe_residuals(torch.cat(state.residuals)) | self.updates.metrics(state.sums)
 
-    def _fit_flow(self, trajectories: Trajectories, log_F_tilde: Tensor, epoch: int) -> Tensor:
+    def _fit_flow(self, trajectories: Trajectories, state: EpochState) -> Tensor:
         """Recentre the flow on an update's residuals, and train it alone if the recipe says so.
 
         Args:
-            log_F_tilde: (N, T) learnt flows of the update's trajectories in this process.
+            trajectories: those of the update in this process, whose flows and norms `state` still has.
 
         Returns:
             The residuals (N, T) of the update's trajectories in all processes.
         """
-        rollout = self.learner.rollout(trajectories, epoch)
-        terms = rollout.terms
+        rollout = self.learner.rollout(trajectories, state.epoch)
+        terms, everyones = rollout.terms, self.learner.processes.everyones
         assert terms is not None
+        log_F_tilde = torch.cat(state.log_F_tilde)
         mine = residual_table(log_F_tilde, terms.log_looking, terms.log_pf, terms.log_pb, terms.log_reward)
-        residuals = self.learner.processes.everyones(mine)
-        self.flow_fit.recentre(residuals)
+        residuals = everyones(mine)
+        self.flow_fit.recentre(residuals, everyones(torch.cat(state.excess)) if state.excess else None)
         if self.keeps_chain:
             self.learner.fit_flow(rollout)
         return residuals
@@ -155,6 +159,8 @@ class OnePass:
                 agreed(processes, partial(self._walk, tile, state, num_trajectories, on_rows))
             state.walked.append(self._trajectories(tile))
             state.log_F_tilde.append(torch.stack(tile.log_F_tilde, 1))
+            if tile.excess:
+                state.excess.append(torch.stack(tile.excess, 1))
             state.micro_batches += 1
             yield
 
@@ -266,6 +272,8 @@ class OnePass:
         tile.log_pf.append(step.sampled.log_pf)
         tile.log_pb.append(step.sampled.log_pb)
         tile.log_F_tilde.append(log_F_tilde.detach())
+        if self.flow_fit.flow.slopes is not None:
+            tile.excess.append(norm_excess(step.x_t))
         if self.keeps_chain:
             tile.states += [step.x_next] if tile.states else [step.x_t, step.x_next]
 

@@ -34,6 +34,8 @@ KINDS: dict[str, dict[str, Any]] = {
     "dag_kl": {"objective": {"name": "dag_kl", "normalise_advantage": True}},
     "ddpo": {"objective": {"name": "ddpo", "per_prompt": 2}},
     "one_pass": {"train": {"rollout": "one_pass"}, "flow": {"passes": 1, "warmup_epochs": 1}},
+    "slopes": {"flow": {"slopes": True}},
+    "one_pass_slopes": {"train": {"rollout": "one_pass"}, "flow": {"slopes": True, "warmup_epochs": 1}},
 }
 
 

@@ -35,13 +35,15 @@ def run(tmp_path: Path) -> RunFolder:
 
 
 def trainer_of(recipe: Recipe, run: RunFolder) -> Trainer:
-    """A trainer in which nothing has its initial value: adapter, flow, the flow's constants, residual scales, baseline."""
+    """A trainer in which nothing has its initial value: adapter, flow, its constants and slopes, residual scales, baseline."""
     trainer = building.trainer_of(recipe, run)
     disturb(trainer.components)
     flow_fit = trainer.components.learner.flow_fit
     assert flow_fit is not None
     T = len(flow_fit.residual_scale)
     flow_fit.flow.constants += torch.linspace(-30, 40, T)
+    if flow_fit.flow.slopes is not None:
+        flow_fit.flow.slopes += torch.linspace(-300, 60, T)
     flow_fit.residual_scale = torch.linspace(20, 60, T)
     flow_fit.baseline = torch.linspace(5, -8, T)
     return trainer
@@ -92,6 +94,7 @@ CHANGES: list[dict[str, Any]] = [
     {"objective": {**DB, "forward_looking": {"stride": 3, "weight": "one"}}},
     {"objective": {**DB, "forward_looking": {"decoder": "half"}}},
     {"objective": {**DB, "log_prob_reduction": "mean"}},
+    {"flow": {"slopes": True}},
     {"sampler": {"guidance_scale": 1.0}},
     {"sampler": {"uncond": "frozen"}},
     {"sampler": {"chain_dtype": "fp16"}},

@@ -63,6 +63,7 @@ KINDS: dict[str, dict[str, Any]] = {
     "ddpo": {"objective": {"name": "ddpo", "per_prompt": 2}},
     "full": {"adapter": {"kind": "full"}, "train": {"learning_rate": 1e-5}},
     "one_pass": {"train": {"rollout": "one_pass"}, "flow": {"passes": 1, "warmup_epochs": 1}},
+    "one_pass_slopes": {"train": {"rollout": "one_pass"}, "flow": {"slopes": True, "warmup_epochs": 1}},
 }
 
 
@@ -81,7 +82,7 @@ def test_a_run_in_pieces_is_the_undisturbed_one(make_recipe: MakeRecipe, tmp_pat
     undisturbed, parted = (RunFolder.create(tmp_path / name) for name in ("undisturbed", "parted"))
     trained(recipe, undisturbed)
     # Not a divisor of the safe points of an epoch, so that stops fall on tiles, micro-batches, ends of updates and evaluations.
-    names = trained_in_pieces(recipe, parted, 3 if kind == "one_pass" else 11)
+    names = trained_in_pieces(recipe, parted, 3 if kind.startswith("one_pass") else 11)
     assert len(names) > 4
     assert rows(undisturbed.path) == rows(parted.path)
     ours, theirs = weights(undisturbed), weights(parted)
@@ -92,7 +93,7 @@ def test_a_run_in_pieces_is_the_undisturbed_one(make_recipe: MakeRecipe, tmp_pat
     assert (parted.samples / "before_after.png").read_bytes() == (undisturbed.samples / "before_after.png").read_bytes()
 
 
-@pytest.mark.parametrize("kind", ["dag_db", "one_pass"])
+@pytest.mark.parametrize("kind", ["dag_db", "one_pass", "one_pass_slopes"])
 def test_what_is_in_flight_comes_back_on_the_policys_device(
     make_recipe: MakeRecipe, tmp_path: Path, kind: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:

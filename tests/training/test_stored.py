@@ -120,6 +120,7 @@ def test_gradient_does_not_depend_on_the_micro_batch(
         {"sampler": {"eta": 0.7}},
         {"flow": {"calibration": 0.0}},
         {"flow": {"passes": 1}},
+        {"flow": {"slopes": True}},
         {"regulariser": {"sampling": 1.0}},
         {"regulariser": {"pretrained_kl": 1.0}},
         {"train": {"step_fraction": 0.5}},
