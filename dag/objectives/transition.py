@@ -82,9 +82,10 @@ def slope_shift(residuals: Tensor, excess: Tensor) -> Tensor:
         sum over trajectories and k of (delta_k + e_k)^2 / (s_k s)  +  sum_k a_k^2 / tau_k^2
 
     The first sum is the loss of scaled residuals with its weight of each step. The second shrinks each slope by the noise of its
-    estimate. Given the other slopes, let a^_k be the estimate of slope k and v_k its variance, if the columns have the noise
-    s_k s. Then tau_k^2 = max(0, a^_k^2 - v_k), which maximises the likelihood of the residuals (Tipping and Faul, 2003). A slope
-    that noise explains is hence exactly 0, as those of the last, nearly deterministic steps should be.
+    estimate. Given the other slopes, let a^_k be the estimate of slope k and v_k its variance, if the columns have noise of
+    variance s_k s: that of the residuals before the fit, so that what it leaves is found in the next rollout. Then
+    tau_k^2 = max(0, a^_k^2 - v_k), which maximises the likelihood of the residuals (Tipping and Faul, 2003). A slope that noise
+    explains is hence exactly 0, as those of the last, nearly deterministic steps should be.
 
     Args:
         excess: (N, T) q_k of the states before each transition.
