@@ -8,7 +8,14 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 
-from dag.recipe.objective_sections import Balance, ForwardLooking, ObjectiveTerm
+from dag.recipe.objective_sections import (
+    Around,
+    Balance,
+    ForwardLooking,
+    NablaBalance,
+    ObjectiveTerm,
+    ScalarBalance,
+)
 from dag.recipe.reward_sections import RewardTerm
 from dag.recipe.section import Section
 
@@ -110,6 +117,22 @@ class Flow(Section):
     those of an update, after it, for which its chains are kept. Cheap beside the UNet."""
 
 
+class RewardCritic(Section):
+    """The network that learns a reward without a gradient, for objectives that take one. It reads x0_hat and the prompt."""
+
+    width: int = Field(48, ge=1)
+    """Channels of the network."""
+    learning_rate: float = Field(2e-3, gt=0)
+    """Learning rate of the network."""
+    rollouts: int = Field(6, ge=1)
+    """It is trained on the previews of so many rollouts, the newest ones. At most 12 previews of a trajectory are kept."""
+    passes: int = Field(6, ge=1)
+    """Most passes over the previews after a rollout, and twice as many after the first; training stops before that when the
+    error on the previews that are held out has not fallen for two passes."""
+    held_out: float = Field(0.125, gt=0, lt=1)
+    """Share of the trajectories that are held out."""
+
+
 class Regulariser(Section):
     sampling: float = Field(0.0, ge=0)
     """Weight of |o - o_sampling|^2, the mean over the latent, between the network's output now and while sampling (`unetreg` in
@@ -140,6 +163,12 @@ class Train(Section):
     stays unbiased, unless `keep_terminal` leaves the last step alone."""
     keep_terminal: bool = True
     """Train the last transition, where the final reward enters, in every update. False is published."""
+    step_choice: Literal["uniform", "informative"] = "uniform"
+    """How the trained steps are drawn: `informative` draws those more often in which more of the reward is decided, as measured on
+    the rollouts. It takes the place of `keep_terminal`."""
+    max_kl: float | None = Field(None, gt=0)
+    """Trust region: an update is scaled back until the mean KL per transition from the policy that sampled is at most so many
+    nats, as measured on 8 trajectories of the update; null does not bound it. Costs a forward pass on these."""
     learning_rate: float = Field(3e-4, gt=0)
     """AdamW learning rate of the policy."""
     adam_betas: tuple[Annotated[float, Field(ge=0, lt=1)], Annotated[float, Field(ge=0, lt=1)]] = (0.9, 0.999)
@@ -180,6 +209,10 @@ class Memory(Section):
     """Keep the VAE in CPU memory while the UNet trains; costs two transfers of the VAE an epoch."""
     decode_batch: int | None = Field(None, ge=1)
     """Pictures per VAE call; null takes `sampler.tile`."""
+
+    gradient_batch: int | None = Field(None, ge=1)
+    """Pictures per backward pass through decoder and reward, where the reward's gradient is taken; null takes
+    `train.micro_batch`. Memory grows with it, the gradient does not depend on it."""
 
 
 class Evaluation(Section):
@@ -226,6 +259,7 @@ class Recipe(Section):
     """One reward, or a list of rewards that are added with their weights."""
     objective: ObjectiveTerm
     flow: Flow = Flow()
+    reward_critic: RewardCritic = RewardCritic()
     regulariser: Regulariser = Regulariser()
     train: Train = Train()
     memory: Memory = Memory()
@@ -250,6 +284,36 @@ class Recipe(Section):
         """Whether log P_F is balanced against the pretrained model's log P_F instead of log P_B."""
         return self.balance is not None and self.balance.prior == "pretrained"
 
+    @property
+    def samples_prior(self) -> bool:
+        """Whether the pretrained model's log P_F is computed while sampling, for the residuals that train the flow's values."""
+        return self.has_prior and isinstance(self.balance, ScalarBalance) and self.balance.has_flow
+
+    @property
+    def warmup_epochs(self) -> int:
+        """Epochs at the start that do not train the policy."""
+        if self.balance is None or (isinstance(self.balance, NablaBalance) and self.train.rollout == "stored"):
+            return 0
+        return self.flow.warmup_epochs
+
+    @property
+    def learnt_rewards(self) -> tuple[bool, ...]:
+        """For each reward, whether the critic learns it because its gradient is needed and cannot be computed, or shall not."""
+        balance = self.balance
+        if balance is None or not balance.takes_gradient:
+            return tuple(False for _ in self.reward)
+        return tuple(balance.reward_gradient == "learnt" or not term.has_gradient for term in self.reward)
+
+    @property
+    def differentiates_rewards(self) -> bool:
+        """Whether training back-propagates through the decoder and at least one reward."""
+        return self.balance is not None and self.balance.takes_gradient and not all(self.learnt_rewards)
+
+    @property
+    def has_critic(self) -> bool:
+        """Whether a critic learns the gradient of at least one reward."""
+        return any(self.learnt_rewards)
+
     @field_validator("reward", mode="before")
     @classmethod
     def _one_or_many(cls, value: Any) -> Any:
@@ -265,12 +329,16 @@ def validate(recipe: Recipe) -> list[str]:
     if train.trajectories % train.updates:
         problems.append(f"train.updates={train.updates} must divide train.trajectories={train.trajectories}")
     problems += recipe.objective.problems(
-        is_one_pass=train.rollout == "one_pass",
-        keeps_pretrained=adapter.kind == "lora",
-        group=train.trajectories // train.updates,
+        Around(
+            is_one_pass=train.rollout == "one_pass",
+            keeps_pretrained=adapter.kind == "lora",
+            group=train.trajectories // train.updates,
+            black_boxes=tuple(term.name for term in recipe.reward if not term.has_gradient),
+        )
     )
     if train.rollout == "one_pass":
         problems += _one_pass_problems(recipe)
+    problems += _step_choice_problems(recipe)
     if recipe.sampler.uncond == "frozen" and adapter.kind == "full":
         problems.append("sampler.uncond=frozen needs adapter.kind=lora: a full fine-tune keeps no pretrained copy")
     if recipe.memory.base != "compute" and adapter.kind == "full":
@@ -284,6 +352,25 @@ def validate(recipe: Recipe) -> list[str]:
     problems += _deterministic_problems(recipe)
     if recipe.evaluation.held_out and recipe.prompts.set not in ("drawbench", "hpdv2"):
         problems.append("evaluation.held_out: only prompts.set=drawbench and hpdv2 keep prompts back")
+    return problems
+
+
+def _step_choice_problems(recipe: Recipe) -> list[str]:
+    """Keys that contradict `train.step_choice: informative`, or leave it without effect."""
+    train = recipe.train
+    if train.step_choice == "uniform":
+        return []
+    problems = []
+    if recipe.forward_looking is None:
+        problems.append(
+            "train.step_choice=informative is measured on the rewards of x0_hat, which this recipe does not have"
+        )
+    if train.step_fraction == 1:
+        problems.append("train.step_choice=informative has no effect with train.step_fraction=1: all steps are trained")
+    if train.keep_terminal:
+        problems.append(
+            "train.step_choice=informative draws the last step like all others; set train.keep_terminal=false"
+        )
     return problems
 
 

@@ -25,11 +25,15 @@ from dag.chain.trajectory import Trajectories, concatenate
 from dag.objectives.transition import residual_table
 from dag.recipe import is_scored
 from dag.run.meter import PhaseMeter
+from dag.training.critic_fit import preview_steps
 from dag.training.epoch_state import EpochState
-from dag.training.flow_fit import describe_residuals
+from dag.training.flow_fit import FlowFit, describe_residuals
+from dag.training.flow_gradient import Look
 from dag.training.learner import Learner
-from dag.training.loss import FlowTerms
+from dag.training.loss import FlowTerms, Rollout
+from dag.training.pull import States
 from dag.training.safe_points import Steps, agreed
+from dag.training.trust_region import PROBED, Probe
 
 
 @dataclass(frozen=True)
@@ -45,6 +49,22 @@ class _Pending:
     """(B,) learnt flow at x_t, with gradients."""
     log_looking: Tensor
     """(B,) forward-looking term at x_t."""
+    pretrained: Tensor | None
+    """(B, C, H, W) the pretrained network's output at x_t, or None if the loss does not need it."""
+
+
+@dataclass(frozen=True)
+class _Next:
+    """What is known of the state x_next that a pending step leads to."""
+
+    log_F_tilde: Tensor
+    """(B,) learnt flow, detached or with gradients (`detach_next`); 0 at the end of the chain."""
+    log_looking: Tensor
+    """(B,) forward-looking term; 0 at the end of the chain."""
+    log_reward: Tensor | None
+    """(B,) log R(x_0) at the end of the chain; None elsewhere."""
+    look: Look | None
+    """The gradient of the flow; None for objectives that take its values alone."""
 
 
 @dataclass
@@ -63,6 +83,8 @@ class _Tile:
     log_pb: list[Tensor] = field(default_factory=list)
     log_F_tilde: list[Tensor] = field(default_factory=list)
     x0_hat_reward: list[Tensor] = field(default_factory=list)
+    previews: list[Tensor] = field(default_factory=list)
+    """Clean latents for the reward critic; empty without one."""
     reward: Tensor | None = None
     """(B,) reward of the final pictures; None before the last step."""
 
@@ -75,16 +97,24 @@ class OnePass:
     """Samples and trains at the same time.
 
     Args:
-        learner: its objective has a flow. With `beta.unit: reward_sd` it must have seen a stored rollout, which sets the
+        learner: its objective balances a flow. With `beta.unit: reward_sd` it must have seen a stored rollout, which sets the
             reward scale.
     """
 
     def __init__(self, learner: Learner, meter: PhaseMeter) -> None:
-        assert learner.flow_fit is not None and learner.recipe.balance is not None
-        self.learner, self.meter, self.flow_fit, self.balance = learner, meter, learner.flow_fit, learner.recipe.balance
+        assert learner.recipe.balance is not None
+        self.learner, self.meter, self.flow_fit, self.balance = (
+            learner,
+            meter,
+            learner.value_fit,
+            learner.recipe.balance,
+        )
         self.recipe, self.loss, self.updates = learner.recipe, learner.loss, learner.updates
         self.policy, self.schedule, self.device = learner.policy, learner.schedule, learner.device
         self.keeps_chain = learner.recipe.flow.passes > 0
+        section = learner.recipe.forward_looking
+        stride, has_critic = 1 if section is None else section.stride, learner.critic_fit is not None
+        self.preview_steps = preview_steps(self.schedule.num_transitions, stride) if has_critic else []
 
     def steps(
         self,
@@ -112,13 +142,17 @@ class OnePass:
         for group in groups[state.sums.updates :]:
             yield from self._micro_batches(group, state, scorer, on_rows)
             with self.meter.phase("update"):
-                self.updates.step(state)
+                self.updates.step(state, state.probes)
                 drawn, log_F_tilde = concatenate(state.walked), torch.cat(state.log_F_tilde)
-                state.keep(drawn.without_chain(), self._fit_flow(drawn, log_F_tilde, state.epoch))
+                rollout = self.learner.rollout(drawn, state.epoch, scorer(group))
+                state.keep(drawn.without_states(), self._fit_flow(rollout, log_F_tilde))
+                state.measured |= self.learner.fit_critic(rollout)
             yield
-        state.measured |= describe_residuals(torch.cat(state.residuals)) | self.updates.metrics(state.sums)
+        if self.flow_fit is not None:
+            state.measured |= describe_residuals(torch.cat(state.residuals))
+        state.measured |= self.updates.metrics(state.sums)
 
-    def _fit_flow(self, trajectories: Trajectories, log_F_tilde: Tensor, epoch: int) -> Tensor:
+    def _fit_flow(self, rollout: Rollout, log_F_tilde: Tensor) -> Tensor:
         """Recentre the flow on an update's residuals, and train it alone if the recipe says so.
 
         Args:
@@ -127,14 +161,14 @@ class OnePass:
         Returns:
             The residuals (N, T) of the update's trajectories in all processes.
         """
-        rollout = self.learner.rollout(trajectories, epoch)
         terms = rollout.terms
         assert terms is not None
         mine = residual_table(log_F_tilde, terms.log_looking, terms.log_pf, terms.log_pb, terms.log_reward)
         residuals = self.learner.processes.everyones(mine)
-        self.flow_fit.recentre(residuals)
-        if self.keeps_chain:
-            self.learner.fit_flow(rollout)
+        if self.flow_fit is not None:
+            self.flow_fit.recentre(residuals)
+            if self.keeps_chain:
+                self.learner.fit_flow(rollout)
         return residuals
 
     def _micro_batches(
@@ -167,14 +201,21 @@ class OnePass:
             num_trajectories: of the update, in all processes together.
         """
         weights, pending, timed = dict(self.updates.choose_steps()), None, self.meter.timed
+        is_probed, probes = self.recipe.train.max_kl is not None and not state.walked, list[Probe]()
+        pulls, differentiated = self.loss.pulls, set[int]()
+        if pulls is not None and self.balance.jacobian == "policy":
+            differentiated |= {k + 1 for k in weights}
+        if pulls is not None and pulls.has_reverse:
+            differentiated |= set(weights)
         steps = walk(
             self.policy,
             tile.text,
             tile.sample_id,
             self.recipe.seed,
             self.recipe.sampler,
-            has_prior=self.recipe.has_prior,
+            has_prior=self.recipe.samples_prior,
             trained=weights,
+            differentiated=differentiated,
         )
         for _ in range(self.schedule.num_transitions):
             with timed("update"):
@@ -186,25 +227,30 @@ class OnePass:
             with timed("update"):
                 if pending is not None:
                     target = log_F_tilde.detach() if self.balance.detach_next else self._log_F_tilde(tile, step)
-                    self._backward(tile, pending, target, log_looking, None, num_trajectories, state)
+                    look = self._look(tile, step, state.epoch, keeps_graph=step.k in weights)
+                    self._backward(tile, pending, _Next(target, log_looking, None, look), num_trajectories, state)
                 pending = None
                 if step.k in weights:
-                    now = self.loss.log_probs(step.x_t, step.x_next, step.prediction, step.k, tile.text)
-                    pending = _Pending(step, weights[step.k], now, log_F_tilde, log_looking)
+                    pending = self._pending(tile, step, weights[step.k], log_F_tilde, log_looking)
+                    probes += self._probe(tile, step) if is_probed else []
             self._remember(tile, step, log_F_tilde)
             on_rows(len(step.x_t))
         with timed("reward"), torch.no_grad():
             x_0 = last_latents(self.policy, step.x_next, tile.text)
             tile.reward = tile.score(self.policy.decode(x_0), tile.rows)
+            if self.preview_steps:
+                tile.previews.append(x_0.half())
         if pending is not None:
             with timed("update"):
-                no_flow = torch.zeros_like(pending.log_looking)
-                log_reward = self.learner.log_scale.log_reward(tile.reward.to(self.device), state.epoch)
-                self._backward(tile, pending, no_flow, no_flow, log_reward, num_trajectories, state)
+                self._backward(tile, pending, self._end(tile, step.x_next, state.epoch), num_trajectories, state)
+        state.probes += probes
 
     def _log_F_tilde(self, tile: _Tile, step: Step) -> Tensor:
+        """(B,) learnt flow at x_t of the step; 0 for objectives without one."""
+        if self.flow_fit is None:
+            return torch.zeros(len(step.x_t), device=self.device)
         ks = torch.full((len(step.x_t),), step.k, device=self.device)
-        return self.flow_fit.log_F_tilde_at(step.x_t, tile.batch.prompt_id, ks)
+        return self.flow_fit.log_F_tilde_at(step.x_t.detach(), tile.batch.prompt_id, ks)
 
     @torch.no_grad()
     def _log_looking(self, tile: _Tile, step: Step, epoch: int) -> Tensor:
@@ -213,51 +259,96 @@ class OnePass:
         if section is None:
             return torch.zeros(len(step.x_t), device=self.device)
         if is_scored(step.k, self.schedule.num_transitions, section.stride):
-            images = self.policy.preview(clean_latents(self.schedule, step, section))
-            tile.x0_hat_reward.append(tile.score(images, tile.rows, is_preview=True))
+            clean = clean_latents(self.schedule, step, section)
+            tile.x0_hat_reward.append(tile.score(self.policy.preview(clean), tile.rows, is_preview=True))
+            if step.k in self.preview_steps:
+                tile.previews.append(clean.half())
         else:
             tile.x0_hat_reward.append(tile.x0_hat_reward[-1])
         return self.learner.log_scale.log_looking(tile.x0_hat_reward[-1].to(self.device), epoch, step.k)
 
+    def _look(self, tile: _Tile, step: Step, epoch: int, *, keeps_graph: bool) -> Look | None:
+        """The gradient of the flow at x_t of the step, or None if the objective does not take it."""
+        if self.loss.pulls is None:
+            return None
+        prompt_id, score, rows = tile.batch.prompt_id, tile.score, tile.rows
+        return self.loss.pulls.flow_gradient.through(
+            step.x_t, step.prediction, step.k, prompt_id, score, rows, epoch, keeps_graph=keeps_graph
+        )
+
+    def _probe(self, tile: _Tile, step: Step) -> list[Probe]:
+        """A few transitions of the step on which the trust region is measured."""
+        prompt_id = tile.batch.prompt_id[:PROBED]
+        return [Probe(step.k, step.x_t.detach()[:PROBED], step.prediction.guided.detach()[:PROBED], prompt_id)]
+
+    def _end(self, tile: _Tile, x_0: Tensor, epoch: int) -> _Next:
+        """What is known of the chain's last state (B, C, H, W)."""
+        assert tile.reward is not None
+        log_reward = self.learner.log_scale.log_reward(tile.reward.to(self.device), epoch)
+        zero, look = torch.zeros_like(log_reward), None
+        if self.loss.pulls is not None:
+            T, prompt_id = self.schedule.num_transitions, tile.batch.prompt_id
+            look = self.loss.pulls.flow_gradient.at(x_0, T, prompt_id, tile.score, tile.rows, epoch)
+        return _Next(zero, zero, log_reward, look)
+
+    def _pending(self, tile: _Tile, step: Step, weight: float, log_F_tilde: Tensor, log_looking: Tensor) -> _Pending:
+        """A trained step with the log-probs of its transition."""
+        pretrained = step.pretrained
+        if pretrained is None:
+            pretrained = self.loss.pretrained(step.x_t, step.k, tile.text)
+        now = self.loss.log_probs(step.x_t, step.x_next, step.prediction, step.k, pretrained)
+        return _Pending(step, weight, now, log_F_tilde, log_looking, pretrained)
+
     def _backward(
-        self,
-        tile: _Tile,
-        pending: _Pending,
-        log_F_tilde_next: Tensor,
-        log_looking_next: Tensor,
-        log_reward: Tensor | None,
-        num_trajectories: int,
-        state: EpochState,
+        self, tile: _Tile, pending: _Pending, following: _Next, num_trajectories: int, state: EpochState
     ) -> None:
         """Accumulate the gradients of a step whose next flow, or final reward, is now known.
 
         Args:
-            log_F_tilde_next: (B,) learnt flow at x_next, detached or with gradients (`detach_next`).
-            log_looking_next: (B,) forward-looking term at x_next.
-            log_reward:       (B,) for the last step; None for all others.
             num_trajectories: of the update, in all processes together.
         """
-        k, sampled = pending.step.k, pending.step.sampled
-        end = log_F_tilde_next.detach() + log_looking_next if log_reward is None else log_reward
-        flows = FlowTerms(
-            pending.log_F_tilde,
-            log_F_tilde_next,
-            pending.log_looking,
-            log_looking_next,
-            torch.zeros_like(log_looking_next) if log_reward is None else log_reward,
-        )
-        factor = self.learner.log_scale.reduction_factor
-        log_F = pending.log_F_tilde.detach() + pending.log_looking
-        delta = residual(log_F, factor * sampled.log_pf, factor * sampled.log_pb, end)
-        at_k = slice(k, k + 1)
-        advantages = self.learner.objective.advantages(
-            delta[:, None], self.flow_fit.residual_scale[at_k], self.flow_fit.baseline[at_k]
-        )
-        advantage = None if advantages is None else advantages[:, 0]
-        transition = self.loss.transition(k, pending.now, sampled.log_pf, sampled.log_pb, flows, advantage)
-        output, regulariser = self.loss.output(transition, k), self.loss.regulariser(pending.now)
+        step, k = pending.step, pending.step.k
+        log_reward = following.log_reward
+        end = following.log_F_tilde.detach() + following.log_looking if log_reward is None else log_reward
+        flows = advantage = pull = None
+        if self.flow_fit is not None:
+            flows = FlowTerms(
+                pending.log_F_tilde,
+                following.log_F_tilde,
+                pending.log_looking,
+                following.log_looking,
+                torch.zeros_like(end) if log_reward is None else log_reward,
+            )
+            advantage = self._advantage(self.flow_fit, pending, end)
+        if following.look is not None and self.loss.pulls is not None:
+            log_F_next = following.log_looking if log_reward is None else log_reward
+            states = States(
+                k,
+                step.x_t,
+                step.x_next,
+                step.prediction,
+                pending.pretrained,
+                tile.text,
+                tile.batch.prompt_id,
+                tile.score,
+                tile.rows,
+            )
+            pull = self.loss.pulls(states, following.look, log_F_next, state.epoch)
+        sampled = step.sampled
+        transition = self.loss.transition(k, pending.now, sampled.log_pf, sampled.log_pb, flows, advantage, pull)
+        output, regulariser = self.learner.objective(transition), self.loss.regulariser(pending.now)
         self.updates.suspects.add(k, tile.sample_id, output)
         self.updates.backward(output, regulariser, pending.weight, num_trajectories, state.share)
+
+    def _advantage(self, flow_fit: FlowFit, pending: _Pending, end: Tensor) -> Tensor | None:
+        """(B,) advantages of a step whose log F(x_next) is `end` (B,), or None if the objective forms none."""
+        k, sampled, factor = pending.step.k, pending.step.sampled, self.learner.log_scale.reduction_factor
+        log_F = pending.log_F_tilde.detach() + pending.log_looking
+        delta, at_k = residual(log_F, factor * sampled.log_pf, factor * sampled.log_pb, end), slice(k, k + 1)
+        advantages = self.learner.objective.advantages(
+            delta[:, None], flow_fit.residual_scale[at_k], flow_fit.baseline[at_k]
+        )
+        return None if advantages is None else advantages[:, 0]
 
     # -- the trajectories of a micro-batch -----------------------------------------------------------------------
 
@@ -283,4 +374,5 @@ class OnePass:
             sample_id=tile.sample_id,
             seed=self.recipe.seed,
             noise_dtype=noise_dtype(self.recipe.sampler),
+            previews=torch.stack(tile.previews, 1) if tile.previews else None,
         )
