@@ -86,8 +86,11 @@ def make_recipe(tiny_model: Path) -> Callable[..., Recipe]:
         "checkpoint": {"every": 1},
     }
 
-    def make(**sections: dict[str, Any]) -> Recipe:
-        merged = {name: {**base.get(name, {}), **sections.get(name, {})} for name in base | sections}
+    def make(**sections: Any) -> Recipe:
+        merged: dict[str, Any] = {
+            name: section if isinstance(section, list) else {**base.get(name, {}), **section}
+            for name, section in {**base, **sections}.items()
+        }
         if merged["objective"]["name"] == "ddpo":
             merged["objective"].pop("beta", None)
         return parse(merged, "test recipe")

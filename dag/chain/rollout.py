@@ -32,6 +32,13 @@ class Score(Protocol):
 
     def __call__(self, images: Tensor, rows: Tensor, *, is_preview: bool = False) -> Tensor: ...
 
+    def gradient(
+        self, latents: Tensor, rows: Tensor, *, is_preview: bool = False, is_learnt: bool = False
+    ) -> tuple[Tensor, Tensor]:
+        """(rewards (B,), their gradients (B, C, H, W)) at clean latents, of the rewards whose exact gradient is taken, or with
+        `is_learnt` of the others."""
+        ...
+
 
 @dataclass(frozen=True)
 class Batch:
@@ -63,6 +70,8 @@ class Step:
     """The network's output at x_t, with gradients if the step is trained."""
     sampled: SampledStep
     """x_next, x0_hat and the log-probs; with `has_prior` log_pb is the pretrained model's log P_F."""
+    pretrained: Tensor | None = None
+    """(B, C, H, W) the pretrained network's output at x_t; None without `has_prior`."""
 
     @property
     def x_next(self) -> Tensor:
@@ -78,6 +87,7 @@ def walk(
     *,
     has_prior: bool = False,
     trained: Container[int] = (),
+    differentiated: Container[int] = (),
 ) -> Iterator[Step]:
     """Denoise B samples from noise, one transition at a time.
 
@@ -85,17 +95,20 @@ def walk(
         text:      (B, S, D) prompt embeddings on the policy's device.
         sample_id: (B,) int64 on the policy's device.
         has_prior: replace log P_B by the pretrained model's log P_F, see `against_prior`.
-        trained:   the steps k whose predictions get gradients.
+        trained:   the steps k whose predictions get gradients with respect to the weights.
+        differentiated: the steps k whose predictions get gradients with respect to x_t.
     """
     schedule = policy.schedule
     x_t = first_state(policy, sample_id, seed, sampler)
     for k in range(schedule.num_transitions):
-        with torch.set_grad_enabled(k in trained):
+        if k in differentiated:
+            x_t = x_t.detach().float().requires_grad_(True)  # the gradient has its dtype
+        with torch.set_grad_enabled(k in trained or k in differentiated):
             prediction = policy.predict(x_t, schedule.timesteps[k].expand(len(x_t)), text)
-        sampled = take_step(schedule, x_t, prediction, k, seed, sample_id, sampler)
+        sampled, pretrained = take_step(schedule, x_t, prediction, k, seed, sample_id, sampler), None
         if has_prior:
-            sampled = against_prior(policy, sampled, x_t, text, k)
-        yield Step(k, x_t, prediction, sampled)
+            sampled, pretrained = against_prior(policy, sampled, x_t, text, k)
+        yield Step(k, x_t, prediction, sampled, pretrained)
         x_t = sampled.x_next
 
 
@@ -187,8 +200,8 @@ def take_step(
 
 
 @torch.no_grad()
-def against_prior(policy: Policy, step: SampledStep, x_t: Tensor, text: Tensor, k: int) -> SampledStep:
-    """The step with the pretrained model's log p_pre(x_next | x_t), (B,), in place of log P_B.
+def against_prior(policy: Policy, step: SampledStep, x_t: Tensor, text: Tensor, k: int) -> tuple[SampledStep, Tensor]:
+    """(the step with the pretrained model's log p_pre(x_next | x_t), (B,), in place of log P_B; that model's output at x_t).
 
     The balance
 
@@ -197,8 +210,8 @@ def against_prior(policy: Policy, step: SampledStep, x_t: Tensor, text: Tensor, 
     telescopes over a chain to P_F(chain | x_T) = p_pre(chain | x_T) exp(beta r(x_0)) / F(x_T). So the target is the
     pretrained model's distribution times exp(beta r), whereas with P_B it is exp(beta r) alone.
     """
-    pretrained = policy.predict(x_t, policy.schedule.timesteps[k].expand(len(x_t)), text, pretrained=True)
-    return step._replace(log_pb=policy.schedule.log_pf(x_t, step.x_next, pretrained.guided, k))
+    pretrained = policy.predict(x_t, policy.schedule.timesteps[k].expand(len(x_t)), text, pretrained=True).guided
+    return step._replace(log_pb=policy.schedule.log_pf(x_t, step.x_next, pretrained, k)), pretrained
 
 
 @torch.no_grad()

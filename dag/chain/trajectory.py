@@ -39,6 +39,11 @@ def on_cpu(rows: Rows) -> Rows:
     return rows.cpu() if isinstance(rows, Tensor) else rows
 
 
+def as_index(rows: Rows) -> Tensor:
+    """The rows as indices (B,) int64 on the CPU."""
+    return torch.arange(rows.start, rows.stop) if isinstance(rows, slice) else rows.cpu()
+
+
 @dataclass(frozen=True)
 class Trajectories:
     """N chains of one rollout. Log-probs are sums over latent dims, float32."""
@@ -59,6 +64,9 @@ class Trajectories:
     """(N,) int64, unique over all epochs (`dag.chain.sample_ids`): with the seed and k it determines all noise."""
     seed: int
     noise_dtype: torch.dtype = torch.float32
+    previews: Tensor | None = None
+    """(N, S, C, H, W) float16 clean latents of some states and of the end, for the reward critic; None if they can be computed
+    from the chain, or are not needed."""
 
     @property
     def num_trajectories(self) -> int:
@@ -69,6 +77,10 @@ class Trajectories:
         """Bytes of all stored tensors, divided by N."""
         stored = [getattr(self, field.name) for field in fields(self)]
         return sum(value.nbytes for value in stored if isinstance(value, Tensor)) / self.num_trajectories
+
+    def without_states(self) -> "Trajectories":
+        """The trajectories without their chains and previews, to free their memory."""
+        return replace(self.without_chain(), previews=None)
 
     def without_chain(self) -> "Trajectories":
         """The trajectories with an empty chain, to free its memory."""
@@ -83,6 +95,7 @@ class Trajectories:
             x0_hat_reward=None if self.x0_hat_reward is None else self.x0_hat_reward.to(device),
             reward=self.reward.to(device),
             sample_id=self.sample_id.to(device),
+            previews=None if self.previews is None else self.previews.to(device),
         )
 
     def states(self, k: int | Tensor, rows: Rows) -> Tensor:
@@ -99,6 +112,10 @@ class Trajectories:
     def output_old(self, schedule: Schedule, rows: Rows, k: int) -> Tensor:
         """(B, C, H, W) float32 guided network output at sampling time, up to the rounding of the chain."""
         return schedule.output_of(self.states(k, rows), self.states(k + 1, rows), self.noise(rows, k), k)
+
+    def x0_hat_old(self, schedule: Schedule, rows: Rows, k: int) -> Tensor:
+        """(B, C, H, W) float32 x0_hat of state k at sampling time, up to the rounding of the chain."""
+        return schedule.x0_hat(self.states(k, rows).float(), self.output_old(schedule, rows, k), k)
 
 
 class ChainStore:

@@ -9,6 +9,7 @@ from functools import cache, cached_property
 from typing import Any
 
 import torch
+from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
 
 from dag.costs.live_bytes import as_on_cuda
@@ -71,11 +72,39 @@ def of_recipe(recipe: Recipe) -> Work:
     return {
         "sampling": 0.0 if recipe.train.rollout == "one_pass" else shown.guided,
         "training": shown.trained,
-        "extra UNet passes": 0.0,
+        "extra UNet passes": _pretrained_passes(recipe) * shown.guided,
         "decodes": scored * shown.preview + shown.decode / T,
         "rewards": (scored + 1 / T) * shown.reward,
         "flow": shown.flow,
+        "gradient of log F": _look_ahead(recipe, shown, T),
     }
+
+
+def _pretrained_passes(recipe: Recipe) -> int:
+    """Forward passes of the pretrained model for a transition that is sampled and trained."""
+    takes_it = recipe.balance is not None and recipe.balance.takes_gradient and recipe.has_prior
+    for_training = recipe.regulariser.pretrained_kl > 0 or takes_it
+    if recipe.train.rollout == "one_pass":
+        return int(for_training or recipe.samples_prior)
+    return int(for_training) + int(recipe.samples_prior)
+
+
+def _look_ahead(recipe: Recipe, shown: "_Counts", T: int) -> float:
+    """GFLOP for d log F / d x_next, of which the last transition's goes through no denoiser."""
+    balance = recipe.balance
+    if balance is None or not balance.takes_gradient:
+        return 0.0
+    through = shown.through
+    if recipe.train.rollout == "one_pass" and balance.jacobian != "pretrained":
+        through -= shown.guided  # the forward pass is that of sampling
+    if balance.jacobian == "none":
+        through = 0.0 if recipe.train.rollout == "one_pass" else shown.guided
+    reward = 0.0
+    if recipe.differentiates_rewards:
+        towers = [t for t, is_learnt in zip(recipe.reward, recipe.learnt_rewards, strict=True) if not is_learnt]
+        towers_there_and_back = sum(_tower(term.name, grad=True) for term in towers if isinstance(term, Tower))
+        reward = (1 - 1 / T) * shown.preview_gradient + shown.decode_gradient / T + towers_there_and_back
+    return (1 - 1 / T) * (through + shown.flow_gradient) + reward
 
 
 def of_published(recipe: Recipe) -> Work:
@@ -90,13 +119,15 @@ def of_published(recipe: Recipe) -> Work:
         "decodes": (2 + 1 / T) * shown.decode,
         "rewards": (2 + 1 / T) * shown.reward,
         "flow": 2 * shown.flow,
+        "gradient of log F": 0.0,
     }
 
 
 class _Counts:
     """GFLOP of each building block, for one sample.
 
-    `trained` and `flow` include the backward pass; `conditional` is a UNet pass without the unconditional branch.
+    `trained` and `flow` include the backward pass; `conditional` is a UNet pass without the unconditional branch. `through` and
+    those called a gradient are a forward pass and a backward pass to the input.
     """
 
     def __init__(self, made: Weightless) -> None:
@@ -114,6 +145,24 @@ class _Counts:
     @cached_property
     def trained(self) -> float:
         return _gflop(lambda: self.policy.predict(*self.state).branches.sum().backward())
+
+    @cached_property
+    def through(self) -> float:
+        x, *rest = self.state
+        return _there_and_back(lambda x: self.policy.predict(x, *rest).branches, x.float())
+
+    @cached_property
+    def decode_gradient(self) -> float:
+        return _there_and_back(self.policy.decode, self.state[0].float())
+
+    @cached_property
+    def preview_gradient(self) -> float:
+        return _there_and_back(self.policy.preview, self.state[0].float())
+
+    @cached_property
+    def flow_gradient(self) -> float:
+        flow, (x, t, text) = self.made.flow, self.state
+        return 0.0 if flow is None else _there_and_back(lambda x: flow(x, t, torch.zeros_like(t), text), x.float())
 
     @cached_property
     def decode(self) -> float:
@@ -134,12 +183,22 @@ class _Counts:
 
 
 @cache
-def _tower(name: str) -> float:
-    """GFLOP of a reward network on one picture."""
+def _tower(name: str, grad: bool = False) -> float:
+    """GFLOP of a reward network on one picture, with `grad` also of a backward pass to it."""
     with META:
-        _, score, size = architecture(name)
+        towers, score, size = architecture(name)
         pixels = torch.empty(1, 3, size, size)
-    return _gflop(lambda: score(pixels), grad=False)
+    for tower in towers:
+        tower.requires_grad_(False)
+    return (
+        _there_and_back(lambda x: score(x).pooler_output, pixels) if grad else _gflop(lambda: score(pixels), grad=False)
+    )
+
+
+def _there_and_back(call: Callable[[Tensor], Tensor], x: Tensor) -> float:
+    """GFLOP of a forward pass and of a backward pass to the input."""
+    x = x.detach().requires_grad_(True)
+    return _gflop(lambda: torch.autograd.grad(call(x).sum(), x))
 
 
 def _gflop(call: Callable[[], object], grad: bool = True) -> float:

@@ -14,7 +14,7 @@ from itertools import islice
 import torch
 from torch import Tensor
 
-from dag.chain.rollout import sample_tile, score_tile
+from dag.chain.rollout import Score, sample_tile, score_tile
 from dag.chain.trajectory import ChainStore, Trajectories
 from dag.costs.fake_gpu import FakeGpu
 from dag.costs.live_bytes import LiveBytes, as_on_cuda
@@ -73,7 +73,7 @@ class Simulation:
         """Names of the phases, in the order of an epoch."""
         if not self.is_one_pass:
             return "rollout", "update", "evaluation"
-        return ("one pass", *(("warm-up rollout",) if self.recipe.flow.warmup_epochs > 0 else ()), "evaluation")
+        return ("one pass", *(("warm-up rollout",) if self.recipe.warmup_epochs > 0 else ()), "evaluation")
 
     def peak(self, phase: str) -> int:
         """Peak bytes of a phase; the phase is counted at the first call only."""
@@ -95,6 +95,7 @@ class Simulation:
         if phase == "update":
             section = self.recipe.forward_looking
             scores_again = section is not None and section.source == "current"
+            scores_again |= self.recipe.differentiates_rewards
             chain = chains[0] if chains else self._chain(train.trajectories, CPU)
             return self._peak_of(lambda: self.update(chain), [*ungraded, *(fetched if scores_again else []), *chains])
         if phase == "evaluation":
@@ -138,7 +139,7 @@ class Simulation:
         made, recipe, sampler = self.made, self.made.recipe, self.made.recipe.sampler
         tile = made.batch(self._sampled())
         text, looking = made.text[tile.prompt_id], recipe.forward_looking
-        drawn = sample_tile(made.policy, text, tile.sample_id, recipe.seed, sampler, looking, recipe.has_prior)
+        drawn = sample_tile(made.policy, text, tile.sample_id, recipe.seed, sampler, looking, recipe.samples_prior)
         score_tile(made.policy, drawn, self.score)
 
     def evaluation(self) -> None:
@@ -178,13 +179,37 @@ class Simulation:
     def _state(self) -> EpochState:
         """The state of the first epoch after the warm-up: during the warm-up the policy is not trained."""
         store = ChainStore(self.made.T + 1, self.recipe.train.trajectories, META, META)
-        return EpochState(self.recipe.flow.warmup_epochs, store)
+        return EpochState(self.recipe.warmup_epochs, store)
 
-    def score(self, images: Tensor, rows: Tensor, *, is_preview: bool = False) -> Tensor:
-        """Stands for scoring: allocates what the largest reward network needs, while the pictures are alive."""
+    @property
+    def score(self) -> Score:
+        return _Scoring(self.made)
+
+
+class _Scoring:
+    """Stands for scoring: allocates what the largest reward network needs, while the pictures are alive."""
+
+    def __init__(self, made: Weightless) -> None:
+        self.made, recipe = made, made.recipe
+        self.chunk = recipe.memory.gradient_batch or recipe.train.micro_batch
+
+    def __call__(self, images: Tensor, rows: Tensor, *, is_preview: bool = False) -> Tensor:
         if self.made.rewards:
             some_bytes(max(f.activations for f in self.made.rewards))
         return torch.zeros(len(rows), device=META)
+
+    def gradient(
+        self, latents: Tensor, rows: Tensor, *, is_preview: bool = False, is_learnt: bool = False
+    ) -> tuple[Tensor, Tensor]:
+        decode, gradients = self.made.policy.preview if is_preview else self.made.policy.decode, []
+        for part in latents.split(self.chunk):
+            with torch.enable_grad():
+                x = part.detach().float().requires_grad_(True)
+                images = decode(x)
+                # The graphs of all rewards of a sum are alive together.
+                some_bytes(sum(f.gradient for f in self.made.rewards))
+                gradients += torch.autograd.grad(images.sum(), x)
+        return torch.zeros(len(rows), device=META), torch.cat(gradients)
 
 
 def _storages(tensors: Iterable[Tensor]) -> Iterable[int]:

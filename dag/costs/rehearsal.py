@@ -29,6 +29,7 @@ from dag.run.gpu import GIB
 from dag.run.meter import PhaseMeter
 from dag.training.epoch_state import EpochState
 from dag.training.one_pass import OnePass
+from dag.training.scoring import Scorer
 from dag.training.stored import StoredTraining
 
 
@@ -95,6 +96,8 @@ class _Loop:
         watch(self.policy, "predict", "denoiser, forward")
         watch(self.policy, "decode", "decoder")
         watch(self.policy, "preview", "decoder")
+        watch(self.reward, "total", "reward")
+        watch(self.reward, "gradient", "reward, gradient")
         watch(self.learner.updates.policy, "backward", "backward")
         if self.made.flow is not None:
             watch(self.made.flow, "forward", "flow, forward")
@@ -105,18 +108,12 @@ class _Loop:
             yield from tensors if kind != "gradients" else ()
 
     def scorer(self, batch: Batch) -> Score:
-        def score(images: Tensor, rows: Tensor, *, is_preview: bool = False) -> Tensor:
-            with self.gpu.inside("reward"):
-                return self.reward.total(
-                    images, [""] * len(rows), batch.sample_id[rows].tolist(), is_preview=is_preview
-                )
-
-        return score
+        return Scorer(self.recipe, self.policy, self.reward, [""], batch)
 
     def _state(self) -> EpochState:
         place = torch.device("cpu") if self.recipe.memory.chains == "cpu" else META
         store = ChainStore(self.T + 1, len(self.batch.sample_id), place, META)
-        return EpochState(self.recipe.flow.warmup_epochs, store)
+        return EpochState(self.recipe.warmup_epochs, store)
 
     def one_pass(self, stride: int) -> tuple[Counts, Counts]:
         """Counts of the second micro-batch in one pass: (a transition in the middle, what a micro-batch adds once)."""
@@ -137,7 +134,7 @@ class _Loop:
             recipe.seed,
             recipe.sampler,
             recipe.forward_looking,
-            recipe.has_prior,
+            recipe.samples_prior,
             on_step=self.gpu.mark,
         )
         total, per_tile = self._between(marks, stride)

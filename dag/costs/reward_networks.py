@@ -17,24 +17,34 @@ class Footprint:
     weights: int
     activations: int
     """Bytes beyond the weights at the peak of a forward pass of `max_batch` pictures, without gradients."""
+    gradient: int
+    """Bytes beyond the weights at the peak of a forward and a backward pass to the pictures; 0 if none is asked for."""
 
 
-def footprint(term: RewardTerm) -> Footprint:
+def footprint(term: RewardTerm, differentiated: int = 0) -> Footprint:
     """The memory of the published network of this name; 0 for a reward without a network.
 
     A network from another path is assumed to have the published architecture.
+
+    Args:
+        differentiated: pictures of a backward pass.
     """
     if not isinstance(term, Tower):
-        return Footprint(0, 0)
+        return Footprint(0, 0, 0)
     dtype = DTYPES[term.dtype]
     with torch.device("meta"):
         towers, score, size = architecture(term.name)
         pixels = torch.empty(term.max_batch, 3, size, size, dtype=dtype)
-    weights = [p for tower in towers for p in tower.to(dtype).parameters()]
+    weights = [p.requires_grad_(False) for tower in towers for p in tower.to(dtype).parameters()]
 
     def forward() -> None:
         with torch.no_grad():
             score(pixels)
 
+    def there_and_back() -> None:
+        pictures = torch.empty(differentiated, *pixels.shape[1:], dtype=dtype, device="meta", requires_grad=True)
+        torch.autograd.grad(score(pictures).pooler_output.sum(), pictures)
+
     total = sum(weight.nbytes for weight in weights)
-    return Footprint(total, peak_of(forward, [*weights, pixels]) - total)
+    gradient = peak_of(there_and_back, weights) - total if differentiated else 0
+    return Footprint(total, peak_of(forward, [*weights, pixels]) - total, gradient)

@@ -60,7 +60,10 @@ class Weightless:
         self.text = torch.zeros(1, *self.policy.text_shape, dtype=self.policy.dtype)
         self.learner = learner_of(_with_adamw(recipe), self.policy, self.text, kernels, warn=lambda text: None)
         there = [term for term in recipe.reward if getattr(term, "device", "auto") != "cpu"]
-        self.rewards = [footprint(term) for term in there]
+        pictures = recipe.memory.gradient_batch or recipe.train.micro_batch
+        taken = [not is_learnt for is_learnt in recipe.learnt_rewards] if recipe.differentiates_rewards else []
+        exact = {id(term) for term, is_taken in zip(recipe.reward, taken, strict=False) if is_taken}
+        self.rewards = [footprint(term, pictures if id(term) in exact else 0) for term in there]
         self.offloaded = [bool(getattr(term, "offload", False)) for term in there]
 
     @property
@@ -89,6 +92,7 @@ class Weightless:
             "gradients": [torch.empty_like(p) for p in trained],
             "optimizer": list(optimizer_states(trained, train.optimizer)),
             "flow": [] if self.flow is None else held(self.flow),
+            "critic": [],
             "decoder": [] if self.recipe.memory.offload_vae else held(policy.decoder.vae),
         }
         if policy.decoder.tiny is not None:
@@ -97,6 +101,11 @@ class Weightless:
             weights = list(self.flow.parameters())
             kinds["gradients"] += [torch.empty_like(p) for p in weights]
             kinds["optimizer"] += optimizer_states(weights, self.recipe.flow.optimizer)
+        if (critic := self.learner.critic_fit) is not None:
+            weights = list(critic.critic.parameters())
+            kinds["critic"] = held(critic.critic)
+            kinds["gradients"] += [torch.empty_like(p) for p in weights]
+            kinds["optimizer"] += optimizer_states(weights, "adamw")
         kinds["reward"] = [
             some_bytes(f.weights) for f, is_off in zip(self.rewards, self.offloaded, strict=True) if not is_off
         ]

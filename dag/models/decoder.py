@@ -1,5 +1,7 @@
 """Decodes latents to pictures: by the VAE, or by a cheaper decoder to show predicted latents to a reward.
 
+Gradients reach latents that require them, and nothing else.
+
 Legend: B samples, H W the picture's size in pixels.
 """
 
@@ -50,6 +52,11 @@ class Decoder:
         if forward_looking is not None and forward_looking.decoder == "tiny":
             self.tiny = _load_tiny(forward_looking.decoder_path, folder, dtype, device)
             self.tiny.to(memory_format=self.layout)
+        if memory.checkpointing != "none":
+            for vae in (self.vae, self.tiny):
+                # Acts only where the reward's gradient is taken through the decoder.
+                if vae is not None:
+                    vae.enable_gradient_checkpointing()
         self._move(torch.device("cpu"))
 
     @contextmanager
@@ -88,13 +95,13 @@ class Decoder:
             return functional.interpolate(small, scale_factor=2, mode="bilinear").clamp(0, 1)
         return self(x0_hat)
 
-    @torch.no_grad()
     def _decoded(self, vae: Any, latents: Tensor) -> Tensor:
         images, dtype = [], next(vae.parameters()).dtype
-        for part in latents.float().split(self.batch):
-            image = vae.decode(part.to(dtype).contiguous(memory_format=self.layout), return_dict=False)[0]
-            images.append((image.float() / 2 + 0.5).clamp(0, 1))
-        return torch.cat(images)
+        with torch.set_grad_enabled(torch.is_grad_enabled() and latents.requires_grad):
+            for part in latents.float().split(self.batch):
+                image = vae.decode(part.to(dtype).contiguous(memory_format=self.layout), return_dict=False)[0]
+                images.append((image.float() / 2 + 0.5).clamp(0, 1))
+            return torch.cat(images)
 
 
 def _load_tiny(path: str | None, folder: Path, dtype: torch.dtype, device: torch.device) -> Any:

@@ -130,7 +130,8 @@ class StableDiffusion:
             raise RuntimeError("encode() must come before predict(): it embeds the empty prompt")
         uncond = self._uncond.expand(B, -1, -1)
         if self.sampler.uncond == "frozen":
-            with torch.no_grad():
+            # Its weights are not trained, but the policy's output also depends on the state through it.
+            with torch.set_grad_enabled(torch.is_grad_enabled() and x_t.requires_grad):
                 first = self._run(x_t, t, uncond, pretrained=True)
             output = torch.cat([first, self._run(x_t, t, text, pretrained)])
         else:

@@ -5,6 +5,9 @@
 (Zhang et al. 2025, Prop. 4), where delta is the detailed-balance residual and sg stops gradients. Subtracting a baseline from
 delta keeps the gradient unbiased if it does not depend on the transition itself: the mean residual of the other trajectories
 at the same step, or of earlier rollouts. The advantage is -(delta - baseline).
+
+With `policy_gradient: pathwise` the same gradient is taken through the next state, `dag.objectives.pathwise`. `control_variate`
+adds the score function of what a learnt reward gradient leaves unexplained of log F(x_next).
 """
 
 from dag_kernels import PLAIN, Kernels
@@ -17,6 +20,7 @@ from dag.objectives.registry import (
     balance_loss,
     clipped_surrogate,
     log_ratio,
+    pathwise_loss,
 )
 from dag.objectives.transition import Transition, leave_one_out_mean, leave_one_out_std
 from dag.recipe import KLDivergence as Config
@@ -31,18 +35,18 @@ class KLDivergence(BatchFree):
     In delta log P_F is detached, so the first term trains the flow alone and the second the policy; s is the residual scale.
     """
 
-    uses_flow = True
-
     def __init__(self, config: Config, kernels: Kernels = PLAIN) -> None:
-        self.config, self.kernels = config, kernels
+        self.config, self.kernels, self.uses_flow = config, kernels, config.has_flow
 
-    def advantages(self, residuals: Tensor, residual_scale: Tensor, running_mean: Tensor) -> Tensor:
-        """(N, T) advantages from the residuals (N, T), which are those of the sampling-time policy.
+    def advantages(self, residuals: Tensor, residual_scale: Tensor, running_mean: Tensor) -> Tensor | None:
+        """(N, T) advantages from the residuals (N, T), which are those of the sampling-time policy; None if not `score`.
 
         With `baseline: per_step` or `mixed` the N trajectories are all of the update's, so that advantages do not depend on
         how it is cut into micro-batches. `mixed` averages over all steps too, as the published code does within a shuffled
         micro-batch. `running` needs no other trajectory.
         """
+        if self.config.policy_gradient != "score":
+            return None
         scaled = residuals / residual_scale
         if self.config.baseline == "running":
             centred = scaled - running_mean / residual_scale
@@ -56,8 +60,17 @@ class KLDivergence(BatchFree):
         return -centred.reshape(residuals.shape)
 
     def __call__(self, transition: Transition) -> ObjectiveOutput:
-        assert transition.advantage is not None
+        takes_score, ratio = self.config.policy_gradient == "score", log_ratio(transition).detach().exp()
+        policy_loss, clipped = self._score(transition) if takes_score else self._pathwise(transition)
+        policy_loss = self.config.weight * policy_loss
+        if not self.uses_flow:
+            return ObjectiveOutput(loss=policy_loss, ratio=ratio, clipped=clipped)
         balance = balance_loss(transition, transition.log_pf.detach(), self.config, self.kernels)
+        return ObjectiveOutput(balance.loss + policy_loss, ratio, residual=balance.residual, clipped=clipped)
+
+    def _score(self, transition: Transition) -> tuple[Tensor, Tensor]:
+        """(policy loss (B,), whether the ratio was clipped (B,)) of the score function."""
+        assert transition.advantage is not None
         policy_loss, clipped = clipped_surrogate(transition.advantage, log_ratio(transition), self.config.clip_range)
         if transition.policy_weight is not None:
             policy_loss = transition.policy_weight * policy_loss
@@ -65,9 +78,15 @@ class KLDivergence(BatchFree):
             # DAG-DB's gradient is divided by the scale twice: in the residual and by the chain rule. The advantage is
             # divided once, so one more division gives the steps the same weights as there.
             policy_loss = policy_loss / transition.residual_scale
-        return ObjectiveOutput(
-            loss=balance.loss + self.config.weight * policy_loss,
-            residual=balance.residual,
-            ratio=log_ratio(transition).detach().exp(),
-            clipped=clipped,
-        )
+        if transition.residual_weight is not None:
+            policy_loss = transition.residual_weight * policy_loss
+        return policy_loss, clipped
+
+    def _pathwise(self, transition: Transition) -> tuple[Tensor, Tensor | None]:
+        """(policy loss (B,), whether the ratio was clipped (B,), or None if it is not used) of the pathwise gradient."""
+        policy_loss = pathwise_loss(transition)
+        if transition.unexplained is None:
+            return policy_loss, None
+        surrogate, clipped = clipped_surrogate(transition.unexplained, log_ratio(transition), self.config.clip_range)
+        weight = 1.0 if transition.policy_weight is None else transition.policy_weight.square()
+        return policy_loss + self.config.correction * weight * surrogate, clipped

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from dag.chain.schedule import Schedule
 from dag.chain.trajectory import Trajectories
+from dag.objectives.look_ahead import LookAhead
 from dag.recipe import Balance, Recipe
 
 
@@ -74,12 +75,20 @@ class LogScale:
         is_sum = recipe.objective.log_prob_reduction == "sum"
         self.reduction_factor = 1.0 if is_sum else 1.0 / math.prod(latent_shape)
         self.reward_scale = RewardScale()
+        self.look_ahead = None if recipe.forward_looking is None else LookAhead(schedule.num_transitions)
 
-    def see(self, reward: Tensor) -> None:
-        """Set the reward scale from the rewards (N,) of a complete rollout, if it is needed and not set yet."""
+    def see(self, reward: Tensor, x0_hat_reward: Tensor | None) -> None:
+        """Learn from the rewards of a new rollout: the reward scale, if it is needed and not set yet, and the look-ahead.
+
+        Args:
+            reward:        (N,) of final pictures.
+            x0_hat_reward: (N, T), or None without forward-looking.
+        """
         assert self.balance is not None
         if self.balance.beta.unit == "reward_sd" and not self.reward_scale.is_set:
             self.reward_scale = RewardScale.of(reward)
+        if self.look_ahead is not None and x0_hat_reward is not None:
+            self.look_ahead.see(self.reward_scale(x0_hat_reward), self.reward_scale(reward))
 
     def terms(self, trajectories: Trajectories, epoch: int) -> LogTerms:
         """The terms of a rollout at this epoch's beta."""
@@ -97,11 +106,26 @@ class LogScale:
 
     def log_looking(self, reward: Tensor, epoch: int, k: int | None = None) -> Tensor:
         """Forward-looking terms beta w_k r(x0_hat), from the rewards r (N, T) of all states, or (N,) of state k alone."""
-        assert self.balance is not None
-        weight = self.alpha_bar_t
-        if self.balance.forward_looking.weight == "one":
-            weight = torch.ones_like(weight)
+        weight = self.weights()
         return self._beta(epoch) * (weight if k is None else weight[k]) * self.reward_scale(reward)
+
+    def weights(self) -> Tensor:
+        """(T,) w_k on the policy's device."""
+        assert self.balance is not None
+        kind = self.balance.forward_looking.weight
+        if kind == "fitted":
+            assert self.look_ahead is not None
+            return self.look_ahead.slopes().to(self.alpha_bar_t.device)
+        return torch.ones_like(self.alpha_bar_t) if kind == "one" else self.alpha_bar_t
+
+    def slope(self, epoch: int, k: int) -> Tensor:
+        """() the derivative of log F at state k with respect to the raw reward of its x0_hat, or of the final picture (k = T).
+
+        It is beta w_k / sd, in nats per unit of reward; w_T = 1.
+        """
+        scale = self._beta(epoch) / self.reward_scale.sd
+        weights = self.weights()
+        return scale * (weights[k] if k < len(weights) else torch.ones_like(weights[0]))
 
     def _beta(self, epoch: int) -> float:
         assert self.balance is not None

@@ -8,7 +8,7 @@ from dag_kernels import BalanceLoss, Kernels
 from torch import Tensor
 
 from dag.objectives.transition import Transition
-from dag.recipe import DetailedBalance, KLDivergence
+from dag.recipe import ScalarBalance
 from dag.recipe.registry import Registry
 
 OBJECTIVES = Registry("objective")
@@ -79,7 +79,7 @@ class BatchFree:
 def balance_loss(
     transition: Transition,
     log_pf: Tensor,
-    config: DetailedBalance | KLDivergence,
+    config: ScalarBalance,
     kernels: Kernels,
     policy_weight: Tensor | None = None,
 ) -> BalanceLoss:
@@ -89,7 +89,7 @@ def balance_loss(
         policy_weight: (B,) weight of the gradient through log P_F; None is 1.
     """
     assert transition.log_F_tilde is not None and transition.log_F_tilde_next is not None
-    return kernels.detailed_balance(
+    balance = kernels.detailed_balance(
         transition.log_F_tilde,
         log_pf,
         transition.log_pb,
@@ -103,6 +103,18 @@ def balance_loss(
         huber=config.huber,
         detach_next=config.detach_next,
     )
+    weight = transition.residual_weight
+    return balance if weight is None else balance._replace(loss=weight * balance.loss)
+
+
+def pathwise_loss(transition: Transition) -> Tensor:
+    """(B,) the closed form of the per-step KL, whose gradient is d/d theta of E_{P_F}[residual], see `dag.objectives.pathwise`.
+
+    Balanced weights are squared here: the gradient of this KL grows with (b / sigma)^2, that of a score function with b / sigma.
+    """
+    assert transition.pathwise is not None
+    weight = transition.policy_weight
+    return transition.pathwise if weight is None else weight.square() * transition.pathwise
 
 
 def log_ratio(transition: Transition) -> Tensor:

@@ -51,6 +51,15 @@ class Transition:
     """(B,) for an objective that forms advantages, by `observe` or `advantages`."""
     policy_weight: Tensor | None = None
     """(B,) weight of the policy's gradient; None is 1."""
+    residual_weight: Tensor | None = None
+    """(B,) weight of losses that are formed from scaled residuals; None is 1."""
+    pathwise: Tensor | None = None
+    """(B,) weighted KL to the target of `dag.objectives.pathwise`, with the policy's gradient; None if only the score function
+    is taken."""
+    reverse: Tensor | None = None
+    """(B,) weighted square of nabla-DB's reverse residual, with the flow's gradient; None if it is not taken."""
+    unexplained: Tensor | None = None
+    """(B,) log F(x_next) minus the function whose gradient the target has; None if it is not needed."""
 
 
 def residual_table(

@@ -1,13 +1,17 @@
 """Recipes: their schema, how a file is read and checked, and their prompts. Imports no torch."""
 
+from dag.recipe.contradictions import validate
+from dag.recipe.network_sections import Flow, OptimizerKind, RewardCritic
 from dag.recipe.objective_sections import (
     Balance,
     Beta,
     DetailedBalance,
     ForwardLooking,
     KLDivergence,
+    NablaBalance,
     ObjectiveTerm,
     PolicyGradient,
+    ScalarBalance,
     is_scored,
 )
 from dag.recipe.reward_sections import RewardTerm, Tower
@@ -15,16 +19,13 @@ from dag.recipe.schema import (
     Adapter,
     Checkpoint,
     Evaluation,
-    Flow,
     Memory,
     Model,
-    OptimizerKind,
     Prompts,
     Recipe,
     Regulariser,
     Sampler,
     Train,
-    validate,
 )
 
 __all__ = [
@@ -39,14 +40,17 @@ __all__ = [
     "KLDivergence",
     "Memory",
     "Model",
+    "NablaBalance",
     "ObjectiveTerm",
     "OptimizerKind",
     "PolicyGradient",
     "Prompts",
     "Recipe",
     "Regulariser",
+    "RewardCritic",
     "RewardTerm",
     "Sampler",
+    "ScalarBalance",
     "Tower",
     "Train",
     "is_scored",

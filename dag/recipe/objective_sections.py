@@ -1,10 +1,13 @@
 """The recipe's sections for objectives: every objective's name and options. Imports no torch."""
 
+from dataclasses import dataclass
 from typing import Annotated, Literal
 
 from pydantic import Field
 
 from dag.recipe.section import Section
+
+_GRADIENT_KEYS = ("reward_gradient", "jacobian", "learnt_flow")
 
 
 class Beta(Section):
@@ -21,8 +24,9 @@ class ForwardLooking(Section):
     source: Literal["rollout", "current", "none"] = "rollout"
     """Whose x0_hat is scored: the rollout's (once per state); the current policy's (published; two more decoded and scored
     pictures and one more UNet pass per trained transition); or `none`."""
-    weight: Literal["alpha_bar", "one"] = "alpha_bar"
-    """w_k in log F = log F~ + beta w_k r(x0_hat). `one` is published, although x0_hat says little at high noise levels."""
+    weight: Literal["alpha_bar", "one", "fitted"] = "alpha_bar"
+    """w_k in log F = log F~ + beta w_k r(x0_hat). `one` is published, although x0_hat says little at high noise levels.
+    `fitted` is the slope of the least-squares line from r(x0_hat) to the final reward, over the rollouts so far."""
     prediction: Literal["guided", "conditional"] = "guided"
     """Network output from which x0_hat is computed. `conditional` (published) leaves guidance out, although the policy has it."""
     coefficients: Literal["fp32", "bf16"] = "fp32"
@@ -42,59 +46,150 @@ def is_scored(k: int, num_transitions: int, stride: int) -> bool:
     return k % stride == 0 or k >= num_transitions - 3
 
 
+@dataclass(frozen=True)
+class Around:
+    """What an objective's section must know of the rest of its recipe, to find contradictions."""
+
+    is_one_pass: bool
+    """`train.rollout: one_pass`."""
+    keeps_pretrained: bool
+    """The pretrained weights are still there (`adapter.kind: lora`)."""
+    group: int
+    """Trajectories per update."""
+    black_boxes: tuple[str, ...]
+    """Names of the rewards that have no gradient."""
+
+
 class _Objective(Section):
     """What the sections of all objectives have in common."""
 
     step_weight: Literal["one", "balanced"] = "one"
     """Weight of a step's policy gradient; `balanced` reduces it in the last, nearly deterministic steps."""
 
-    def problems(self, *, is_one_pass: bool, keeps_pretrained: bool, group: int) -> list[str]:
-        """Mistakes that involve this section and others of its recipe, in words; empty if there are none.
-
-        Args:
-            is_one_pass:      `train.rollout: one_pass`.
-            keeps_pretrained: the pretrained weights are still there (`adapter.kind: lora`).
-            group:            trajectories per update.
-        """
+    def problems(self, around: Around) -> list[str]:
+        """Mistakes that involve this section and others of its recipe, in words; empty if there are none."""
         return []
 
 
 class Balance(_Objective):
-    """An objective that learns a state flow and balances log F + log P_F against log P_B + log F'."""
+    """An objective with a target distribution, whose flow log F balances log F + log P_F against log P_B + log F'."""
 
     beta: Beta
     prior: Literal["none", "pretrained"] = "none"
     """The distribution to sample from: exp(beta r) (`none`, published), or p_pretrained exp(beta r). With `pretrained` the
     pretrained model's log P_F takes the place of log P_B, at one more UNet forward pass per sampled transition."""
+    forward_looking: ForwardLooking = ForwardLooking()
+    reward_gradient: Literal["auto", "exact", "learnt"] = "auto"
+    """Where d r / d x0_hat comes from, if the objective takes it: back-propagated through decoder and reward (`exact`), or
+    through a small network that learns the reward from the rollouts (`learnt`, see `reward_critic`). `auto` is exact for
+    every reward that has a gradient, and learnt for the others."""
+    jacobian: Literal["policy", "pretrained", "none"] = "policy"
+    """Whose x0_hat, and d x0_hat / d x through its UNet, the reward's gradient is taken at. `policy`: a forward and a backward
+    pass more for each trained transition that is stored, a backward pass more in one pass. `pretrained`, with `prior:
+    pretrained`: E[r | x] of the model that is tilted, hence closer to its flow where none is learnt; both passes more. `none`
+    takes sqrt(alpha_bar) in the Jacobian's place, which saves the backward pass and learns more slowly."""
+    learnt_flow: bool = True
+    """Learn log F~, and add its gradient to that of the forward-looking reward. False takes the forward-looking reward for the
+    whole flow: no flow is trained, and with `prior: pretrained` the pretrained model is run for trained transitions alone."""
+
+    @property
+    def takes_gradient(self) -> bool:
+        """Whether the policy is trained with d log F / d x_next."""
+        return False
+
+    @property
+    def has_flow(self) -> bool:
+        """Whether a state flow is trained."""
+        return self.learnt_flow or not self.takes_gradient
+
+    def problems(self, around: Around) -> list[str]:
+        problems, section = self._gradient_problems(around), self.forward_looking
+        if section.stride > 1 and section.source != "rollout":
+            problems.append(f"objective.forward_looking.stride={section.stride} needs source=rollout")
+        if section.decoder_path is not None and section.decoder != "tiny":
+            problems.append("objective.forward_looking.decoder_path belongs to decoder=tiny")
+        if self.prior == "pretrained" and not around.keeps_pretrained:
+            problems.append(
+                "objective.prior=pretrained needs adapter.kind=lora: a full fine-tune keeps no pretrained copy"
+            )
+        return problems
+
+    def _gradient_problems(self, around: Around) -> list[str]:
+        """Mistakes about d log F / d x_next: what it needs if the objective takes it, what has no effect if not."""
+        section = self.forward_looking
+        if not self.takes_gradient:
+            return [
+                f"objective.{key} has no effect with policy_gradient=score" for key in self.changed(*_GRADIENT_KEYS)
+            ]
+        problems = []
+        if section.source != "rollout" or section.prediction != "guided" or section.coefficients != "fp32":
+            problems.append(
+                f"{self._asks} differentiates the policy's own x0_hat: use forward_looking.source=rollout, "
+                "prediction=guided and coefficients=fp32"
+            )
+        if self.jacobian == "pretrained" and (self.prior == "none" or self.learnt_flow):
+            problems.append("objective.jacobian=pretrained needs prior=pretrained and learnt_flow=false")
+        if self.reward_gradient == "exact" and around.black_boxes:
+            names = ", ".join(around.black_boxes)
+            problems.append(f"objective.reward_gradient=exact: {names} has no gradient; use auto or learnt")
+        return problems
+
+    @property
+    def _asks(self) -> str:
+        """The key that asks for the gradient, for error messages."""
+        return f"objective.name={self.name}"  # type: ignore[attr-defined]
+
+
+class ScalarBalance(Balance):
+    """An objective that learns a state flow from the squared residual of detailed balance."""
+
     log_prob_reduction: Literal["sum", "mean"] = "sum"
     """How log-probs are reduced over the D elements of the latent: `sum` is the log-density; `mean` is published, and makes
     the effective beta D times as large."""
-    forward_looking: ForwardLooking = ForwardLooking()
     detach_next: bool = True
     """Stop the gradient through log F of the next state. False is published; its gradient is biased."""
     huber: float | None = Field(None, gt=0)
     """Residuals beyond this many nats (after `residual_scale`) count linearly; null squares them all (published)."""
     residual_scale: Literal["none", "running"] = "none"
     """`running` divides each step's residuals by their running sd, so that no step dominates the others."""
+    policy_gradient: Literal["score", "pathwise", "control_variate"] = "score"
+    """How the policy's gradient is estimated. `score` (published) is the residual times grad log P_F, whose noise grows with
+    the latent's size. `pathwise` is d log F / d x_next, and closed forms of the Gaussian terms. `control_variate` adds to it
+    the score function of what a learnt reward gradient does not explain, which makes the estimate unbiased."""
+    correction: float = Field(1.0, gt=0, le=1)
+    """Weight of the term that `control_variate` adds; 1 is unbiased, less has less noise."""
 
-    def problems(self, *, is_one_pass: bool, keeps_pretrained: bool, group: int) -> list[str]:
-        problems, section = [], self.forward_looking
-        if section.stride > 1 and section.source != "rollout":
-            problems.append(f"objective.forward_looking.stride={section.stride} needs source=rollout")
-        if section.decoder_path is not None and section.decoder != "tiny":
-            problems.append("objective.forward_looking.decoder_path belongs to decoder=tiny")
-        if self.prior == "pretrained" and not keeps_pretrained:
+    @property
+    def takes_gradient(self) -> bool:
+        return self.policy_gradient != "score"
+
+    @property
+    def _asks(self) -> str:
+        return f"objective.policy_gradient={self.policy_gradient}"
+
+    def problems(self, around: Around) -> list[str]:
+        problems = super().problems(around)
+        if self.policy_gradient != "control_variate":
+            problems += [
+                f"objective.{key} belongs to policy_gradient=control_variate" for key in self.changed("correction")
+            ]
+        elif self.jacobian == "pretrained":
             problems.append(
-                "objective.prior=pretrained needs adapter.kind=lora: a full fine-tune keeps no pretrained copy"
+                "objective.policy_gradient=control_variate scores the policy's own x0_hat: use jacobian=policy"
+            )
+        elif self.reward_gradient != "learnt" and not around.black_boxes:
+            problems.append(
+                "objective.policy_gradient=control_variate corrects a learnt gradient, and these rewards have an exact one: "
+                "use pathwise, or reward_gradient=learnt"
             )
         return problems
 
 
-class DetailedBalance(Balance):
+class DetailedBalance(ScalarBalance):
     name: Literal["dag_db"]
 
 
-class KLDivergence(Balance):
+class KLDivergence(ScalarBalance):
     name: Literal["dag_kl"]
     weight: float = Field(1.0, gt=0)
     """Weight of the policy's loss relative to the flow's (`klpf` in the published code)."""
@@ -109,20 +204,50 @@ class KLDivergence(Balance):
     clip_range: float = Field(0.2, gt=0)
     """PPO's clip of the ratio; it acts from the second update of a rollout on. 1e-4, with mean log-probs, is published."""
 
-    def problems(self, *, is_one_pass: bool, keeps_pretrained: bool, group: int) -> list[str]:
-        problems = super().problems(is_one_pass=is_one_pass, keeps_pretrained=keeps_pretrained, group=group)
+    def problems(self, around: Around) -> list[str]:
+        problems = super().problems(around)
+        if self.policy_gradient != "score":
+            ratio = ("clip_range",) if self.policy_gradient == "pathwise" else ()
+            unused = self.changed("baseline", "normalise_advantage", "advantage_clip", *ratio)
+            return problems + [
+                f"{key} has no effect with {self._asks}" for key in (f"objective.{key}" for key in unused)
+            ]
         if self.baseline == "running":
             if self.normalise_advantage:
                 problems.append(
                     "objective.normalise_advantage divides by a leave-one-out sd: not with baseline=running"
                 )
             return problems
-        if is_one_pass:
+        if around.is_one_pass:
             problems.append(
                 f"train.rollout=one_pass: objective.baseline={self.baseline} needs the whole update; use running"
             )
-        if group < 2:
+        if around.group < 2:
             problems.append("train.updates: DAG-KL's leave-one-out baseline needs at least 2 trajectories per update")
+        return problems
+
+
+class NablaBalance(Balance):
+    name: Literal["nabla_db"]
+    weight: Literal["variance", "one"] = "variance"
+    """Weight of the squared residual of a step: its variance, which makes it the step's KL in nats, or `one`, the mean over the
+    latent (published), which counts late steps far more."""
+    reverse: float = Field(1.0, gt=0)
+    """Weight of the reverse residual, which trains the state flow if there is one."""
+
+    @property
+    def takes_gradient(self) -> bool:
+        return True
+
+    @property
+    def log_prob_reduction(self) -> Literal["sum"]:
+        """Scores are gradients of log-densities; they have no reduction."""
+        return "sum"
+
+    def problems(self, around: Around) -> list[str]:
+        problems = super().problems(around)
+        if not self.learnt_flow:
+            problems += [f"objective.{key} has no effect with learnt_flow=false" for key in self.changed("reverse")]
         return problems
 
 
@@ -139,4 +264,4 @@ class PolicyGradient(_Objective):
     epoch."""
 
 
-ObjectiveTerm = Annotated[DetailedBalance | KLDivergence | PolicyGradient, Field(discriminator="name")]
+ObjectiveTerm = Annotated[DetailedBalance | KLDivergence | NablaBalance | PolicyGradient, Field(discriminator="name")]

@@ -1,6 +1,6 @@
 """The sections of a recipe that describe rewards: each reward's name and options. Imports no torch."""
 
-from typing import Annotated, Literal
+from typing import Annotated, ClassVar, Literal
 
 from pydantic import Field
 
@@ -8,16 +8,20 @@ from dag.recipe.section import Section
 
 
 class _Reward(Section):
+    has_gradient: ClassVar[bool] = True
+    """Whether gradients of the score reach the picture."""
     name: str
     weight: float = 1.0
     """Factor in the sum of rewards."""
 
 
 class Compressibility(_Reward):
+    has_gradient = False
     name: Literal["compressibility"]
 
 
 class Incompressibility(_Reward):
+    has_gradient = False
     name: Literal["incompressibility"]
 
 
@@ -87,6 +91,7 @@ class ImageReward(Tower):
 class Http(_Reward):
     """A reward in another process or on another machine: `python -m dag.rewards.serve`, or your own server."""
 
+    has_gradient = False
     name: Literal["http"]
     url: str = Field(pattern=r"^https?://[^/\s]+(/\S*)?$")
     """The server gets POST {"images": [base64 PNG, ...], "prompts": [...]} and answers {"rewards": [...]}."""
@@ -99,6 +104,7 @@ class Http(_Reward):
 
 
 class Custom(_Reward):
+    has_gradient = False
     name: Literal["custom"]
     path: str = Field(pattern=r"^[^:]+:[A-Za-z_]\w*$")
     """`module:function` or `file.py:function`: (images (B,3,H,W) in [0,1], prompts) -> (B,) float32."""

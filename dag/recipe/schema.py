@@ -8,7 +8,14 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 
-from dag.recipe.objective_sections import Balance, ForwardLooking, ObjectiveTerm
+from dag.recipe.network_sections import Flow, OptimizerKind, RewardCritic
+from dag.recipe.objective_sections import (
+    Balance,
+    ForwardLooking,
+    NablaBalance,
+    ObjectiveTerm,
+    ScalarBalance,
+)
 from dag.recipe.reward_sections import RewardTerm
 from dag.recipe.section import Section
 
@@ -88,31 +95,6 @@ class Prompts(Section):
         return self
 
 
-OptimizerKind = Literal["adamw", "adamw8bit", "paged_adamw8bit"]
-"""bitsandbytes' `adamw8bit` stores its states in 8 bits, 2 bytes a weight instead of 8; `paged_adamw8bit` also lets them
-move to CPU memory when a GPU is full. Tensors of fewer than 4096 weights keep 32 bits."""
-
-
-class Flow(Section):
-    channels: tuple[Annotated[int, Field(ge=1)], ...] = (64, 128, 256, 256)
-    """Widths of the state-flow network: one stage per entry, each of which halves the side."""
-    learning_rate: float = Field(3e-3, gt=0)
-    """Learning rate of the flow; the default is ten times the policy's, since detailed balance needs a flow that keeps up."""
-    optimizer: OptimizerKind = "adamw"
-    """The flow's optimizer."""
-    warmup_epochs: int = Field(1, ge=0)
-    """Number of epochs at the start that train the flow alone."""
-    calibration: float = Field(0.5, ge=0, le=1)
-    """How far each rollout moves the flow's per-step constants towards those with a mean residual of zero: 1 all the way, 0
-    not at all (published). Unless it is 0, the first rollout moves them all the way."""
-    slopes: bool = False
-    """Give log F~ one slope in |x|^2 / D per step too, moved by `calibration` towards those that narrow the residuals. They take
-    most of the noise out of the early steps' residuals, which `objective.prior: pretrained` does not have to begin with."""
-    passes: int = Field(0, ge=0)
-    """Times that the flow alone is also trained on all transitions of a rollout, before the policy's updates; in one pass on
-    those of an update, after it, for which its chains are kept. Cheap beside the UNet."""
-
-
 class Regulariser(Section):
     sampling: float = Field(0.0, ge=0)
     """Weight of |o - o_sampling|^2, the mean over the latent, between the network's output now and while sampling (`unetreg` in
@@ -143,6 +125,12 @@ class Train(Section):
     stays unbiased, unless `keep_terminal` leaves the last step alone."""
     keep_terminal: bool = True
     """Train the last transition, where the final reward enters, in every update. False is published."""
+    step_choice: Literal["uniform", "informative"] = "uniform"
+    """How the trained steps are drawn: `informative` draws those more often in which more of the reward is decided, as measured on
+    the rollouts. It takes the place of `keep_terminal`."""
+    max_kl: float | None = Field(None, gt=0)
+    """Trust region: an update is scaled back until the mean KL per transition from the policy that sampled is at most so many
+    nats, as measured on 8 trajectories of the update; null does not bound it. Costs a forward pass on these."""
     learning_rate: float = Field(3e-4, gt=0)
     """AdamW learning rate of the policy."""
     adam_betas: tuple[Annotated[float, Field(ge=0, lt=1)], Annotated[float, Field(ge=0, lt=1)]] = (0.9, 0.999)
@@ -183,6 +171,10 @@ class Memory(Section):
     """Keep the VAE in CPU memory while the UNet trains; costs two transfers of the VAE an epoch."""
     decode_batch: int | None = Field(None, ge=1)
     """Pictures per VAE call; null takes `sampler.tile`."""
+
+    gradient_batch: int | None = Field(None, ge=1)
+    """Pictures per backward pass through decoder and reward, where the reward's gradient is taken; null takes
+    `train.micro_batch`. Memory grows with it, the gradient does not depend on it."""
 
 
 class Evaluation(Section):
@@ -229,6 +221,7 @@ class Recipe(Section):
     """One reward, or a list of rewards that are added with their weights."""
     objective: ObjectiveTerm
     flow: Flow = Flow()
+    reward_critic: RewardCritic = RewardCritic()
     regulariser: Regulariser = Regulariser()
     train: Train = Train()
     memory: Memory = Memory()
@@ -253,83 +246,37 @@ class Recipe(Section):
         """Whether log P_F is balanced against the pretrained model's log P_F instead of log P_B."""
         return self.balance is not None and self.balance.prior == "pretrained"
 
+    @property
+    def samples_prior(self) -> bool:
+        """Whether the pretrained model's log P_F is computed while sampling, for the residuals that train the flow's values."""
+        return self.has_prior and isinstance(self.balance, ScalarBalance) and self.balance.has_flow
+
+    @property
+    def warmup_epochs(self) -> int:
+        """Epochs at the start that do not train the policy."""
+        if self.balance is None or (isinstance(self.balance, NablaBalance) and self.train.rollout == "stored"):
+            return 0
+        return self.flow.warmup_epochs
+
+    @property
+    def learnt_rewards(self) -> tuple[bool, ...]:
+        """For each reward, whether the critic learns it because its gradient is needed and cannot be computed, or shall not."""
+        balance = self.balance
+        if balance is None or not balance.takes_gradient:
+            return tuple(False for _ in self.reward)
+        return tuple(balance.reward_gradient == "learnt" or not term.has_gradient for term in self.reward)
+
+    @property
+    def differentiates_rewards(self) -> bool:
+        """Whether training back-propagates through the decoder and at least one reward."""
+        return self.balance is not None and self.balance.takes_gradient and not all(self.learnt_rewards)
+
+    @property
+    def has_critic(self) -> bool:
+        """Whether a critic learns the gradient of at least one reward."""
+        return any(self.learnt_rewards)
+
     @field_validator("reward", mode="before")
     @classmethod
     def _one_or_many(cls, value: Any) -> Any:
         return [value] if isinstance(value, dict) else value
-
-
-def validate(recipe: Recipe) -> list[str]:
-    """Mistakes that involve several keys, each named in it; empty if there are none."""
-    problems = []
-    train, adapter = recipe.train, recipe.adapter
-    if not recipe.reward:
-        problems.append("reward: give at least one")
-    if train.trajectories % train.updates:
-        problems.append(f"train.updates={train.updates} must divide train.trajectories={train.trajectories}")
-    problems += recipe.objective.problems(
-        is_one_pass=train.rollout == "one_pass",
-        keeps_pretrained=adapter.kind == "lora",
-        group=train.trajectories // train.updates,
-    )
-    if train.rollout == "one_pass":
-        problems += _one_pass_problems(recipe)
-    if recipe.sampler.uncond == "frozen" and adapter.kind == "full":
-        problems.append("sampler.uncond=frozen needs adapter.kind=lora: a full fine-tune keeps no pretrained copy")
-    if recipe.memory.base != "compute" and adapter.kind == "full":
-        problems.append(f"memory.base={recipe.memory.base} needs adapter.kind=lora: quantised weights are frozen")
-    if adapter.kind == "lora" and not adapter.targets:
-        problems.append("adapter.targets: name at least one layer")
-    if adapter.kind == "full" and recipe.regulariser.pretrained_kl > 0:
-        problems.append("regulariser.pretrained_kl needs adapter.kind=lora: a full fine-tune keeps no pretrained copy")
-    if not recipe.flow.channels:
-        problems.append("flow.channels: name at least one width")
-    if recipe.flow.slopes and recipe.flow.calibration == 0:
-        problems.append("flow.slopes=true: flow.calibration=0 never moves the slopes; use 0.5")
-    problems += _deterministic_problems(recipe)
-    if recipe.evaluation.held_out and recipe.prompts.set not in ("drawbench", "hpdv2"):
-        problems.append("evaluation.held_out: only prompts.set=drawbench and hpdv2 keep prompts back")
-    return problems
-
-
-def _deterministic_problems(recipe: Recipe) -> list[str]:
-    """Keys that contradict `deterministic`: with them the same run may compute other bits."""
-    if not recipe.deterministic:
-        return []
-    problems = []
-    if recipe.memory.attention == "xformers":
-        problems.append("deterministic=true: memory.attention=xformers adds in any order; use auto")
-    if recipe.memory.compile:
-        found = str(recipe.memory.compile).lower()
-        problems.append(f"deterministic=true: memory.compile={found} picks kernels by timing them; use false")
-    return problems
-
-
-def _one_pass_problems(recipe: Recipe) -> list[str]:
-    """Keys that contradict `train.rollout: one_pass`, or would have no effect with it."""
-    train, balance = recipe.train, recipe.balance
-    if balance is None:
-        name = recipe.objective.name
-        return [f"train.rollout=one_pass: {name} needs the final reward before its first gradient; use stored"]
-    problems = []
-    if balance.forward_looking.source == "current":
-        problems.append(
-            "train.rollout=one_pass: the rollout's policy is the current one; use forward_looking.source=rollout"
-        )
-    if train.inner_epochs > 1:
-        problems.append(f"train.rollout=one_pass: train.inner_epochs={train.inner_epochs} needs stored chains; use 1")
-    if recipe.regulariser.sampling > 0:
-        problems.append("train.rollout=one_pass: regulariser.sampling is zero on-policy; use 0")
-    if recipe.sampler.log_pf_at == "unrounded":
-        problems.append("train.rollout=one_pass: sampler.log_pf_at=unrounded has no meaning without a stored chain")
-    if recipe.memory.offload_vae:
-        problems.append("train.rollout=one_pass: memory.offload_vae gains nothing, every step decodes; use false")
-    if any(getattr(term, "offload", False) for term in recipe.reward):
-        problems.append("train.rollout=one_pass: reward.offload gains nothing, every step scores; use false")
-    if recipe.memory.chains == "cpu":
-        problems.append("train.rollout=one_pass: memory.chains=cpu has no chains to move; use device")
-    if balance.beta.unit == "reward_sd" and recipe.flow.warmup_epochs == 0:
-        problems.append(
-            "train.rollout=one_pass: objective.beta.unit=reward_sd is measured in a warm-up; set flow.warmup_epochs to 1 or more"
-        )
-    return problems

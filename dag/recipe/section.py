@@ -10,6 +10,10 @@ class Section(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False, use_attribute_docstrings=True)
 
+    def changed(self, *keys: str) -> list[str]:
+        """Those of the keys whose value is not the default."""
+        return [key for key in keys if getattr(self, key) != type(self).model_fields[key].default]
+
     @model_validator(mode="before")
     @classmethod
     def _no_boolean_as_number(cls, data: Any) -> Any:

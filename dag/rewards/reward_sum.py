@@ -1,6 +1,6 @@
 """The rewards of a recipe, made from their sections and added with their weights. Every value is checked."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -106,6 +106,45 @@ class RewardSum:
             parts[f"{name}#{repeated + 1}" if repeated else name] = values
         return total, parts
 
+    def gradient(
+        self,
+        latents: Tensor,
+        prompts: Sequence[str],
+        decode: Callable[[Tensor], Tensor],
+        chunk: int,
+        parts: Collection[int] | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        """The weighted sum of some rewards of decoded latents, and its gradient with respect to the latents.
+
+        Decoder and rewards are back-propagated for a few pictures at a time; that bounds the memory, and changes no number.
+
+        Args:
+            latents: (B, C, H, W).
+            prompts: B prompts.
+            decode:  gives the pictures (b, 3, H, W) of latents, with gradients.
+            chunk:   pictures per backward pass.
+            parts:   the numbers of the rewards; None takes all. All of them must have a gradient.
+
+        Returns:
+            ((B,) values, (B, C, H, W) gradients), float32 on the latents' device.
+
+        Raises:
+            RunError: a reward failed, or has no gradient.
+        """
+        chosen = [part for number, part in enumerate(self.parts) if parts is None or number in parts]
+        values, gradients = [], []
+        for start in range(0, len(latents), chunk):
+            texts = prompts[start : start + chunk]
+            with torch.enable_grad():
+                x = latents[start : start + chunk].detach().float().requires_grad_(True)
+                images, total = decode(x), torch.zeros(len(x), device=latents.device)
+                for name, weight, reward in chosen:
+                    total = total + weight * differentiable(name, reward, images, texts).to(latents.device)
+                (gradient,) = torch.autograd.grad(total.sum(), x)
+            values.append(total.detach())
+            gradients.append(gradient)
+        return torch.cat(values), torch.cat(gradients)
+
     def _parts(
         self, images: Tensor, prompts: Sequence[str], sample_ids: Sequence[int] | None, is_preview: bool
     ) -> list[Tensor]:
@@ -156,6 +195,22 @@ def checked(
     """The reward's values (B,) float32 on the CPU. Raises what `scored` raises, and RunError if a value is not finite."""
     values = scored(name, reward, images, prompts, sample_ids).cpu()
     _Answer(name, values, prompts, sample_ids).check()
+    return values
+
+
+def differentiable(name: str, reward: Reward, images: Tensor, prompts: Sequence[str]) -> Tensor:
+    """The reward's values (B,) with gradients to the images. Raises RunError if the reward failed or gave no gradient."""
+    options = {"grad": True} if isinstance(reward, TowerReward) else {}
+    try:
+        values = reward(images, prompts, **options)
+    except (RunError, UsageError):
+        raise
+    except Exception as error:
+        if is_out_of_memory(error):
+            raise torch.OutOfMemoryError(str(error)) from None
+        raise RunError(f"the gradient of reward {name} raised {type(error).__name__}: {error}") from error
+    if not values.requires_grad:
+        raise RunError(f"reward {name} has no gradient; use objective.reward_gradient=learnt")
     return values
 
 

@@ -15,12 +15,14 @@ from dag.errors import UsageError
 from dag.evaluation.fixed import Evaluator
 from dag.models import families
 from dag.objectives import OBJECTIVES
+from dag.objectives.reward_critic import RewardCritic
 from dag.objectives.state_flow import StateFlow
-from dag.recipe import Recipe, prompts
+from dag.recipe import Recipe, ScalarBalance, prompts
 from dag.rewards import RewardSum
 from dag.run.fingerprint import of_texts, of_weights
 from dag.run.machine import describe_machine, git_commit
 from dag.run.processes import ALONE, Processes
+from dag.training.critic_fit import CriticFit
 from dag.training.embeddings import Embeddings
 from dag.training.flow_fit import FlowFit
 from dag.training.learner import Learner
@@ -51,10 +53,10 @@ class Components:
 
     def standing(self) -> Iterator[Tensor]:
         """Tensors that stay in memory between phases: weights, gradients and optimizer states, without the reward's networks."""
-        for module in (*self.policy.modules(), *([] if self.flow is None else [self.flow])):
+        for module in (*self.policy.modules(), *self.learner.networks()):
             yield from (*module.parameters(), *module.buffers())
         yield from self.policy.trainable()
-        for clipped in self.learner.updates.optimizers():
+        for clipped in self.learner.optimizers():
             yield from (p.grad for p in clipped.parameters if p.grad is not None)
             for state in clipped.optimizer.state.values():
                 yield from (value for value in state.values() if isinstance(value, Tensor))
@@ -132,13 +134,13 @@ def learner_of(
     clipped = ClippedOptimizer("policy", optimizer, train.clip_norm, policy.weights, use_scaler)
     embeddings = Embeddings(text, device)
     flow_fit = _flow_fit(recipe, policy, embeddings) if objective.uses_flow else None
-    return Learner(recipe, policy, objective, clipped, flow_fit, embeddings, warn, processes)
+    critic_fit = _critic_fit(recipe, policy, text, processes) if recipe.has_critic else None
+    return Learner(recipe, policy, objective, clipped, flow_fit, critic_fit, embeddings, warn, processes)
 
 
 def _flow_fit(recipe: Recipe, policy: Policy, text: Embeddings) -> FlowFit:
     """A new state flow with its optimizer. The flow's initial weights depend on the seed alone."""
-    balance, schedule = recipe.balance, policy.schedule
-    assert balance is not None
+    section, schedule = recipe.objective, policy.schedule
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(recipe.seed)
         flow = StateFlow(
@@ -150,8 +152,18 @@ def _flow_fit(recipe: Recipe, policy: Policy, text: Embeddings) -> FlowFit:
         ).to(schedule.timesteps.device)
     optimizer = build_optimizer(list(flow.parameters()), recipe.flow.learning_rate, recipe.train, recipe.flow.optimizer)
     clipped = ClippedOptimizer("flow", optimizer, recipe.train.clip_norm)
-    is_scaled = balance.residual_scale == "running"
+    is_scaled = isinstance(section, ScalarBalance) and section.residual_scale == "running"
     return FlowFit(flow, clipped, schedule, text, recipe.flow.calibration, is_scaled)
+
+
+def _critic_fit(recipe: Recipe, policy: Policy, text: Tensor, processes: Processes) -> CriticFit:
+    """A new reward critic with its optimizer. Its initial weights depend on the seed alone."""
+    section = recipe.reward_critic
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(recipe.seed)
+        critic = RewardCritic(policy.latent_shape, text, section.width).to(policy.schedule.timesteps.device)
+    optimizer = build_optimizer(list(critic.parameters()), section.learning_rate, recipe.train, "adamw")
+    return CriticFit(critic, ClippedOptimizer("critic", optimizer, recipe.train.clip_norm), recipe, processes)
 
 
 def describe_run(recipe: Recipe, components: Components, device: torch.device) -> dict[str, Any]:
@@ -161,6 +173,7 @@ def describe_run(recipe: Recipe, components: Components, device: torch.device) -
         "seed": recipe.seed,
         "model": components.policy.describe(),
         "flow_parameters": 0 if components.flow is None else sum(p.numel() for p in components.flow.parameters()),
+        "critic_parameters": sum(p.numel() for p in components.learner.critic_parameters()),
         "plan": asdict(make_plan(recipe)),
         "beta_eff": make_plan(recipe).beta_eff,
         "kernels": {"name": components.kernels.name, "reason": components.kernels.reason},

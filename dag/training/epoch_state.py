@@ -11,6 +11,7 @@ from torch import Tensor
 
 from dag.chain.trajectory import ChainStore, Trajectories, concatenate
 from dag.objectives import ObjectiveOutput
+from dag.training.trust_region import Probe
 
 # Today's names of fields of trajectories that earlier versions stored under another name.
 _RENAMED = {"looking": "x0_hat_reward"}
@@ -30,19 +31,21 @@ class UpdateSums:
     """Finished updates."""
     norms: dict[str, list[float]] = field(default_factory=dict)
     """The gradient norms of each finished update, by the optimizer's name."""
+    bounded: dict[str, list[float]] = field(default_factory=dict)
+    """What the trust region measured in each finished update, by name; empty without one."""
 
     @classmethod
     def of(cls, stored: dict[str, Any], device: torch.device) -> "UpdateSums":
         """The sums that `state` returned, on the policy's device."""
         names = ("loss", "clipped", "ratio_dev")
         lists = {name: [] if stored[name] is None else list(stored[name].to(device)) for name in names}
-        return cls(**lists, updates=stored["updates"], norms=stored["norms"])
+        return cls(**lists, updates=stored["updates"], norms=stored["norms"], bounded=stored.get("bounded", {}))
 
     def state(self) -> dict[str, Any]:
         """The sums as a tree of tensors and plain values, for a checkpoint."""
         lists = {"loss": self.loss, "clipped": self.clipped, "ratio_dev": self.ratio_dev}
         stacked = {name: torch.stack(values) if values else None for name, values in lists.items()}
-        return {**stacked, "updates": self.updates, "norms": self.norms}
+        return {**stacked, "updates": self.updates, "norms": self.norms, "bounded": self.bounded}
 
     def extend(self, other: "UpdateSums") -> None:
         """Add the micro-batches of an update. Its norms are added by `end_update`."""
@@ -58,11 +61,12 @@ class UpdateSums:
         if output.clipped is not None:
             self.clipped.append(output.clipped.float().mean())
 
-    def end_update(self, norms: dict[str, float]) -> None:
-        """Count a finished update, with its gradient norms by the optimizer's name."""
+    def end_update(self, norms: dict[str, float], bounded: dict[str, float]) -> None:
+        """Count a finished update, with its gradient norms by the optimizer's name, and what the trust region measured."""
         self.updates += 1
-        for name, norm in norms.items():
-            self.norms.setdefault(name, []).append(norm)
+        for kept, values in ((self.norms, norms), (self.bounded, bounded)):
+            for name, value in values.items():
+                kept.setdefault(name, []).append(value)
 
 
 @dataclass
@@ -99,6 +103,8 @@ class EpochState:
     """One pass: (B, T) learnt flows of each entry of `walked`."""
     excess: list[Tensor] = field(default_factory=list)
     """One pass: (B, T) `norm_excess` of the states of each entry of `walked`; empty for a flow without slopes."""
+    probes: list[Probe] = field(default_factory=list)
+    """One pass: transitions of the unfinished update on which `train.max_kl` is measured; empty without it."""
     metrics: dict[str, Any] | None = None
     """The epoch's metrics when all updates are finished and only the evaluation is left; None before."""
 
@@ -122,11 +128,12 @@ class EpochState:
         """Forget the unfinished update. The caller clears its gradients."""
         self.share, self.micro_batches = UpdateSums(updates=self.sums.updates), 0
         self.walked, self.log_F_tilde, self.excess = [], [], []
+        self.probes = []
 
-    def end_update(self, norms: dict[str, float]) -> None:
+    def end_update(self, norms: dict[str, float], bounded: dict[str, float]) -> None:
         """Count the unfinished update as finished. In one pass, call `keep` next."""
         self.sums.extend(self.share)
-        self.sums.end_update(norms)
+        self.sums.end_update(norms, bounded)
         self.share, self.micro_batches = UpdateSums(updates=self.sums.updates), 0
 
     def keep(self, drawn: Trajectories, residuals: Tensor) -> None:
@@ -134,6 +141,7 @@ class EpochState:
         self.drawn.append(drawn)
         self.residuals.append(residuals)
         self.walked, self.log_F_tilde, self.excess = [], [], []
+        self.probes = []
 
     def end_updates(self, metrics: dict[str, Any]) -> None:
         """Keep the epoch's metrics, and drop everything that only updates need."""
@@ -161,6 +169,7 @@ class EpochState:
             "tiles": [vars(one) for one in self.walked],
             "log_F_tilde": self.log_F_tilde,
             "excess": self.excess,
+            "probes": [vars(one) for one in self.probes],
         }
 
     def load_state(self, stored: dict[str, Any], device: torch.device) -> None:
@@ -179,6 +188,7 @@ class EpochState:
         self.drawn, self.walked = (
             [_trajectories(one, device) for one in progress[name]] for name in ("drawn", "tiles")
         )
+        self.probes = [Probe.of(one, device) for one in progress.get("probes", [])]
         self.residuals, self.log_F_tilde = (
             [table.to(device) for table in progress[name]] for name in ("residuals", "log_F_tilde")
         )

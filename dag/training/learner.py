@@ -5,25 +5,30 @@
 Legend: N trajectories, T transitions.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict
 from typing import Any
 
+import torch
 from dag_kernels import penalty
-from torch import Generator, Tensor
+from torch import Generator, Tensor, nn
 
 from dag.chain.policy import Policy
-from dag.chain.rollout import Score
+from dag.chain.rollout import Score, last_latents
 from dag.chain.trajectory import Trajectories
 from dag.objectives import Objective
 from dag.objectives.log_scale import LogScale, RewardScale
-from dag.recipe import Recipe
+from dag.recipe import Recipe, ScalarBalance
 from dag.run.processes import ALONE, Processes
+from dag.training.critic_fit import CriticFit, preview_steps
 from dag.training.embeddings import Embeddings
 from dag.training.faults import NotFiniteError, not_finite
 from dag.training.flow_fit import FlowFit
+from dag.training.flow_gradient import FlowGradient
 from dag.training.loss import Loss, Rollout
 from dag.training.optimizer import ClippedOptimizer
+from dag.training.pull import Pulls
+from dag.training.trust_region import TrustRegion
 from dag.training.updates import Updates
 
 # A flow-only update takes this many times as many transitions as a micro-batch: the flow is far cheaper than the denoiser.
@@ -36,6 +41,7 @@ class Learner:
     Args:
         optimizer: the policy's optimizer.
         flow_fit:  the state flow; None for objectives without one.
+        critic_fit: the reward critic; None if no reward's gradient is learnt.
         text:      embeddings of the recipe's prompts.
         warn:      called with one line when a micro-batch had to be halved.
         processes: share each update's trajectories.
@@ -48,24 +54,39 @@ class Learner:
         objective: Objective,
         optimizer: ClippedOptimizer,
         flow_fit: FlowFit | None,
+        critic_fit: CriticFit | None,
         text: Embeddings,
         warn: Callable[[str], object] = print,
         processes: Processes = ALONE,
     ) -> None:
-        self.recipe, self.objective, self.flow_fit, self.text = recipe, objective, flow_fit, text
+        self.recipe, self.objective, self.text = recipe, objective, text
+        self.flow_fit, self.critic_fit = flow_fit, critic_fit
         self.policy, self.schedule, self.processes = policy, policy.schedule, processes
         self.device = self.schedule.timesteps.device
         self.log_scale = LogScale(recipe, self.schedule, policy.latent_shape)
-        self.loss = Loss(recipe, policy, objective, flow_fit, text, self.log_scale)
+        takes_gradient = recipe.balance is not None and recipe.balance.takes_gradient
+        parts = recipe, policy, flow_fit, critic_fit, text, self.log_scale
+        pulls = Pulls(recipe, policy, FlowGradient(*parts), self.log_scale) if takes_gradient else None
+        self.loss = Loss(recipe, policy, objective, flow_fit, pulls, text, self.log_scale)
         flow, T = None if flow_fit is None else flow_fit.optimizer, self.schedule.num_transitions
-        self.updates = Updates(recipe, optimizer, flow, T, self.device, warn, processes)
+        region = TrustRegion(recipe.train.max_kl, policy, text, optimizer, processes)
+        self.updates = Updates(recipe, optimizer, flow, T, self.device, warn, processes, self._informativeness, region)
 
-    def rollout(self, trajectories: Trajectories, epoch: int, score: Score | None = None, groups: int = 1) -> Rollout:
+    def rollout(
+        self,
+        trajectories: Trajectories,
+        epoch: int,
+        score: Score | None = None,
+        groups: int = 1,
+        *,
+        is_new: bool = True,
+    ) -> Rollout:
         """The rollout of these trajectories, with their log-probs and rewards on the objective's scale.
 
         Args:
             score:  see `Rollout.score`.
             groups: the number of updates that share the trajectories.
+            is_new: the scales have not learnt from these trajectories yet; now they do.
 
         Raises:
             NotFiniteError: a number of the trajectories, in any process, is not finite.
@@ -73,16 +94,24 @@ class Learner:
         bad = not_finite(trajectories)
         if self.processes.any((bad is not None,))[0]:
             raise NotFiniteError(bad or "a number of another process is not finite")
-        if self.flow_fit is None:
+        if self.recipe.balance is None:
             return Rollout(trajectories, None, epoch, groups, score)
-        self.log_scale.see(self.processes.everyones(trajectories.reward, groups))
+        if is_new:
+            previews = trajectories.x0_hat_reward
+            everyones = None if previews is None else self.processes.everyones(previews, groups)
+            self.log_scale.see(self.processes.everyones(trajectories.reward, groups), everyones)
         return Rollout(trajectories, self.log_scale.terms(trajectories, epoch), epoch, groups, score)
+
+    @property
+    def value_fit(self) -> FlowFit | None:
+        """The state flow if it is trained by the residuals of its values; None without a flow, or if its gradients are."""
+        return self.flow_fit if isinstance(self.recipe.objective, ScalarBalance) else None
 
     def fit_flow(self, rollout: Rollout) -> None:
         """Train the flow alone on a rollout, `flow.passes` times, each with its own shuffle."""
-        balance = self.recipe.balance
-        assert balance is not None and self.flow_fit is not None and rollout.terms is not None
-        huber, batch = balance.huber, _FLOW_BATCHES * self.recipe.train.micro_batch
+        section = self.recipe.objective
+        assert isinstance(section, ScalarBalance) and self.flow_fit is not None and rollout.terms is not None
+        huber, batch = section.huber, _FLOW_BATCHES * self.recipe.train.micro_batch
         for number in range(self.recipe.flow.passes):
             shuffle = Generator().manual_seed((self.recipe.seed * 1_000_003 + rollout.epoch) * 101 + number)
             self.flow_fit.fit(
@@ -95,21 +124,88 @@ class Learner:
                 rollout.groups,
             )
 
+    @property
+    def fits_critic_afterwards(self) -> bool:
+        """Whether the critic is trained on a rollout after the policy's updates. With a control variate it must be: a critic
+        that has seen the rollout's own rewards explains part of their noise, and the estimate would not be unbiased."""
+        section = self.recipe.objective
+        return isinstance(section, ScalarBalance) and section.policy_gradient == "control_variate"
+
+    def fit_critic(self, rollout: Rollout) -> dict[str, float]:
+        """Train the reward critic on a rollout's previews. Returns its metrics; empty without a critic."""
+        if self.critic_fit is None:
+            return {}
+        assert rollout.score is not None
+        trajectories, section = rollout.trajectories, self.recipe.forward_looking
+        assert section is not None and trajectories.x0_hat_reward is not None
+        steps = preview_steps(self.schedule.num_transitions, section.stride)
+        latents = self._previews(trajectories, steps)
+        reward = torch.cat([trajectories.x0_hat_reward[:, steps], trajectories.reward[:, None]], dim=1)
+        if not all(self.recipe.learnt_rewards):
+            reward = reward - self._exact_part(latents, rollout.score)
+        everyones = [
+            self.processes.everyones(part, rollout.groups) for part in (latents, reward, trajectories.prompt_id)
+        ]
+        return self.critic_fit.learn(everyones[0], everyones[1], everyones[2])
+
+    @torch.no_grad()
+    def _previews(self, trajectories: Trajectories, steps: Sequence[int]) -> Tensor:
+        """(N, S, C, H, W) float16 clean latents: x0_hat at some steps, and the final latents."""
+        if trajectories.previews is not None:
+            return trajectories.previews
+        rows = slice(0, trajectories.num_trajectories)
+        x0_hats = [trajectories.x0_hat_old(self.schedule, rows, k).half() for k in steps]
+        text = self.text.rows(trajectories.prompt_id)
+        final = last_latents(self.policy, trajectories.states(self.schedule.num_transitions, rows), text)
+        return torch.stack([*x0_hats, final.half()], dim=1)
+
+    def _exact_part(self, latents: Tensor, score: Score) -> Tensor:
+        """(N, S) the sum of the rewards that are not learnt, at clean latents (N, S, C, H, W)."""
+        index = torch.arange(len(latents))
+        columns = [score.gradient(x.float(), index, is_preview=True)[0] for x in latents[:, :-1].unbind(1)]
+        return torch.stack([*columns, score.gradient(latents[:, -1].float(), index)[0]], dim=1)
+
+    def networks(self) -> list[nn.Module]:
+        """The networks that are trained beside the policy."""
+        flow = [] if self.flow_fit is None else [self.flow_fit.flow]
+        return [*flow, *([] if self.critic_fit is None else [self.critic_fit.critic])]
+
+    def critic_parameters(self) -> list[nn.Parameter]:
+        """The weights of the reward critic; none without one."""
+        return [] if self.critic_fit is None else list(self.critic_fit.critic.parameters())
+
+    def optimizers(self) -> Iterator[ClippedOptimizer]:
+        """All optimizers: those of the policy's updates, then the critic's if there is one."""
+        yield from self.updates.optimizers()
+        if self.critic_fit is not None:
+            yield self.critic_fit.optimizer
+
+    def _informativeness(self) -> Tensor:
+        """(T,) how much of the reward each step decides."""
+        assert self.log_scale.look_ahead is not None
+        return self.log_scale.look_ahead.informativeness()
+
     # -- what a checkpoint keeps ---------------------------------------------------------------------------------
 
     def tensors(self) -> dict[str, Tensor]:
-        """The flow's running statistics, (T,) each."""
-        if self.flow_fit is None:
-            return {}
-        return {"residual_scale": self.flow_fit.residual_scale, "baseline": self.flow_fit.baseline}
+        """The running statistics of the flow's residuals and of the rewards along a chain."""
+        look_ahead = self.log_scale.look_ahead
+        found = {} if look_ahead is None else look_ahead.tensors()
+        if self.flow_fit is not None:
+            found |= {"residual_scale": self.flow_fit.residual_scale, "baseline": self.flow_fit.baseline}
+        return found
 
     def state_dict(self) -> dict[str, Any]:
         """The state's plain numbers, for JSON. A checkpoint stores weights, optimizer states and `tensors` separately."""
-        return self.updates.state_dict() | {
-            "is_calibrated": self.flow_fit is not None and self.flow_fit.is_calibrated,
-            "reward_scale": asdict(self.log_scale.reward_scale),
-            "objective": self.objective.state_dict(),
-        }
+        return (
+            self.updates.state_dict()
+            | {
+                "is_calibrated": self.flow_fit is not None and self.flow_fit.is_calibrated,
+                "reward_scale": asdict(self.log_scale.reward_scale),
+                "objective": self.objective.state_dict(),
+            }
+            | ({} if self.critic_fit is None else {"critic": self.critic_fit.state_dict()})
+        )
 
     def load_state_dict(self, state: dict[str, Any], tensors: dict[str, Tensor]) -> None:
         self.updates.load_state_dict(state)
@@ -119,3 +215,5 @@ class Learner:
             self.flow_fit.is_calibrated = state["is_calibrated"]
             self.flow_fit.residual_scale = tensors["residual_scale"].to(self.device)
             self.flow_fit.baseline = tensors["baseline"].to(self.device)
+        if self.log_scale.look_ahead is not None:
+            self.log_scale.look_ahead.load(tensors)

@@ -12,13 +12,14 @@ from torch import Tensor
 
 from dag.chain.policy import Policy, Prediction
 from dag.chain.rollout import Score, predicted_x0
-from dag.chain.trajectory import Rows, Trajectories, count, on_cpu
+from dag.chain.trajectory import Rows, Trajectories, as_index, count, on_cpu
 from dag.objectives import Objective, ObjectiveOutput
 from dag.objectives.log_scale import LogScale, LogTerms
 from dag.objectives.transition import Transition
-from dag.recipe import Recipe
+from dag.recipe import Recipe, ScalarBalance
 from dag.training.embeddings import Embeddings
 from dag.training.flow_fit import FlowFit
+from dag.training.pull import Pull, Pulls, States
 
 
 @dataclass(frozen=True)
@@ -32,7 +33,7 @@ class Rollout:
     groups: int
     """The number of updates that share the trajectories."""
     score: Score | None = None
-    """Computes the rewards of images of these trajectories; only `forward_looking.source: current` calls it."""
+    """Computes the rewards of images of these trajectories, for `forward_looking.source: current`, and their gradients."""
 
 
 @dataclass(frozen=True)
@@ -56,6 +57,7 @@ class Loss:
 
     Args:
         flow_fit:  the state flow; None for objectives without one.
+        pulls:     forms the pulls of the flow's gradient; None for objectives that take the flow's values alone.
         text:      embeddings of the recipe's prompts.
         log_scale: converts log-probs and rewards to the objective's scale.
     """
@@ -66,12 +68,15 @@ class Loss:
         policy: Policy,
         objective: Objective,
         flow_fit: FlowFit | None,
+        pulls: Pulls | None,
         text: Embeddings,
         log_scale: LogScale,
     ) -> None:
         self.regularisers, self.forward_looking = recipe.regulariser, recipe.forward_looking
-        self.policy, self.objective = policy, objective
+        self.policy, self.objective, self.pulls = policy, objective, pulls
         self.flow_fit, self.text, self.log_scale = flow_fit, text, log_scale
+        self.has_residual = isinstance(recipe.objective, ScalarBalance)
+        self.pulls_to_pretrained = pulls is not None and recipe.has_prior
         self.schedule, self.device = policy.schedule, policy.schedule.timesteps.device
         is_balanced = recipe.objective.step_weight == "balanced"
         ones = torch.ones(self.schedule.num_transitions, device=self.device)
@@ -79,22 +84,36 @@ class Loss:
 
     # -- one transition, of a stored rollout or in one pass -----------------------------------------------------
 
+    @torch.no_grad()
+    def pretrained(self, x_t: Tensor, k: int, text: Tensor) -> Tensor | None:
+        """The pretrained network's output (B, C, H, W) at B states of step k, or None if the loss does not need it.
+
+        Args:
+            text: (B, S, D) embeddings of the prompts.
+        """
+        if self.regularisers.pretrained_kl == 0 and not self.pulls_to_pretrained:
+            return None
+        return self.policy.predict(x_t, self.schedule.timesteps[k].expand(len(x_t)), text, pretrained=True).guided
+
     def log_probs(
-        self, x_t: Tensor, x_next: Tensor, prediction: Prediction, k: int, text: Tensor, old: Tensor | None = None
+        self,
+        x_t: Tensor,
+        x_next: Tensor,
+        prediction: Prediction,
+        k: int,
+        pretrained: Tensor | None = None,
+        old: Tensor | None = None,
     ) -> TransitionLogProbs:
         """The log-probs of B transitions of step k, as sums over latent dims, and what the regularisers need.
 
         Args:
-            text: (B, S, D) embeddings of the prompts.
-            old:  (B, C, H, W) network output at sampling time; only needed with `regulariser.sampling`.
+            pretrained: what `pretrained` returned.
+            old:        (B, C, H, W) network output at sampling time; only needed with `regulariser.sampling`.
         """
-        ks, pretrained = torch.full((len(x_t),), k, device=self.device), None
-        if self.regularisers.pretrained_kl > 0:
-            with torch.no_grad():
-                t = self.schedule.timesteps[k].expand(len(x_t))
-                pretrained = self.policy.predict(x_t, t, text, pretrained=True).guided
+        ks = torch.full((len(x_t),), k, device=self.device)
+        reference = pretrained if self.regularisers.pretrained_kl > 0 else None
         return self.schedule.transition_log_probs(
-            x_t, x_next, prediction.branches, ks, prediction.guidance_scale, pretrained, old
+            x_t, x_next, prediction.branches, ks, prediction.guidance_scale, reference, old
         )
 
     def transition(
@@ -105,6 +124,7 @@ class Loss:
         log_pb: Tensor,
         flows: FlowTerms | None = None,
         advantage: Tensor | None = None,
+        pull: Pull | None = None,
     ) -> Transition:
         """B transitions of step k in the form that the objective takes.
 
@@ -114,6 +134,7 @@ class Loss:
             log_pb:     (B,) log P_B, or the log-prob of the prior, sums over latent dims.
             flows:      terms of the state flow; None for objectives without one.
             advantage:  (B,) for objectives that form advantages.
+            pull:       of the flow's gradient, for objectives that take it.
         """
         factor, ks = self.log_scale.reduction_factor, torch.full((len(log_pb),), k, device=self.device)
         transition = Transition(
@@ -125,15 +146,14 @@ class Loss:
             log_reward=torch.zeros_like(log_pb),
             advantage=advantage,
             policy_weight=self.policy_weight[ks],
+            pathwise=None if pull is None else pull.pathwise,
+            reverse=None if pull is None else pull.reverse,
+            unexplained=None if pull is None else pull.unexplained,
         )
         if flows is None or self.flow_fit is None:
             return transition
-        return replace(transition, **vars(flows), residual_scale=self.flow_fit.residual_scale[ks])
-
-    def output(self, transition: Transition, k: int) -> ObjectiveOutput:
-        """The objective's output, its loss multiplied by the weight of step k (`FlowFit.step_weights`)."""
-        output = self.objective(transition)
-        return output if self.flow_fit is None else replace(output, loss=self.flow_fit.step_weights()[k] * output.loss)
+        scale, weight = self.flow_fit.residual_scale[ks], self.flow_fit.step_weights()[ks]
+        return replace(transition, **vars(flows), residual_scale=scale, residual_weight=weight)
 
     def regulariser(self, now: TransitionLogProbs) -> Tensor:
         """(B,) weighted sum of the regularisers: distance to the output at sampling time, KL to the pretrained policy."""
@@ -154,21 +174,46 @@ class Loss:
         Args:
             advantages: (N, T) for objectives that form advantages.
         """
-        trajectories = rollout.trajectories
-        x_t, x_next = trajectories.states(k, rows), trajectories.states(k + 1, rows)
-        prediction, old = self._predict(rollout, rows, k), None
+        trajectories, states = rollout.trajectories, self._states(rollout, rows, k)
+        old, flows, pull = None, None, None
         if self.regularisers.sampling > 0:
             with torch.no_grad():
                 old = trajectories.output_old(self.schedule, rows, k)
-        now = self.log_probs(x_t, x_next, prediction, k, self._text(rollout, rows), old)
-        flows = None
-        if self.flow_fit is not None and rollout.terms is not None:
-            flows = self._flows(self.flow_fit, rollout.terms, rollout, rows, k, prediction)
-        advantage = None if advantages is None else advantages[rows, k]
+        now = self.log_probs(states.x_t, states.x_next, states.prediction, k, states.pretrained, old)
+        if self.flow_fit is not None and rollout.terms is not None and self.has_residual:
+            flows = self._flows(self.flow_fit, rollout.terms, rollout, rows, k, states.prediction)
+        if self.pulls is not None:
+            pull = self._pull(self.pulls, states, rollout, rows)
         transition = self.transition(
-            k, now, trajectories.log_pf[rows, k], trajectories.log_pb[rows, k], flows, advantage
+            k,
+            now,
+            trajectories.log_pf[rows, k],
+            trajectories.log_pb[rows, k],
+            flows,
+            None if advantages is None else advantages[rows, k],
+            pull,
         )
-        return self.output(transition, k), self.regulariser(now)
+        return self.objective(transition), self.regulariser(now)
+
+    def _states(self, rollout: Rollout, rows: Rows, k: int) -> States:
+        """The transitions of step k of the trajectories `rows`, with the policy's predictions."""
+        trajectories, text = rollout.trajectories, self._text(rollout, rows)
+        x_t, prompt_id = trajectories.states(k, rows), trajectories.prompt_id[on_cpu(rows)]
+        if self.pulls is not None and self.pulls.has_reverse:
+            x_t = x_t.float().requires_grad_(True)
+        prediction = self.policy.predict(x_t, self.schedule.timesteps[k].expand(len(x_t)), text)
+        pretrained = self.pretrained(x_t, k, text)
+        x_next, index = trajectories.states(k + 1, rows), as_index(rows)
+        return States(k, x_t, x_next, prediction, pretrained, text, prompt_id, rollout.score, index)
+
+    def _pull(self, pulls: Pulls, states: States, rollout: Rollout, rows: Rows) -> Pull:
+        """The pull of the flow's gradient on the transitions of the trajectories `rows`."""
+        terms, score, k = rollout.terms, rollout.score, states.k + 1
+        assert terms is not None and score is not None
+        look = pulls.flow_gradient.at(states.x_next, k, states.prompt_id, score, states.rows, rollout.epoch)
+        is_final = k == self.schedule.num_transitions
+        log_F_next = terms.log_reward[rows] if is_final else terms.log_looking[rows, k]
+        return pulls(states, look, log_F_next, rollout.epoch)
 
     def _text(self, rollout: Rollout, rows: Rows) -> Tensor:
         return self.text.rows(rollout.trajectories.prompt_id[on_cpu(rows)])
@@ -199,6 +244,5 @@ class Loss:
         assert rollout.score is not None
         prediction = prediction or self._predict(rollout, rows, k, unguided=section.prediction == "conditional")
         x0_hat = predicted_x0(self.schedule, rollout.trajectories.states(k, rows), prediction, k, section)
-        index = torch.arange(rows.start, rows.stop) if isinstance(rows, slice) else rows.cpu()
-        reward = rollout.score(self.policy.preview(x0_hat), index, is_preview=True).to(self.device)
+        reward = rollout.score(self.policy.preview(x0_hat), as_index(rows), is_preview=True).to(self.device)
         return self.log_scale.log_looking(reward, rollout.epoch, k)

@@ -13,81 +13,54 @@ Legend: B rows of a micro-batch, N trajectories, T transitions.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
 from functools import partial
 
 import torch
-from dag_kernels import TransitionLogProbs, residual
+from dag_kernels import residual
 from torch import Tensor
 
-from dag.chain.rollout import Batch, Score, Step, clean_latents, last_latents, noise_dtype, walk
-from dag.chain.trajectory import Trajectories, concatenate
-from dag.objectives.state_flow import norm_excess
+from dag.chain.rollout import Batch, Score, Step, clean_latents, last_latents, walk
+from dag.chain.trajectory import concatenate
 from dag.objectives.transition import residual_table
-from dag.recipe import is_scored
+from dag.recipe import ScalarBalance, is_scored
 from dag.run.meter import PhaseMeter
+from dag.training.critic_fit import preview_steps
 from dag.training.epoch_state import EpochState
-from dag.training.flow_fit import describe_residuals
+from dag.training.flow_fit import FlowFit, describe_residuals
+from dag.training.flow_gradient import Look
 from dag.training.learner import Learner
-from dag.training.loss import FlowTerms
+from dag.training.loss import FlowTerms, Rollout
+from dag.training.pull import States
 from dag.training.safe_points import Steps, agreed
-
-
-@dataclass(frozen=True)
-class _Pending:
-    """A trained step that waits for the flow at its next state, or for the final reward."""
-
-    step: Step
-    weight: float
-    """Importance weight, see `Updates.choose_steps`."""
-    now: TransitionLogProbs
-    """Log-probs with the policy's gradients."""
-    log_F_tilde: Tensor
-    """(B,) learnt flow at x_t, with gradients."""
-    log_looking: Tensor
-    """(B,) forward-looking term at x_t."""
-
-
-@dataclass
-class _Tile:
-    """A micro-batch of B trajectories while it is sampled, with one entry per finished step in each list."""
-
-    batch: Batch
-    text: Tensor
-    """(B, S, D) prompt embeddings on the device."""
-    sample_id: Tensor
-    """(B,) int64 on the device."""
-    score: Score
-    states: list[Tensor] = field(default_factory=list)
-    """The chain's T + 1 states; empty if no chain is kept."""
-    log_pf: list[Tensor] = field(default_factory=list)
-    log_pb: list[Tensor] = field(default_factory=list)
-    log_F_tilde: list[Tensor] = field(default_factory=list)
-    excess: list[Tensor] = field(default_factory=list)
-    """`norm_excess` of x_t; empty for a flow without slopes."""
-    x0_hat_reward: list[Tensor] = field(default_factory=list)
-    reward: Tensor | None = None
-    """(B,) reward of the final pictures; None before the last step."""
-
-    @property
-    def rows(self) -> Tensor:
-        return torch.arange(len(self.sample_id))
+from dag.training.tile import Next, Pending, Tile
+from dag.training.trust_region import PROBED, Probe
 
 
 class OnePass:
     """Samples and trains at the same time.
 
     Args:
-        learner: its objective has a flow. With `beta.unit: reward_sd` it must have seen a stored rollout, which sets the
+        learner: its objective balances a flow. With `beta.unit: reward_sd` it must have seen a stored rollout, which sets the
             reward scale.
     """
 
     def __init__(self, learner: Learner, meter: PhaseMeter) -> None:
-        assert learner.flow_fit is not None and learner.recipe.balance is not None
-        self.learner, self.meter, self.flow_fit, self.balance = learner, meter, learner.flow_fit, learner.recipe.balance
+        assert learner.recipe.balance is not None
+        self.learner, self.meter, self.flow_fit, self.balance = (
+            learner,
+            meter,
+            learner.value_fit,
+            learner.recipe.balance,
+        )
         self.recipe, self.loss, self.updates = learner.recipe, learner.loss, learner.updates
         self.policy, self.schedule, self.device = learner.policy, learner.schedule, learner.device
+        section = learner.recipe.objective
+        self.detaches_next = not isinstance(section, ScalarBalance) or section.detach_next
         self.keeps_chain = learner.recipe.flow.passes > 0
+        self.has_slopes = self.flow_fit is not None and self.flow_fit.flow.slopes is not None
+        looking = learner.recipe.forward_looking
+        stride, has_critic = 1 if looking is None else looking.stride, learner.critic_fit is not None
+        self.preview_steps = preview_steps(self.schedule.num_transitions, stride) if has_critic else []
 
     def steps(
         self,
@@ -115,30 +88,34 @@ class OnePass:
         for group in groups[state.sums.updates :]:
             yield from self._micro_batches(group, state, scorer, on_rows)
             with self.meter.phase("update"):
-                self.updates.step(state)
+                self.updates.step(state, state.probes)
                 drawn = concatenate(state.walked)
-                state.keep(drawn.without_chain(), self._fit_flow(drawn, state))
+                rollout = self.learner.rollout(drawn, state.epoch, scorer(group))
+                state.keep(drawn.without_states(), self._fit_flow(rollout, state))
+                state.measured |= self.learner.fit_critic(rollout)
             yield
-        state.measured |= describe_residuals(torch.cat(state.residuals)) | self.updates.metrics(state.sums)
+        if self.flow_fit is not None:
+            state.measured |= describe_residuals(torch.cat(state.residuals))
+        state.measured |= self.updates.metrics(state.sums)
 
-    def _fit_flow(self, trajectories: Trajectories, state: EpochState) -> Tensor:
+    def _fit_flow(self, rollout: Rollout, state: EpochState) -> Tensor:
         """Recentre the flow on an update's residuals, and train it alone if the recipe says so.
 
         Args:
-            trajectories: those of the update in this process, whose flows and norms `state` still has.
+            rollout: the update's trajectories in this process, whose flows and norms `state` still has.
 
         Returns:
             The residuals (N, T) of the update's trajectories in all processes.
         """
-        rollout = self.learner.rollout(trajectories, state.epoch)
         terms, everyones = rollout.terms, self.learner.processes.everyones
         assert terms is not None
         log_F_tilde = torch.cat(state.log_F_tilde)
         mine = residual_table(log_F_tilde, terms.log_looking, terms.log_pf, terms.log_pb, terms.log_reward)
         residuals = everyones(mine)
-        self.flow_fit.recentre(residuals, everyones(torch.cat(state.excess)) if state.excess else None)
-        if self.keeps_chain:
-            self.learner.fit_flow(rollout)
+        if self.flow_fit is not None:
+            self.flow_fit.recentre(residuals, everyones(torch.cat(state.excess)) if state.excess else None)
+            if self.keeps_chain:
+                self.learner.fit_flow(rollout)
         return residuals
 
     def _micro_batches(
@@ -154,10 +131,10 @@ class OnePass:
         num_trajectories = processes.size * len(group.sample_id)
         for rows in group.tail(state.num_walked).tiles(self.updates.micro_batch):
             text = self.learner.text.rows(rows.prompt_id)
-            tile = _Tile(rows, text, rows.sample_id.to(self.device), scorer(rows))
+            tile = Tile(rows, text, rows.sample_id.to(self.device), scorer(rows))
             with self.meter.peak("update"):
                 agreed(processes, partial(self._walk, tile, state, num_trajectories, on_rows))
-            state.walked.append(self._trajectories(tile))
+            state.walked.append(tile.trajectories(self.recipe))
             state.log_F_tilde.append(torch.stack(tile.log_F_tilde, 1))
             if tile.excess:
                 state.excess.append(torch.stack(tile.excess, 1))
@@ -166,21 +143,28 @@ class OnePass:
 
     # -- one micro-batch -----------------------------------------------------------------------------------------
 
-    def _walk(self, tile: _Tile, state: EpochState, num_trajectories: int, on_rows: Callable[[int], object]) -> None:
+    def _walk(self, tile: Tile, state: EpochState, num_trajectories: int, on_rows: Callable[[int], object]) -> None:
         """Sample a micro-batch and accumulate its gradients.
 
         Args:
             num_trajectories: of the update, in all processes together.
         """
         weights, pending, timed = dict(self.updates.choose_steps()), None, self.meter.timed
+        is_probed, probes = self.recipe.train.max_kl is not None and not state.walked, list[Probe]()
+        pulls, differentiated = self.loss.pulls, set[int]()
+        if pulls is not None and self.balance.jacobian == "policy":
+            differentiated |= {k + 1 for k in weights}
+        if pulls is not None and pulls.has_reverse:
+            differentiated |= set(weights)
         steps = walk(
             self.policy,
             tile.text,
             tile.sample_id,
             self.recipe.seed,
             self.recipe.sampler,
-            has_prior=self.recipe.has_prior,
+            has_prior=self.recipe.samples_prior,
             trained=weights,
+            differentiated=differentiated,
         )
         for _ in range(self.schedule.num_transitions):
             with timed("update"):
@@ -191,104 +175,126 @@ class OnePass:
                 log_looking = self._log_looking(tile, step, state.epoch)
             with timed("update"):
                 if pending is not None:
-                    target = log_F_tilde.detach() if self.balance.detach_next else self._log_F_tilde(tile, step)
-                    self._backward(tile, pending, target, log_looking, None, num_trajectories, state)
+                    target = log_F_tilde.detach() if self.detaches_next else self._log_F_tilde(tile, step)
+                    look = self._look(tile, step, state.epoch, keeps_graph=step.k in weights)
+                    self._backward(tile, pending, Next(target, log_looking, None, look), num_trajectories, state)
                 pending = None
                 if step.k in weights:
-                    now = self.loss.log_probs(step.x_t, step.x_next, step.prediction, step.k, tile.text)
-                    pending = _Pending(step, weights[step.k], now, log_F_tilde, log_looking)
-            self._remember(tile, step, log_F_tilde)
+                    pending = self._pending(tile, step, weights[step.k], log_F_tilde, log_looking)
+                    probes += self._probe(tile, step) if is_probed else []
+            tile.remember(step, log_F_tilde, keeps_chain=self.keeps_chain, has_slopes=self.has_slopes)
             on_rows(len(step.x_t))
         with timed("reward"), torch.no_grad():
             x_0 = last_latents(self.policy, step.x_next, tile.text)
             tile.reward = tile.score(self.policy.decode(x_0), tile.rows)
+            if self.preview_steps:
+                tile.previews.append(x_0.half())
         if pending is not None:
             with timed("update"):
-                no_flow = torch.zeros_like(pending.log_looking)
-                log_reward = self.learner.log_scale.log_reward(tile.reward.to(self.device), state.epoch)
-                self._backward(tile, pending, no_flow, no_flow, log_reward, num_trajectories, state)
+                self._backward(tile, pending, self._end(tile, step.x_next, state.epoch), num_trajectories, state)
+        state.probes += probes
 
-    def _log_F_tilde(self, tile: _Tile, step: Step) -> Tensor:
+    def _log_F_tilde(self, tile: Tile, step: Step) -> Tensor:
+        """(B,) learnt flow at x_t of the step; 0 for objectives without one."""
+        if self.flow_fit is None:
+            return torch.zeros(len(step.x_t), device=self.device)
         ks = torch.full((len(step.x_t),), step.k, device=self.device)
-        return self.flow_fit.log_F_tilde_at(step.x_t, tile.batch.prompt_id, ks)
+        return self.flow_fit.log_F_tilde_at(step.x_t.detach(), tile.batch.prompt_id, ks)
 
     @torch.no_grad()
-    def _log_looking(self, tile: _Tile, step: Step, epoch: int) -> Tensor:
+    def _log_looking(self, tile: Tile, step: Step, epoch: int) -> Tensor:
         """(B,) forward-looking term at x_t of the step. A state that is not scored takes the newest reward before it."""
         section = self.recipe.forward_looking
         if section is None:
             return torch.zeros(len(step.x_t), device=self.device)
         if is_scored(step.k, self.schedule.num_transitions, section.stride):
-            images = self.policy.preview(clean_latents(self.schedule, step, section))
-            tile.x0_hat_reward.append(tile.score(images, tile.rows, is_preview=True))
+            clean = clean_latents(self.schedule, step, section)
+            tile.x0_hat_reward.append(tile.score(self.policy.preview(clean), tile.rows, is_preview=True))
+            if step.k in self.preview_steps:
+                tile.previews.append(clean.half())
         else:
             tile.x0_hat_reward.append(tile.x0_hat_reward[-1])
         return self.learner.log_scale.log_looking(tile.x0_hat_reward[-1].to(self.device), epoch, step.k)
 
+    def _look(self, tile: Tile, step: Step, epoch: int, *, keeps_graph: bool) -> Look | None:
+        """The gradient of the flow at x_t of the step, or None if the objective does not take it."""
+        if self.loss.pulls is None:
+            return None
+        prompt_id, score, rows = tile.batch.prompt_id, tile.score, tile.rows
+        return self.loss.pulls.flow_gradient.through(
+            step.x_t, step.prediction, step.k, prompt_id, score, rows, epoch, keeps_graph=keeps_graph
+        )
+
+    def _probe(self, tile: Tile, step: Step) -> list[Probe]:
+        """A few transitions of the step on which the trust region is measured."""
+        prompt_id = tile.batch.prompt_id[:PROBED]
+        return [Probe(step.k, step.x_t.detach()[:PROBED], step.prediction.guided.detach()[:PROBED], prompt_id)]
+
+    def _end(self, tile: Tile, x_0: Tensor, epoch: int) -> Next:
+        """What is known of the chain's last state (B, C, H, W)."""
+        assert tile.reward is not None
+        log_reward = self.learner.log_scale.log_reward(tile.reward.to(self.device), epoch)
+        zero, look = torch.zeros_like(log_reward), None
+        if self.loss.pulls is not None:
+            T, prompt_id = self.schedule.num_transitions, tile.batch.prompt_id
+            look = self.loss.pulls.flow_gradient.at(x_0, T, prompt_id, tile.score, tile.rows, epoch)
+        return Next(zero, zero, log_reward, look)
+
+    def _pending(self, tile: Tile, step: Step, weight: float, log_F_tilde: Tensor, log_looking: Tensor) -> Pending:
+        """A trained step with the log-probs of its transition."""
+        pretrained = step.pretrained
+        if pretrained is None:
+            pretrained = self.loss.pretrained(step.x_t, step.k, tile.text)
+        now = self.loss.log_probs(step.x_t, step.x_next, step.prediction, step.k, pretrained)
+        return Pending(step, weight, now, log_F_tilde, log_looking, pretrained)
+
     def _backward(
-        self,
-        tile: _Tile,
-        pending: _Pending,
-        log_F_tilde_next: Tensor,
-        log_looking_next: Tensor,
-        log_reward: Tensor | None,
-        num_trajectories: int,
-        state: EpochState,
+        self, tile: Tile, pending: Pending, following: Next, num_trajectories: int, state: EpochState
     ) -> None:
         """Accumulate the gradients of a step whose next flow, or final reward, is now known.
 
         Args:
-            log_F_tilde_next: (B,) learnt flow at x_next, detached or with gradients (`detach_next`).
-            log_looking_next: (B,) forward-looking term at x_next.
-            log_reward:       (B,) for the last step; None for all others.
             num_trajectories: of the update, in all processes together.
         """
-        k, sampled = pending.step.k, pending.step.sampled
-        end = log_F_tilde_next.detach() + log_looking_next if log_reward is None else log_reward
-        flows = FlowTerms(
-            pending.log_F_tilde,
-            log_F_tilde_next,
-            pending.log_looking,
-            log_looking_next,
-            torch.zeros_like(log_looking_next) if log_reward is None else log_reward,
-        )
-        factor = self.learner.log_scale.reduction_factor
-        log_F = pending.log_F_tilde.detach() + pending.log_looking
-        delta = residual(log_F, factor * sampled.log_pf, factor * sampled.log_pb, end)
-        at_k = slice(k, k + 1)
-        advantages = self.learner.objective.advantages(
-            delta[:, None], self.flow_fit.residual_scale[at_k], self.flow_fit.baseline[at_k]
-        )
-        advantage = None if advantages is None else advantages[:, 0]
-        transition = self.loss.transition(k, pending.now, sampled.log_pf, sampled.log_pb, flows, advantage)
-        output, regulariser = self.loss.output(transition, k), self.loss.regulariser(pending.now)
+        step, k = pending.step, pending.step.k
+        log_reward = following.log_reward
+        end = following.log_F_tilde.detach() + following.log_looking if log_reward is None else log_reward
+        flows = advantage = pull = None
+        if self.flow_fit is not None:
+            flows = FlowTerms(
+                pending.log_F_tilde,
+                following.log_F_tilde,
+                pending.log_looking,
+                following.log_looking,
+                torch.zeros_like(end) if log_reward is None else log_reward,
+            )
+            advantage = self._advantage(self.flow_fit, pending, end)
+        if following.look is not None and self.loss.pulls is not None:
+            log_F_next = following.log_looking if log_reward is None else log_reward
+            states = States(
+                k,
+                step.x_t,
+                step.x_next,
+                step.prediction,
+                pending.pretrained,
+                tile.text,
+                tile.batch.prompt_id,
+                tile.score,
+                tile.rows,
+            )
+            pull = self.loss.pulls(states, following.look, log_F_next, state.epoch)
+        sampled = step.sampled
+        transition = self.loss.transition(k, pending.now, sampled.log_pf, sampled.log_pb, flows, advantage, pull)
+        output, regulariser = self.learner.objective(transition), self.loss.regulariser(pending.now)
         self.updates.suspects.add(k, tile.sample_id, output)
         self.updates.backward(output, regulariser, pending.weight, num_trajectories, state.share)
 
-    # -- the trajectories of a micro-batch -----------------------------------------------------------------------
-
-    def _remember(self, tile: _Tile, step: Step, log_F_tilde: Tensor) -> None:
-        """Add a step's numbers, without gradients, to the tile."""
-        tile.log_pf.append(step.sampled.log_pf)
-        tile.log_pb.append(step.sampled.log_pb)
-        tile.log_F_tilde.append(log_F_tilde.detach())
-        if self.flow_fit.flow.slopes is not None:
-            tile.excess.append(norm_excess(step.x_t))
-        if self.keeps_chain:
-            tile.states += [step.x_next] if tile.states else [step.x_t, step.x_next]
-
-    def _trajectories(self, tile: _Tile) -> Trajectories:
-        """The trajectories of a finished tile, with their chains if flow-only updates need them."""
-        assert tile.reward is not None
-        x0_hat_reward = torch.stack(tile.x0_hat_reward, 1).to(self.device) if tile.x0_hat_reward else None
-        return Trajectories(
-            chain=torch.stack(tile.states) if self.keeps_chain else tile.log_pf[0].new_empty(0),
-            log_pf=torch.stack(tile.log_pf, 1),
-            log_pb=torch.stack(tile.log_pb, 1),
-            x0_hat_reward=x0_hat_reward,
-            reward=tile.reward.to(self.device),
-            prompt_id=tile.batch.prompt_id,
-            sample_id=tile.sample_id,
-            seed=self.recipe.seed,
-            noise_dtype=noise_dtype(self.recipe.sampler),
+    def _advantage(self, flow_fit: FlowFit, pending: Pending, end: Tensor) -> Tensor | None:
+        """(B,) advantages of a step whose log F(x_next) is `end` (B,), or None if the objective forms none."""
+        k, sampled, factor = pending.step.k, pending.step.sampled, self.learner.log_scale.reduction_factor
+        log_F = pending.log_F_tilde.detach() + pending.log_looking
+        delta, at_k = residual(log_F, factor * sampled.log_pf, factor * sampled.log_pb, end), slice(k, k + 1)
+        advantages = self.learner.objective.advantages(
+            delta[:, None], flow_fit.residual_scale[at_k], flow_fit.baseline[at_k]
         )
+        return None if advantages is None else advantages[:, 0]

@@ -53,7 +53,7 @@ def make_plan(recipe: Recipe) -> Plan:
     """The plan of a recipe. An epoch's numbers are those after the warm-up."""
     train, balance, T = recipe.train, recipe.balance, recipe.sampler.steps
     D, is_assumed = latent_elements(recipe)
-    warmup = 0 if balance is None else min(recipe.flow.warmup_epochs, train.epochs)
+    warmup = min(recipe.warmup_epochs, train.epochs)
     steps = max(1, math.ceil(train.step_fraction * T))
     branches = 2 if recipe.sampler.guidance_scale > 1 else 1
     trained_rows = train.trajectories * steps * train.inner_epochs
@@ -62,7 +62,7 @@ def make_plan(recipe: Recipe) -> Plan:
     extra = 0
     if recipe.regulariser.pretrained_kl > 0:
         extra += trained_rows
-    extra += train.trajectories * T if recipe.has_prior else 0
+    extra += train.trajectories * T if recipe.samples_prior else 0
     previews, section = 0, recipe.forward_looking
     if section is not None:
         previews = train.trajectories * sum(is_scored(k, T, section.stride) for k in range(T))
@@ -71,7 +71,7 @@ def make_plan(recipe: Recipe) -> Plan:
             previews += 2 * trained_rows - train.trajectories * train.inner_epochs
     beta_eff = None
     if balance is not None:
-        beta_eff = balance.beta.value * (D if balance.log_prob_reduction == "mean" else 1)
+        beta_eff = balance.beta.value * (D if recipe.objective.log_prob_reduction == "mean" else 1)
     return Plan(
         latent_elements=D,
         is_assumed=is_assumed,

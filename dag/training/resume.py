@@ -78,6 +78,8 @@ class Checkpoints:
         groups = {"policy": self.components.policy.state_dict(), "learner": self.components.learner.tensors()}
         if self.components.flow is not None:
             groups["flow"] = self.components.flow.state_dict()
+        if (critic := self.components.learner.critic_fit) is not None:
+            groups["critic"] = critic.tensors()
         return groups | {f"optimizer_{name}": optimizer_state.tensors_of(one) for name, one in self._optimizers()}
 
     def _unfinished(self, epoch: EpochState) -> dict[str, Any]:
@@ -89,8 +91,8 @@ class Checkpoints:
         return {**epoch.state(), "gradients": gradients}
 
     def _optimizers(self) -> Iterator[tuple[str, torch.optim.Optimizer]]:
-        """(name, optimizer) of the policy and, if there is one, the flow."""
-        for optimizer in self.components.learner.updates.optimizers():
+        """(name, optimizer) of the policy and, if there are any, the flow and the critic."""
+        for optimizer in self.components.learner.optimizers():
             yield optimizer.name, optimizer.optimizer
 
     # -- resuming ------------------------------------------------------------------------------------------------
@@ -133,6 +135,8 @@ class Checkpoints:
         learner.load_state_dict(state["learner"], checkpoint.load_tensors(folder, "learner"))
         if self.components.flow is not None:
             self.components.flow.load_state_dict(checkpoint.load_tensors(folder, "flow"))
+        if learner.critic_fit is not None:
+            learner.critic_fit.load(state["learner"]["critic"], checkpoint.load_tensors(folder, "critic"))
         for name, optimizer in self._optimizers():
             tensors = checkpoint.load_tensors(folder, f"optimizer_{name}")
             optimizer_state.restore(optimizer, tensors, state["optimizers"][name])

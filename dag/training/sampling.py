@@ -17,6 +17,7 @@ from dag.run.processes import Processes
 from dag.training.build import Components
 from dag.training.epoch_state import EpochState
 from dag.training.safe_points import Steps, agreed
+from dag.training.scoring import Scorer
 
 
 class Sampling:
@@ -39,13 +40,9 @@ class Sampling:
         return ChainStore(num_states, self.recipe.train.trajectories // self.processes.size, place, device)
 
     def scorer(self, batch: Batch) -> Score:
-        """The function that scores images of a batch's trajectories."""
-
-        def score(images: Tensor, rows: Tensor, *, is_preview: bool = False) -> Tensor:
-            texts = [self.components.prompts[i] for i in batch.prompt_id[rows].tolist()]
-            return self.components.reward.total(images, texts, batch.sample_id[rows].tolist(), is_preview=is_preview)
-
-        return score
+        """What scores images of a batch's trajectories."""
+        made = self.components
+        return Scorer(self.recipe, made.policy, made.reward, made.prompts, batch)
 
     def images_per_trajectory(self) -> int:
         """The number of pictures of a trajectory that are scored: the final one, and previews."""
@@ -88,7 +85,7 @@ class Sampling:
                 recipe.seed,
                 recipe.sampler,
                 recipe.forward_looking,
-                recipe.has_prior,
+                recipe.samples_prior,
                 on_step=lambda: on_rows(size),
             )
         with self.meter.phase("reward"):

@@ -7,20 +7,21 @@ not depend on how the update is cut into micro-batches.
 Legend: N trajectories, T transitions.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 
 import torch
 from torch import Tensor
 
 from dag.chain.rollout import Score
-from dag.chain.trajectory import Rows, Trajectories, count, cut
+from dag.chain.trajectory import Rows, Trajectories, count, cut, on_cpu
 from dag.run.meter import PhaseMeter
 from dag.training.epoch_state import EpochState
 from dag.training.flow_fit import describe_residuals
 from dag.training.learner import Learner
 from dag.training.loss import Rollout
 from dag.training.safe_points import Steps, agreed
+from dag.training.trust_region import PROBED, Probe
 
 
 class StoredTraining:
@@ -53,19 +54,21 @@ class StoredTraining:
         """
         train, epoch = self.recipe.train, state.epoch
         with self.meter.phase("update"):
-            rollout = self.learner.rollout(trajectories, epoch, score, train.updates)
+            rollout = self.learner.rollout(trajectories, epoch, score, train.updates, is_new=not state.has_begun)
             if not state.has_begun:
                 self._begin(rollout, state)
         N = trajectories.num_trajectories
         groups = cut(slice(0, N), N // train.updates)
-        if self.learner.flow_fit is None or epoch >= self.recipe.flow.warmup_epochs:
+        if epoch >= self.recipe.warmup_epochs:
             for number in range(state.sums.updates, train.inner_epochs * len(groups)):
                 yield from self._update(rollout, groups[number % len(groups)], state, on_rows)
         state.measured |= self.updates.metrics(state.sums)
+        if self.learner.fits_critic_afterwards:
+            state.measured |= self.learner.fit_critic(rollout)
 
     def _begin(self, rollout: Rollout, state: EpochState) -> None:
-        """Before the first update: fit the flow to the rollout, and let the objective form advantages from all rewards."""
-        trajectories, groups, flow_fit = rollout.trajectories, rollout.groups, self.learner.flow_fit
+        """Before the first update: fit flow and critic to the rollout, and let the objective form advantages from all rewards."""
+        trajectories, groups, flow_fit = rollout.trajectories, rollout.groups, self.learner.value_fit
         if flow_fit is not None and rollout.terms is not None:
             local_residuals = flow_fit.residuals(trajectories, rollout.terms, slice(0, trajectories.num_trajectories))
             residuals = self.processes.everyones(local_residuals, groups)
@@ -73,6 +76,8 @@ class StoredTraining:
             excess = flow_fit.excess(trajectories, slice(0, trajectories.num_trajectories))
             flow_fit.recentre(residuals, None if excess is None else self.processes.everyones(excess, groups))
             self.learner.fit_flow(rollout)
+        if not self.learner.fits_critic_afterwards:
+            state.measured |= self.learner.fit_critic(rollout)
         reward = self.processes.everyones(trajectories.reward.cpu(), groups)
         prompt_id = self.processes.everyones(trajectories.prompt_id, groups)
         advantages = self.learner.objective.observe(reward, prompt_id)
@@ -97,7 +102,18 @@ class StoredTraining:
             on_rows(count(tile))
             yield
         with self.meter.phase("update"):
-            self.updates.step(state)
+            self.updates.step(state, self._probes(rollout.trajectories, rows, [k for k, _ in steps]))
+
+    @torch.no_grad()
+    def _probes(self, trajectories: Trajectories, rows: Rows, steps: Sequence[int]) -> list[Probe]:
+        """Transitions of an update on which the trust region is measured; none without one."""
+        if self.recipe.train.max_kl is None:
+            return []
+        few = cut(rows, PROBED)[0]
+        prompt_id, schedule = trajectories.prompt_id[on_cpu(few)], self.learner.schedule
+        return [
+            Probe(k, trajectories.states(k, few), trajectories.output_old(schedule, few, k), prompt_id) for k in steps
+        ]
 
     def _micro_batch(
         self,
@@ -122,7 +138,7 @@ class StoredTraining:
         learner = self.learner
         if per_trajectory is not None:
             return per_trajectory.to(learner.device)[:, None].expand(-1, learner.schedule.num_transitions)
-        flow_fit, terms = learner.flow_fit, rollout.terms
+        flow_fit, terms = learner.value_fit, rollout.terms
         if flow_fit is None or terms is None:
             return None
         residuals = self.processes.everyones(flow_fit.residuals(rollout.trajectories, terms, rows))

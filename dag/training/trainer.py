@@ -141,7 +141,7 @@ class Trainer:
 
     def is_one_pass(self, epoch: int) -> bool:
         """Whether an epoch trains in one pass. Warm-up epochs store their rollout: they set the flow's constants and the scales."""
-        return self.recipe.train.rollout == "one_pass" and epoch >= self.recipe.flow.warmup_epochs
+        return self.recipe.train.rollout == "one_pass" and epoch >= self.recipe.warmup_epochs
 
     def sample(self, state: EpochState) -> Trajectories:
         """This process's trajectories of the epoch: sample and score those that `state` does not have yet."""
@@ -166,7 +166,11 @@ class Trainer:
         score = self.sampling.scorer(Batch(trajectories.prompt_id, trajectories.sample_id.cpu()))
         training = StoredTraining(self.learner, self.meter)
         scores_again = section is not None and section.source == "current"
-        with self.components.scoring() if scores_again else nullcontext(), self._bar("update", total, done) as bar:
+        differentiates = self.recipe.differentiates_rewards
+        with (
+            self.components.scoring() if scores_again or differentiates else nullcontext(),
+            self._bar("update", total, done) as bar,
+        ):
             self._run(
                 lambda: training.steps(state, trajectories, score, bar.update),
                 lambda why: self.updates.halve_micro_batch(state, why),

@@ -1,7 +1,7 @@
 """Optimizer steps: which steps of a chain they train, with which weights, and what to do if memory runs out."""
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -15,6 +15,7 @@ from dag.run.processes import Processes
 from dag.training.epoch_state import EpochState, UpdateSums
 from dag.training.faults import Suspects
 from dag.training.optimizer import ClippedOptimizer
+from dag.training.trust_region import Probe, TrustRegion
 
 
 class Updates:
@@ -26,6 +27,8 @@ class Updates:
         num_transitions: T, the transitions of a trajectory.
         warn:            called with one line when a micro-batch had to be halved.
         processes:       share each update's trajectories.
+        informativeness: gives (T,) how much of the reward each step decides.
+        region:          bounds the policy's steps.
 
     Attributes:
         optimizer_step: the number of updates so far.
@@ -42,7 +45,10 @@ class Updates:
         device: torch.device,
         warn: Callable[[str], object],
         processes: Processes,
+        informativeness: Callable[[], Tensor],
+        region: TrustRegion,
     ) -> None:
+        self.informativeness, self.region = informativeness, region
         self.recipe, self.policy, self.flow, self.num_transitions = recipe, policy, flow, num_transitions
         self.device, self.warn, self.processes = device, warn, processes
         self.optimizer_step, self.micro_batch, self.suspects = 0, recipe.train.micro_batch, Suspects()
@@ -91,13 +97,16 @@ class Updates:
 
         With `step_fraction` 1 they are all steps, with weight 1. Below 1 they are drawn at random, and weighted so that the
         expected gradient is that of all steps. With `keep_terminal` the last step, where the final reward enters, is always
-        among them, with weight 1; if it is the only one, the gradient of the others is missing.
+        among them, with weight 1; if it is the only one, the gradient of the others is missing. `informative_steps` are drawn
+        with `step_choice: informative`.
         """
         T, train = self.num_transitions, self.recipe.train
         count = max(1, math.ceil(train.step_fraction * T))
         if count == T:
             return [(k, 1.0) for k in range(T)]
         generator = torch.Generator().manual_seed(self.recipe.seed * 1_000_003 + self.optimizer_step)
+        if train.step_choice == "informative":
+            return informative_steps(self.informativeness(), count, generator)
         if not train.keep_terminal:
             return [(k, T / count) for k in sorted(torch.randperm(T, generator=generator)[:count].tolist())]
         if count == 1:
@@ -121,15 +130,22 @@ class Updates:
         self.policy.backward(loss)
         sums.add(output, loss.detach())
 
-    def step(self, state: EpochState) -> None:
-        """One optimizer step with the gradients of all processes. Raises NotFiniteError after several skipped ones in a row."""
+    def step(self, state: EpochState, probes: Sequence[Probe] = ()) -> None:
+        """One optimizer step with the gradients of all processes. Raises NotFiniteError after several skipped ones in a row.
+
+        Args:
+            probes: transitions of this process on which `train.max_kl` is measured.
+        """
         for optimizer in self.optimizers():
             self.processes.sum_gradients(optimizer.parameters)
         self._unscale_flow()
-        norms = {optimizer.name: optimizer.step() for optimizer in self.optimizers()}
+        norm, bounded = self.region.step(probes)
+        norms = {self.policy.name: norm}
+        if self.flow is not None:
+            norms[self.flow.name] = self.flow.step()
         for optimizer in self.optimizers():
             optimizer.check(self.suspects)
-        state.end_update(norms)
+        state.end_update(norms, bounded)
         self.suspects.clear()
         self.optimizer_step += 1
 
@@ -152,7 +168,8 @@ class Updates:
         }
         if sums.clipped:
             measured["clip_frac"] = float(self.processes.sum(torch.stack(sums.clipped).mean())) / self.processes.size
-        return measured | {f"grad_norm_{name}": sum(norms) / len(norms) for name, norms in sums.norms.items()}
+        measured |= {f"grad_norm_{name}": sum(norms) / len(norms) for name, norms in sums.norms.items()}
+        return measured | {name: sum(values) / len(values) for name, values in sums.bounded.items()}
 
     # -- what a checkpoint keeps ---------------------------------------------------------------------------------
 
@@ -172,3 +189,38 @@ class Updates:
         self.policy.scaler.scale(torch.zeros((), device=self.device))
         for optimizer in self.optimizers():
             optimizer.skipped = state["skipped"][optimizer.name]
+
+
+def informative_steps(informativeness: Tensor, count: int, generator: torch.Generator) -> list[tuple[int, float]]:
+    """[(k, weight)] of `count` steps, drawn more often the more of the reward they decide.
+
+    A step is drawn with probability pi_k, a quarter of it uniform over the steps and the rest in proportion to the
+    informativeness, at most 1. Its weight 1 / pi_k would keep the expected gradient that of all steps, but a rarely drawn step
+    would then own its update. So the weight is at most T / count, that of uniform drawing: the steps that decide little count
+    less, which changes how fast they are learnt but not the policy at which their gradient vanishes.
+
+    Args:
+        informativeness: (T,), at least 0.
+    """
+    T = len(informativeness)
+    share = informativeness.double().cpu()
+    share = share / share.sum() if float(share.sum()) > 0 else torch.full_like(share, 1 / T)
+    probability = _capped(count * (0.25 / T + 0.75 * share), count)
+    # Systematic sampling in a random order: exactly `count` steps, each with its own probability.
+    order = torch.randperm(T, generator=generator)
+    ends = probability[order].cumsum(0)
+    ends[-1] = count
+    ticks = torch.rand((), generator=generator, dtype=torch.float64) + torch.arange(count)
+    chosen = order[torch.searchsorted(ends, ticks, right=True)]
+    return [(k, min(T / count, float(1 / probability[k]))) for k in sorted(chosen.tolist())]
+
+
+def _capped(probability: Tensor, total: int) -> Tensor:
+    """Probabilities (T,) whose sum is `total`, in proportion to the given ones where those would not exceed 1, and 1 there."""
+    certain = torch.zeros_like(probability, dtype=torch.bool)
+    while True:
+        rest = probability.masked_fill(certain, 0.0)
+        scaled = torch.where(certain, 1.0, rest * (total - int(certain.sum())) / rest.sum())
+        if not bool((scaled > 1).any()):
+            return scaled
+        certain |= scaled > 1

@@ -20,6 +20,7 @@ from dag.training.trainer import Trainer
 
 ROOT = Path(__file__).parents[2]
 STEPS, TRAJECTORIES = 5, 2
+PATHWISE = "objective.policy_gradient=pathwise"
 SMALL = (
     "model.resolution=32",
     f"sampler.steps={STEPS}",
@@ -59,6 +60,9 @@ def counted(epoch: Any) -> float:
         ("train.rollout=one_pass", "objective.forward_looking.decoder=tiny", "objective.forward_looking.stride=2"),
         ("train.rollout=one_pass", "sampler.uncond=frozen", "memory.checkpointing=full"),
         ("objective.forward_looking.source=none",),
+        (PATHWISE, "objective.prior=pretrained"),
+        (PATHWISE, "objective.prior=pretrained", "objective.learnt_flow=false", "train.rollout=one_pass"),
+        (PATHWISE, "objective.jacobian=none", "train.rollout=one_pass"),
     ],
     ids=str,
 )

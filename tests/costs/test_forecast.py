@@ -33,6 +33,8 @@ BASE: dict[str, dict[str, Any]] = {
     "evaluation": {"prompts": 2, "images_per_prompt": 2},
 }
 ONE_PASS = {"rollout": "one_pass"}
+PATHWISE: dict[str, Any] = {"name": "dag_kl", "beta": {"value": 20.0}, "policy_gradient": "pathwise"}
+NABLA: dict[str, Any] = {"name": "nabla_db", "beta": {"value": 20.0}}
 
 
 def recipe_of(change: dict[str, Any]) -> Recipe:
@@ -88,6 +90,12 @@ CHANGES: list[dict[str, Any]] = [
     {"objective": {"forward_looking": {"decoder": "half"}}, "train": {**ONE_PASS, "micro_batch": 4}},
     {"objective": {"forward_looking": {"source": "current", "prediction": "conditional"}}},
     {"objective": {"name": "ddpo"}},
+    {"objective": PATHWISE},
+    {"objective": PATHWISE, "train": ONE_PASS},
+    {"objective": {**PATHWISE, "prior": "pretrained", "learnt_flow": False}, "memory": {"checkpointing": "full"}},
+    {"objective": PATHWISE, "memory": {"gradient_batch": 1}, "train": ONE_PASS},
+    {"objective": {**NABLA, "prior": "pretrained"}},
+    {"objective": {**NABLA, "prior": "pretrained"}, "train": ONE_PASS},
     {"memory": {"decode_batch": 1}},
     {"memory": {"base": "nf4"}},
     {"memory": {"base": "int8"}},

@@ -6,12 +6,13 @@ from collections.abc import Iterator
 from typing import Any
 
 from dag import recipe
-from dag.recipe import objective_sections, reward_sections, schema
+from dag.recipe import network_sections, objective_sections, reward_sections, schema
 from dag.recipe.section import Section
 
 SCHEMAS = {
     "dag.recipe": recipe,
     "dag.recipe.schema": schema,
+    "dag.recipe.network_sections": network_sections,
     "dag.recipe.objective_sections": objective_sections,
     "dag.recipe.reward_sections": reward_sections,
 }
@@ -146,10 +147,14 @@ class Reader(ast.NodeVisitor):
 
 def properties_of(source: str) -> str:
     """The properties in a module of the schema. Its other functions only check keys, which does not count as reading."""
-    functions = [node for node in ast.walk(ast.parse(source)) if isinstance(node, ast.FunctionDef)]
-    kept = [f for f in functions if any(ast.unparse(decorator) == "property" for decorator in f.decorator_list)]
-    sections = f"from dag.recipe import {', '.join(SECTIONS)}, Balance"
-    return f"{sections}\n{ast.unparse(ast.Module(list[ast.stmt](kept), []))}"
+    kept: list[ast.stmt] = []
+    for section in [node for node in ast.parse(source).body if isinstance(node, ast.ClassDef)]:
+        for function in [node for node in section.body if isinstance(node, ast.FunctionDef)]:
+            if any(ast.unparse(decorator) == "property" for decorator in function.decorator_list):
+                function.args.args[0].annotation = ast.Name(section.name)
+                kept.append(function)
+    sections = f"from dag.recipe import {', '.join(SECTIONS)}, Balance, ScalarBalance"
+    return f"{sections}\n{ast.unparse(ast.Module(kept, []))}"
 
 
 def fields_read(source: str) -> set[tuple[str, str]]:

@@ -10,6 +10,7 @@ of the state, J basis functions. Transitions are (T, N, ...) here, flattened ste
 """
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Protocol
 
@@ -17,8 +18,9 @@ import torch
 from torch import Tensor
 
 from dag.chain.schedule import Schedule
-from dag.objectives import Objective
+from dag.objectives import Objective, pathwise
 from dag.objectives.transition import Transition, residual_table
+from dag.recipe import Balance
 
 
 class Density(Protocol):
@@ -145,6 +147,13 @@ class ToyGFN:
     start at zero. The target is the reward, or with `has_prior` the data distribution times the reward.
     """
 
+    weights: Tensor
+    """(T,) weights of the forward-looking term; alpha_bar unless they are set."""
+    looks_through_policy = True
+    """Whether the policy's x0_hat is looked at; else that of the pretrained chain."""
+    stand_in: Callable[[Tensor], Tensor] | None = None
+    """What is differentiated in place of the reward, (N, D) -> (N,); None takes the reward itself."""
+
     def __init__(self, data: Mixture, reward: Density, centres: Tensor, seeds: int, has_prior: bool = False) -> None:
         self.data, self.reward, self.centres, self.has_prior = data, reward, centres, has_prior
         self.schedule = toy_schedule(data.sd).to("cpu")  # in float32, like the states
@@ -152,6 +161,7 @@ class ToyGFN:
         T, J = self.schedule.num_transitions, len(centres) ** self.dims
         self.policy = torch.zeros(T, seeds, J, self.dims, requires_grad=True)
         self.flow = torch.zeros(T, seeds, J, 1, requires_grad=True)
+        self.weights = self.schedule.alpha_bar_t
         self.generators = [torch.Generator().manual_seed(seed) for seed in range(seeds)]
 
     def noise(self, batch: int) -> Tensor:
@@ -174,12 +184,13 @@ class ToyGFN:
             x = self.schedule.sample_next(x, outputs[k], self.noise(batch), k)
             states.append(x)
         ks = torch.arange(T).repeat_interleave(len(x))
-        x0_hat = self.schedule.x0_hat(torch.cat(states[:-1]), torch.cat(outputs), ks)
+        looking = outputs if self.looks_through_policy else exact
+        x0_hat = self.schedule.x0_hat(torch.cat(states[:-1]), torch.cat(looking), ks)
         return Rollout(
             states=torch.stack(states),
             features=torch.stack(features),
             exact_eps=torch.stack(exact),
-            log_looking=(self.schedule.alpha_bar_t[ks] * self.reward.log_prob(x0_hat)).view(T, -1),
+            log_looking=(self.weights[ks] * self.reward.log_prob(x0_hat)).view(T, -1),
             log_reward=self.reward.log_prob(x),
         )
 
@@ -195,7 +206,7 @@ class ToyGFN:
         else:
             log_pb = self.schedule.log_pb(x_t, x_next, k)
         log_F_tilde = self._lookup(self.flow, rollout.features)[..., 0]
-        past_the_end = torch.zeros(1, N)
+        past_the_end, pulls = torch.zeros(1, N), self._pulls(objective, rollout, output.view(T, N, -1))
         transition = Transition(
             k=k,
             is_terminal=k == T - 1,
@@ -208,8 +219,57 @@ class ToyGFN:
             log_looking=rollout.log_looking.flatten(),
             log_looking_next=torch.cat([rollout.log_looking[1:], past_the_end]).flatten(),
             advantage=self._advantage(objective, rollout, log_F_tilde, log_pf.view(T, N), log_pb.view(T, N)),
+            **pulls,
         )
         return objective(transition).loss.view(T, S, N // S).mean((0, 2)).sum()
+
+    def _pulls(self, objective: Objective, rollout: Rollout, output: Tensor) -> dict[str, Tensor]:
+        """The fields (T * N,) of transitions that the flow's gradient gives, for an objective that takes it.
+
+        Args:
+            output: (T, N, D) the policy's noise prediction, with its gradient.
+        """
+        section = getattr(objective, "config", None)
+        if not isinstance(section, Balance) or not section.takes_gradient:
+            return {}
+        closed, unexplained = [], []
+        for k in range(len(output)):
+            x_t, x_next = rollout.states[k], rollout.states[k + 1]
+            y, value = self._look(rollout.states[k + 1], k + 1, has_flow=section.has_flow)
+            if self.has_prior:
+                target = pathwise.against_pretrained(self.schedule, k, y, rollout.exact_eps[k])
+            else:
+                target = pathwise.against_noising(self.schedule, k, y, x_t)
+            ks = torch.full((len(x_t),), k)
+            kl = self.schedule.transition_log_probs(x_t, x_next, output[k], ks, 1.0, target.output).kl
+            assert kl is not None
+            closed.append(target.weight * kl)
+            scored = rollout.log_reward if k + 1 == len(output) else rollout.log_looking[k + 1]
+            unexplained.append(scored - value)
+        found = {"pathwise": torch.cat(closed)}
+        if getattr(section, "policy_gradient", "") == "control_variate":
+            found["unexplained"] = torch.cat(unexplained)
+        return found
+
+    def _look(self, x: Tensor, k: int, *, has_flow: bool) -> tuple[Tensor, Tensor]:
+        """(gradient (N, D) of log F, value (N,) of its forward-looking term or log reward) at the states x (N, D) before step k."""
+        reward = self.reward.log_prob if self.stand_in is None else self.stand_in
+        with torch.enable_grad():
+            x = x.detach().requires_grad_(True)
+            if k == len(self.weights):
+                value = reward(x)
+            else:
+                exact = self.data.eps(x, self.schedule.alpha_bar_t[k])
+                output = exact
+                if self.looks_through_policy:
+                    output = self.output(k, basis(x, self.centres), exact)
+                x0_hat = self.schedule.x0_hat(x, output, k)
+                value = self.weights[k] * reward(x0_hat)
+            log_F = value
+            if has_flow and k < len(self.weights):
+                log_F = value + self._lookup(self.flow[k : k + 1], basis(x, self.centres)[None])[0, :, 0]
+            (gradient,) = torch.autograd.grad(log_F.sum(), x)
+        return gradient, value.detach()
 
     @torch.no_grad()
     def _advantage(

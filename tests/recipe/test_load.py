@@ -107,7 +107,7 @@ def test_a_mistake_in_the_file_is_named(file: Path, text: str, message: str) -> 
 
 REFUSED_OVERRIDES = [
     ("objective.name=dag_dbb", "objective.name: unknown name 'dag_dbb'; did you mean 'dag_db'?"),
-    ("objective={name: x}", "known: dag_db, dag_kl, ddpo"),
+    ("objective={name: x}", "known: dag_db, dag_kl, nabla_db, ddpo"),
     ("objective={beta: {value: 1}}", "objective.name: missing"),
     ("objective={name: dag_db}", "objective.beta: missing"),
     ("objective.beta.value=0", "objective.beta.value: input should be greater than 0"),

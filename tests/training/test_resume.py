@@ -60,6 +60,25 @@ KINDS: dict[str, dict[str, Any]] = {
         "adapter": {"rank": 300},  # several layers of more than 4096 weights: their 8-bit states share a table
         "memory": {"chains": "cpu"},
     },
+    "critic": {
+        "objective": {
+            "name": "dag_kl",
+            "policy_gradient": "control_variate",
+            "forward_looking": {"weight": "fitted"},
+            "beta": {"value": 20.0, "unit": "reward_sd"},
+        },
+        "reward": [{"name": "colourfulness"}, {"name": "compressibility"}],
+        "reward_critic": {"width": 8, "passes": 2, "rollouts": 2},
+        "flow": {"warmup_epochs": 1},
+        "train": {"step_fraction": 0.5, "step_choice": "informative", "keep_terminal": False, "max_kl": 0.01},
+    },
+    "critic_in_one_pass": {
+        "objective": {"name": "nabla_db", "prior": "pretrained", "forward_looking": {"weight": "fitted"}},
+        "reward": {"name": "compressibility"},
+        "reward_critic": {"width": 8, "passes": 2, "rollouts": 2},
+        "flow": {"warmup_epochs": 1},
+        "train": {"rollout": "one_pass", "max_kl": 0.01},
+    },
     "ddpo": {"objective": {"name": "ddpo", "per_prompt": 2}},
     "full": {"adapter": {"kind": "full"}, "train": {"learning_rate": 1e-5}},
     "one_pass": {"train": {"rollout": "one_pass"}, "flow": {"passes": 1, "warmup_epochs": 1}},
@@ -82,7 +101,8 @@ def test_a_run_in_pieces_is_the_undisturbed_one(make_recipe: MakeRecipe, tmp_pat
     undisturbed, parted = (RunFolder.create(tmp_path / name) for name in ("undisturbed", "parted"))
     trained(recipe, undisturbed)
     # Not a divisor of the safe points of an epoch, so that stops fall on tiles, micro-batches, ends of updates and evaluations.
-    names = trained_in_pieces(recipe, parted, 3 if kind.startswith("one_pass") else 11)
+    points = {"critic_in_one_pass": 3, "critic": 5}.get(kind, 3 if kind.startswith("one_pass") else 11)
+    names = trained_in_pieces(recipe, parted, points)
     assert len(names) > 4
     assert rows(undisturbed.path) == rows(parted.path)
     ours, theirs = weights(undisturbed), weights(parted)

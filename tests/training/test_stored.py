@@ -21,6 +21,8 @@ MakeRecipe = Callable[..., Recipe]
 KL = {"name": "dag_kl", "residual_scale": "running", "huber": 3.0}
 DB = {"name": "dag_db", "residual_scale": "running", "huber": 3.0}
 DDPO = {"name": "ddpo"}
+PATHWISE: dict[str, Any] = {"name": "dag_kl", "beta": {"value": 20.0}, "policy_gradient": "pathwise"}
+NABLA: dict[str, Any] = {"name": "nabla_db", "beta": {"value": 20.0}}
 
 
 @pytest.fixture
@@ -76,7 +78,9 @@ def test_published_log_pf_at_the_unrounded_state_is_off(make_recipe: MakeRecipe,
     assert updated(trainer, trajectories, 0)["ratio_max_dev"] > 1e-3
 
 
-@pytest.mark.parametrize("objective", [DB, KL, DDPO, {**KL, "baseline": "mixed", "normalise_advantage": True}])
+@pytest.mark.parametrize(
+    "objective", [DB, KL, DDPO, {**KL, "baseline": "mixed", "normalise_advantage": True}, PATHWISE, NABLA], ids=str
+)
 def test_gradient_does_not_depend_on_the_micro_batch(
     make_recipe: MakeRecipe, run: RunFolder, monkeypatch: pytest.MonkeyPatch, objective: dict[str, Any]
 ) -> None:

@@ -1,0 +1,103 @@
+"""Mistakes of a recipe that involve several keys. Imports no torch."""
+
+from dag.recipe.objective_sections import Around
+from dag.recipe.schema import Recipe
+
+
+def validate(recipe: Recipe) -> list[str]:
+    """Mistakes that involve several keys, each named in it; empty if there are none."""
+    problems = []
+    train, adapter = recipe.train, recipe.adapter
+    if not recipe.reward:
+        problems.append("reward: give at least one")
+    if train.trajectories % train.updates:
+        problems.append(f"train.updates={train.updates} must divide train.trajectories={train.trajectories}")
+    problems += recipe.objective.problems(
+        Around(
+            is_one_pass=train.rollout == "one_pass",
+            keeps_pretrained=adapter.kind == "lora",
+            group=train.trajectories // train.updates,
+            black_boxes=tuple(term.name for term in recipe.reward if not term.has_gradient),
+        )
+    )
+    if train.rollout == "one_pass":
+        problems += _one_pass_problems(recipe)
+    problems += _step_choice_problems(recipe)
+    if recipe.sampler.uncond == "frozen" and adapter.kind == "full":
+        problems.append("sampler.uncond=frozen needs adapter.kind=lora: a full fine-tune keeps no pretrained copy")
+    if recipe.memory.base != "compute" and adapter.kind == "full":
+        problems.append(f"memory.base={recipe.memory.base} needs adapter.kind=lora: quantised weights are frozen")
+    if adapter.kind == "lora" and not adapter.targets:
+        problems.append("adapter.targets: name at least one layer")
+    if adapter.kind == "full" and recipe.regulariser.pretrained_kl > 0:
+        problems.append("regulariser.pretrained_kl needs adapter.kind=lora: a full fine-tune keeps no pretrained copy")
+    if not recipe.flow.channels:
+        problems.append("flow.channels: name at least one width")
+    if recipe.flow.slopes and recipe.flow.calibration == 0:
+        problems.append("flow.slopes=true: flow.calibration=0 never moves the slopes; use 0.5")
+    problems += _deterministic_problems(recipe)
+    if recipe.evaluation.held_out and recipe.prompts.set not in ("drawbench", "hpdv2"):
+        problems.append("evaluation.held_out: only prompts.set=drawbench and hpdv2 keep prompts back")
+    return problems
+
+
+def _step_choice_problems(recipe: Recipe) -> list[str]:
+    """Keys that contradict `train.step_choice: informative`, or leave it without effect."""
+    train = recipe.train
+    if train.step_choice == "uniform":
+        return []
+    problems = []
+    if recipe.forward_looking is None:
+        problems.append(
+            "train.step_choice=informative is measured on the rewards of x0_hat, which this recipe does not have"
+        )
+    if train.step_fraction == 1:
+        problems.append("train.step_choice=informative has no effect with train.step_fraction=1: all steps are trained")
+    if train.keep_terminal:
+        problems.append(
+            "train.step_choice=informative draws the last step like all others; set train.keep_terminal=false"
+        )
+    return problems
+
+
+def _deterministic_problems(recipe: Recipe) -> list[str]:
+    """Keys that contradict `deterministic`: with them the same run may compute other bits."""
+    if not recipe.deterministic:
+        return []
+    problems = []
+    if recipe.memory.attention == "xformers":
+        problems.append("deterministic=true: memory.attention=xformers adds in any order; use auto")
+    if recipe.memory.compile:
+        found = str(recipe.memory.compile).lower()
+        problems.append(f"deterministic=true: memory.compile={found} picks kernels by timing them; use false")
+    return problems
+
+
+def _one_pass_problems(recipe: Recipe) -> list[str]:
+    """Keys that contradict `train.rollout: one_pass`, or would have no effect with it."""
+    train, balance = recipe.train, recipe.balance
+    if balance is None:
+        name = recipe.objective.name
+        return [f"train.rollout=one_pass: {name} needs the final reward before its first gradient; use stored"]
+    problems = []
+    if balance.forward_looking.source == "current":
+        problems.append(
+            "train.rollout=one_pass: the rollout's policy is the current one; use forward_looking.source=rollout"
+        )
+    if train.inner_epochs > 1:
+        problems.append(f"train.rollout=one_pass: train.inner_epochs={train.inner_epochs} needs stored chains; use 1")
+    if recipe.regulariser.sampling > 0:
+        problems.append("train.rollout=one_pass: regulariser.sampling is zero on-policy; use 0")
+    if recipe.sampler.log_pf_at == "unrounded":
+        problems.append("train.rollout=one_pass: sampler.log_pf_at=unrounded has no meaning without a stored chain")
+    if recipe.memory.offload_vae:
+        problems.append("train.rollout=one_pass: memory.offload_vae gains nothing, every step decodes; use false")
+    if any(getattr(term, "offload", False) for term in recipe.reward):
+        problems.append("train.rollout=one_pass: reward.offload gains nothing, every step scores; use false")
+    if recipe.memory.chains == "cpu":
+        problems.append("train.rollout=one_pass: memory.chains=cpu has no chains to move; use device")
+    if balance.beta.unit == "reward_sd" and recipe.flow.warmup_epochs == 0:
+        problems.append(
+            "train.rollout=one_pass: objective.beta.unit=reward_sd is measured in a warm-up; set flow.warmup_epochs to 1 or more"
+        )
+    return problems

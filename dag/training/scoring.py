@@ -1,0 +1,40 @@
+"""Scores the pictures of a batch's trajectories, and differentiates their rewards."""
+
+from collections.abc import Sequence
+
+from torch import Tensor
+
+from dag.chain.policy import Policy
+from dag.chain.rollout import Batch
+from dag.recipe import Recipe
+from dag.rewards import RewardSum
+
+
+class Scorer:
+    """The rewards of a batch's trajectories, and their gradients; see `dag.chain.rollout.Score`.
+
+    Args:
+        prompts: all prompts of the recipe.
+        batch:   says which of them each trajectory has.
+    """
+
+    def __init__(self, recipe: Recipe, policy: Policy, reward: RewardSum, prompts: Sequence[str], batch: Batch) -> None:
+        self.policy, self.reward, self.prompts, self.batch = policy, reward, prompts, batch
+        self.chunk = recipe.memory.gradient_batch or recipe.train.micro_batch
+        self.learnt = {number for number, is_learnt in enumerate(recipe.learnt_rewards) if is_learnt}
+        self.exact = set(range(len(recipe.reward))) - self.learnt
+
+    def __call__(self, images: Tensor, rows: Tensor, *, is_preview: bool = False) -> Tensor:
+        ids = self.batch.sample_id[rows].tolist()
+        return self.reward.total(images, self._texts(rows), ids, is_preview=is_preview)
+
+    def gradient(
+        self, latents: Tensor, rows: Tensor, *, is_preview: bool = False, is_learnt: bool = False
+    ) -> tuple[Tensor, Tensor]:
+        decode, parts = self.policy.preview if is_preview else self.policy.decode, self.exact
+        if is_learnt:
+            parts = self.learnt
+        return self.reward.gradient(latents, self._texts(rows), decode, self.chunk, parts)
+
+    def _texts(self, rows: Tensor) -> list[str]:
+        return [self.prompts[i] for i in self.batch.prompt_id[rows].tolist()]

@@ -1,0 +1,235 @@
+"""The gradient of the reward in training: exact and learnt, the critic, the trust region, informative steps."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from helpers.building import disturb, rolled_out, trainer_of, updated
+from torch import Tensor
+
+from dag.chain.rollout import Batch
+from dag.recipe import Recipe
+from dag.run.folder import RunFolder
+from dag.training.critic_fit import CriticFit, preview_steps
+from dag.training.trainer import Trainer
+from dag.training.updates import informative_steps
+
+MakeRecipe = Callable[..., Recipe]
+PATHWISE: dict[str, Any] = {
+    "name": "dag_kl",
+    "policy_gradient": "pathwise",
+    "prior": "pretrained",
+    "learnt_flow": False,
+    "forward_looking": {"weight": "one"},
+}
+LEARNT: dict[str, Any] = {**PATHWISE, "reward_gradient": "learnt"}
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> RunFolder:
+    return RunFolder.create(tmp_path / "run")
+
+
+# -- d log F / d x ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("k", [1, 4])
+@pytest.mark.parametrize("uncond", ["trained", "frozen"])
+def test_the_flows_gradient_is_that_of_the_whole_chain(
+    make_recipe: MakeRecipe, run: RunFolder, k: int, uncond: str
+) -> None:
+    """Denoiser, decoder and reward, against a central difference along a random direction; k = 4 is the final latent."""
+    recipe = make_recipe(objective=PATHWISE, sampler={"uncond": uncond})
+    trainer, trajectories = rolled_out(recipe, run)
+    disturb(trainer.components)
+    learner, pulls = trainer.learner, trainer.learner.loss.pulls
+    assert pulls is not None
+    rows, score = torch.arange(3), trainer.sampling.scorer(Batch(trajectories.prompt_id, trajectories.sample_id))
+    x, prompt_id = trajectories.states(k, rows), trajectories.prompt_id[rows]
+    policy, schedule, text = learner.policy, learner.schedule, learner.text.rows(prompt_id)
+
+    def log_F(x: Tensor) -> Tensor:
+        with torch.no_grad():
+            if k == 4:
+                return learner.log_scale.log_reward(score(policy.decode(x), rows), 0)
+            guided = policy.predict(x, schedule.timesteps[k].expand(3), text).guided
+            return learner.log_scale.log_looking(score(policy.preview(schedule.x0_hat(x, guided, k)), rows), 0, k)
+
+    look = pulls.flow_gradient.at(x, k, prompt_id, score, rows, 0)
+    direction = torch.randn(x.shape, generator=torch.Generator().manual_seed(0))
+    step = 2e-3
+    difference = (log_F(x + step * direction) - log_F(x - step * direction)) / (2 * step)
+    slope = (look.y * direction).flatten(1).sum(1)
+    torch.testing.assert_close(look.log_looking, log_F(x), rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(slope, difference, rtol=0.02, atol=0.02 * float(difference.abs().max()))
+
+
+def test_the_gradient_does_not_depend_on_how_many_pictures_go_back_at_a_time(
+    make_recipe: MakeRecipe, run: RunFolder
+) -> None:
+    trainer, _ = rolled_out(make_recipe(objective=PATHWISE), run)
+    reward, policy = trainer.components.reward, trainer.components.policy
+    latents = torch.randn(5, *policy.latent_shape)
+    whole = reward.gradient(latents, ["a cat"] * 5, policy.decode, chunk=5)
+    parts = reward.gradient(latents, ["a cat"] * 5, policy.decode, chunk=2)
+    for a, b in zip(whole, parts, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5 * float(a.abs().max()))
+
+
+def test_exact_and_learnt_gradients_of_a_mix_add(make_recipe: MakeRecipe, run: RunFolder) -> None:
+    mix = [{"name": "colourfulness", "weight": 2.0}, {"name": "compressibility", "weight": 0.5}]
+    trainer, trajectories = rolled_out(make_recipe(objective=PATHWISE, reward=mix, reward_critic={"width": 8}), run)
+    learner, pulls = trainer.learner, trainer.learner.loss.pulls
+    assert pulls is not None and learner.critic_fit is not None
+    updated(trainer, trajectories)
+    rows, score = torch.arange(2), trainer.sampling.scorer(Batch(trajectories.prompt_id, trajectories.sample_id))
+    latents, prompt_id = trajectories.states(4, rows).float(), trajectories.prompt_id[rows]
+    exact, learnt = score.gradient(latents, rows), learner.critic_fit.value_and_gradient(latents, prompt_id)
+    value, gradient = pulls.flow_gradient._reward(latents, prompt_id, score, rows, is_preview=False)
+    assert torch.equal(value, exact[0] + learnt[0]) and torch.equal(gradient, exact[1] + learnt[1])
+    # What the critic learns is the sum without the reward whose gradient is exact.
+    assert learner.critic_fit.previews is not None
+    final = learner.critic_fit.previews.reward.view(8, -1)[:2, -1]
+    torch.testing.assert_close(final, trajectories.reward[rows] - exact[0], rtol=1e-3, atol=1e-2)
+
+
+# -- the critic ---------------------------------------------------------------------------------------------------
+
+
+def critic_of(make_recipe: MakeRecipe, run: RunFolder, **section: Any) -> CriticFit:
+    recipe = make_recipe(objective=LEARNT, reward_critic={"width": 16, "passes": 20, **section})
+    fit = trainer_of(recipe, run).learner.critic_fit
+    assert fit is not None
+    return fit
+
+
+def latents(seed: int, count: int = 48) -> Tensor:
+    return torch.randn(count, 3, 4, 8, 8, generator=torch.Generator().manual_seed(seed))
+
+
+def test_the_critic_learns_a_reward_that_depends_on_the_prompt(make_recipe: MakeRecipe, run: RunFolder) -> None:
+    """The mean of the first channel for one prompt, minus it for the other."""
+    fit, prompt_id = critic_of(make_recipe, run, held_out=0.25), torch.arange(96) % 3 % 2
+    sign = 1.0 - 2.0 * prompt_id
+    for seed in range(3):
+        x = latents(seed, 96) + torch.randn(96, 3, 1, 1, 1, generator=torch.Generator().manual_seed(9 + seed))
+        measured = fit.learn(x, sign[:, None] * x[:, :, 0].mean((2, 3)), prompt_id)
+    assert measured["critic_correlation"] > 0.85
+    assert measured["critic_correlation_before"] > 0.8
+    _, gradient = fit.value_and_gradient(x[:2, 0], prompt_id[:2])
+    assert gradient[0, 0].mean() > 0 > gradient[1, 0].mean()
+
+
+def test_the_critic_keeps_the_newest_rollouts_and_holds_some_trajectories_out(
+    make_recipe: MakeRecipe, run: RunFolder
+) -> None:
+    fit = critic_of(make_recipe, run, rollouts=2, passes=1, held_out=0.25)
+    for seed in range(3):
+        fit.learn(latents(seed, 8), torch.full((8, 3), float(seed)), torch.zeros(8, dtype=torch.int64))
+    assert fit.previews is not None
+    assert fit.previews.rollout.unique().tolist() == [1, 2]
+    assert fit.previews.reward.unique().tolist() == [1.0, 2.0]
+    held = fit.previews.is_held_out.view(2, 8, 3)
+    assert torch.equal(held.all(2), held.any(2)), "a trajectory is held out with all its previews"
+    assert held.all(2).sum(1).tolist() == [2, 2]
+
+
+def test_the_critic_takes_the_weights_with_the_least_error_on_what_is_held_out(
+    make_recipe: MakeRecipe, run: RunFolder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fit, errors = critic_of(make_recipe, run), iter([5.0, 3.0, 4.0, 4.5])
+    seen = []
+
+    def error(previews: object) -> float:
+        seen.append(next(fit.critic.parameters()).detach().clone())
+        return next(errors)
+
+    monkeypatch.setattr(fit, "_error", error)
+    measured = fit.learn(latents(0, 8), torch.randn(8, 3), torch.zeros(8, dtype=torch.int64))
+    assert measured["critic_error"] == 3.0
+    assert len(seen) == 4, "two passes without a lower error end the training"
+    assert torch.equal(next(fit.critic.parameters()), seen[1])
+
+
+@pytest.mark.parametrize(("T", "stride", "expected"), [(4, 1, [0, 1, 2, 3]), (50, 1, 11), (50, 5, 11), (1, 1, [0])])
+def test_previews_are_spread_over_the_scored_states(T: int, stride: int, expected: Any) -> None:
+    steps = preview_steps(T, stride)
+    assert steps == expected if isinstance(expected, list) else len(steps) == expected
+    assert steps == sorted(set(steps))
+    assert all(k % stride == 0 or k >= T - 3 for k in steps)
+    assert steps[0] == 0 and steps[-1] == T - 1
+
+
+def test_previews_from_the_chain_are_those_that_were_scored(make_recipe: MakeRecipe, run: RunFolder) -> None:
+    trainer, trajectories = rolled_out(make_recipe(objective=LEARNT), run)
+    learner, policy = trainer.learner, trainer.components.policy
+    previews = learner._previews(trajectories, [0, 2])
+    for column, k in enumerate([0, 2]):
+        images = policy.preview(previews[:, column].float())
+        texts = [trainer.components.prompts[i] for i in trajectories.prompt_id.tolist()]
+        reward = trainer.components.reward.total(images, texts)
+        assert trajectories.x0_hat_reward is not None
+        torch.testing.assert_close(reward, trajectories.x0_hat_reward[:, k], rtol=2e-3, atol=2e-3)
+
+
+# -- steps and their size -----------------------------------------------------------------------------------------
+
+
+def test_informative_steps_are_drawn_as_often_as_they_should_be() -> None:
+    informativeness = torch.tensor([4.0, 2.0, 1.0, 1.0, 0.0, 0.0, 0.0, 0.0])
+    generator, T, count, draws = torch.Generator().manual_seed(0), 8, 3, 4000
+    drawn = torch.zeros(T)
+    for _ in range(draws):
+        steps = informative_steps(informativeness, count, generator)
+        assert len({k for k, _ in steps}) == count
+        for k, weight in steps:
+            drawn[k] += 1
+            assert weight <= T / count + 1e-9
+    # A quarter uniform, the rest in proportion; the first exceeds 1, and what it leaves goes to the others.
+    wanted = count * (0.25 / T + 0.75 * informativeness / informativeness.sum())
+    rest = wanted.clone()
+    rest[0] = 0
+    expected = torch.cat([torch.ones(1), rest[1:] * (count - 1) / rest.sum()])
+    assert (drawn / draws).tolist() == pytest.approx(expected.tolist(), abs=4 * 0.5 / draws**0.5)
+
+
+def kl_from(trainer: Trainer, outputs: list[Tensor], trajectories: Any) -> float:
+    """The mean KL of the first 8 trajectories' transitions from the policy with these outputs to the present one."""
+    learner, found = trainer.learner, []
+    schedule, text = learner.schedule, learner.text.rows(trajectories.prompt_id)
+    for k, before in enumerate(outputs):
+        now = predicted(trainer, trajectories, k)
+        square = (now - before).square().flatten(1).sum(1)
+        found.append(0.5 * (schedule.mean_output[k] / schedule.sigma[k]).square() * square)
+    assert len(text)
+    return float(torch.stack(found).mean())
+
+
+@torch.no_grad()
+def predicted(trainer: Trainer, trajectories: Any, k: int) -> Tensor:
+    learner = trainer.learner
+    x, text = trajectories.states(k, slice(0, 8)), learner.text.rows(trajectories.prompt_id)
+    return learner.policy.predict(x, learner.schedule.timesteps[k].expand(8), text).guided
+
+
+@pytest.mark.parametrize("rollout", ["stored", "one_pass"])
+def test_an_update_stays_inside_the_trust_region(make_recipe: MakeRecipe, tmp_path: Path, rollout: str) -> None:
+    moved = {}
+    for max_kl in (None, 1e-3):
+        train = {"rollout": rollout, "updates": 1, "learning_rate": 0.02, "max_kl": max_kl, "micro_batch": 8}
+        recipe = make_recipe(objective=PATHWISE, train=train, sampler={"tile": 8})
+        trainer, trajectories = rolled_out(recipe, RunFolder.create(tmp_path / str(max_kl)))
+        outputs = [predicted(trainer, trajectories, k) for k in range(4)]
+        if rollout == "stored":
+            measured = updated(trainer, trajectories)
+        else:
+            state = trainer.begin_epoch(0)
+            trainer.train_in_one_pass(state)
+            measured = state.measured
+        moved[max_kl] = kl_from(trainer, outputs, trajectories)
+    assert moved[None] > 3e-3
+    assert 3e-4 < moved[1e-3] <= 1e-3
+    assert measured["kl_old"] == pytest.approx(moved[1e-3], rel=1e-3)
+    assert 0 < measured["step_scale"] < 1
