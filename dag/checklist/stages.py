@@ -99,7 +99,7 @@ def _on_a_gpu() -> dict[str, tuple[str, ...]]:
 
 def _on_a_cpu() -> dict[str, tuple[str, ...]]:
     """Commands by stage, without a GPU: on the embedded model and few samples. Their rows say nothing about a GPU."""
-    tiny, scorer = "tiny_cpu.yaml", ("reward.name=image_text", "reward.path=random")
+    tiny, scorer = "tiny_cpu_db.yaml", ("reward.name=image_text", "reward.path=random")
     small = ("sampler.steps=3", "sampler.tile=2", "train.micro_batch=2")
     quick = (*_words("--set", small), "--trajectories", "2")
     full = ("adapter.kind=full", "regulariser.pretrained_kl=0")

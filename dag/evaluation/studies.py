@@ -10,7 +10,7 @@ _DDPO_AT_PAPER_SCALE = (
     "regulariser.sampling=0",
 )
 _TINY = (
-    Method("dag_db", "tiny_cpu.yaml"),
+    Method("dag_db", "tiny_cpu_db.yaml"),
     Method("dag_kl", "tiny_cpu_kl.yaml"),
     Method("ddpo", "tiny_cpu_ddpo.yaml"),
 )
@@ -67,17 +67,17 @@ def _reward(name: str, title: str, scale: str) -> Study:
 
 
 _ABLATIONS = (
-    Method("dag_db", "tiny_cpu.yaml"),
-    Method("no_forward_looking", "tiny_cpu.yaml", ("objective.forward_looking.source=none",)),
-    Method("current_x0_hat", "tiny_cpu.yaml", ("objective.forward_looking.source=current",)),
-    Method("one_pass", "tiny_cpu.yaml", ("train.rollout=one_pass",)),
+    Method("dag_db", "tiny_cpu_db.yaml"),
+    Method("no_forward_looking", "tiny_cpu_db.yaml", ("objective.forward_looking.source=none",)),
+    Method("current_x0_hat", "tiny_cpu_db.yaml", ("objective.forward_looking.source=current",)),
+    Method("one_pass", "tiny_cpu_db.yaml", ("train.rollout=one_pass",)),
     Method("dag_kl", "tiny_cpu_kl.yaml", ("train.learning_rate=5e-3", "regulariser.pretrained_kl=1.2e-4")),
-    Method("beta_quarter", "tiny_cpu.yaml", ("objective.beta.value=250",)),
-    Method("beta_fourfold", "tiny_cpu.yaml", ("objective.beta.value=4000",)),
-    Method("next_flow_trained", "tiny_cpu.yaml", ("objective.detach_next=false",)),
-    Method("mean_log_probs", "tiny_cpu.yaml", ("objective.log_prob_reduction=mean",)),
-    Method("no_regulariser", "tiny_cpu.yaml", ("regulariser.pretrained_kl=0",)),
-    Method("prior", "tiny_cpu.yaml", ("regulariser.pretrained_kl=0", "objective.prior=pretrained")),
+    Method("beta_quarter", "tiny_cpu_db.yaml", ("objective.beta.value=250",)),
+    Method("beta_fourfold", "tiny_cpu_db.yaml", ("objective.beta.value=4000",)),
+    Method("next_flow_trained", "tiny_cpu_db.yaml", ("objective.detach_next=false",)),
+    Method("mean_log_probs", "tiny_cpu_db.yaml", ("objective.log_prob_reduction=mean",)),
+    Method("no_regulariser", "tiny_cpu_db.yaml", ("regulariser.pretrained_kl=0",)),
+    Method("prior", "tiny_cpu_db.yaml", ("regulariser.pretrained_kl=0", "objective.prior=pretrained")),
 )
 
 STUDIES: dict[str, dict[str, dict[str, Study]]] = {
@@ -111,8 +111,8 @@ STUDIES: dict[str, dict[str, dict[str, Study]]] = {
                 question="DAG-DB towards p_pretrained exp(beta r) and towards exp(beta r), no regulariser for either, and the "
                 f"better of two learning rates: {_CHOICE}.",
                 methods=(
-                    Method("dag_db", "tiny_cpu.yaml", tried=_SLOW),
-                    Method("dag_db_prior", "tiny_cpu.yaml", ("objective.prior=pretrained",), tried=_SLOW),
+                    Method("dag_db", "tiny_cpu_db.yaml", tried=_SLOW),
+                    Method("dag_db_prior", "tiny_cpu_db.yaml", ("objective.prior=pretrained",), tried=_SLOW),
                 ),
                 overrides=("reward={name: colourfulness}", "regulariser.pretrained_kl=0"),
                 sizes=("evaluation.every=4",),
@@ -121,7 +121,7 @@ STUDIES: dict[str, dict[str, dict[str, Study]]] = {
         "ablations": {
             "colourfulness": Study(
                 title="One choice at a time",
-                question="recipes/tiny_cpu.yaml (dag_db), and what changes if one of its choices does.",
+                question="recipes/tiny_cpu_db.yaml (dag_db), and what changes if one of its choices does.",
                 methods=_ABLATIONS,
                 overrides=("reward={name: colourfulness}",),
                 sizes=("evaluation.every=4",),

@@ -1,6 +1,7 @@
 """The dict of objectives, their interface, and the losses that they share."""
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import torch
@@ -26,6 +27,8 @@ class ObjectiveOutput:
     """(B,) detached detailed-balance residual, unscaled, in nats of the recipe's reduction; None without a flow."""
     clipped: Tensor | None = None
     """(B,) bool, whether the ratio was outside the clip range; None for an objective that does not clip."""
+    per_step: Mapping[str, Tensor] = field(default_factory=dict)
+    """What training adds for the metrics, by name: (T, 2) sums and counts of a number of each step's transitions."""
 
 
 class Objective(Protocol):

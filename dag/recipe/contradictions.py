@@ -1,6 +1,6 @@
 """Mistakes of a recipe that involve several keys. Imports no torch."""
 
-from dag.recipe.objective_sections import Around
+from dag.recipe.objective_sections import Around, NablaBalance, ScalarBalance
 from dag.recipe.schema import Recipe
 
 
@@ -23,6 +23,7 @@ def validate(recipe: Recipe) -> list[str]:
     if train.rollout == "one_pass":
         problems += _one_pass_problems(recipe)
     problems += _step_choice_problems(recipe)
+    problems += _gradient_problems(recipe)
     if recipe.sampler.uncond == "frozen" and adapter.kind == "full":
         problems.append("sampler.uncond=frozen needs adapter.kind=lora: a full fine-tune keeps no pretrained copy")
     if recipe.memory.base != "compute" and adapter.kind == "full":
@@ -38,6 +39,23 @@ def validate(recipe: Recipe) -> list[str]:
     problems += _deterministic_problems(recipe)
     if recipe.evaluation.held_out and recipe.prompts.set not in ("drawbench", "hpdv2"):
         problems.append("evaluation.held_out: only prompts.set=drawbench and hpdv2 keep prompts back")
+    return problems
+
+
+def _gradient_problems(recipe: Recipe) -> list[str]:
+    """Keys that contradict an objective which takes the reward's gradient."""
+    balance, problems = recipe.balance, []
+    is_nabla = isinstance(balance, NablaBalance)
+    if is_nabla and recipe.flow.passes > 0:
+        problems.append("flow.passes trains the flow's values, and nabla_db's flow is trained by its gradients; use 0")
+    is_late = recipe.train.rollout == "one_pass" or (
+        isinstance(balance, ScalarBalance) and balance.policy_gradient == "control_variate"
+    )
+    if recipe.has_critic and is_late and recipe.warmup_epochs == 0:
+        problems.append(
+            "reward_critic: in one pass and with control_variate the policy is trained before the critic has seen its rollout; "
+            "set flow.warmup_epochs to 1 or more"
+        )
     return problems
 
 

@@ -268,8 +268,9 @@ class Recipe(Section):
 
     @property
     def differentiates_rewards(self) -> bool:
-        """Whether training back-propagates through the decoder and at least one reward."""
-        return self.balance is not None and self.balance.takes_gradient and not all(self.learnt_rewards)
+        """Whether training back-propagates through the decoder and at least one reward, for the policy or to check the critic."""
+        balance = self.balance
+        return balance is not None and balance.takes_gradient and any(term.has_gradient for term in self.reward)
 
     @property
     def has_critic(self) -> bool:

@@ -3,6 +3,7 @@
 Legend: N trajectories, B trajectories of a micro-batch, T transitions.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -27,6 +28,8 @@ class UpdateSums:
     """() of each micro-batch: the share of transitions whose ratio was outside the clip range."""
     ratio_dev: list[Tensor] = field(default_factory=list)
     """() of each micro-batch of the first update: the largest |ratio - 1|."""
+    per_step: dict[str, Tensor] = field(default_factory=dict)
+    """(T, 2) sums and counts of numbers of each step's transitions, by name."""
     updates: int = 0
     """Finished updates."""
     norms: dict[str, list[float]] = field(default_factory=dict)
@@ -39,19 +42,33 @@ class UpdateSums:
         """The sums that `state` returned, on the policy's device."""
         names = ("loss", "clipped", "ratio_dev")
         lists = {name: [] if stored[name] is None else list(stored[name].to(device)) for name in names}
-        return cls(**lists, updates=stored["updates"], norms=stored["norms"], bounded=stored.get("bounded", {}))
+        per_step = {name: sums.to(device) for name, sums in stored.get("per_step", {}).items()}
+        return cls(
+            **lists,
+            per_step=per_step,
+            updates=stored["updates"],
+            norms=stored["norms"],
+            bounded=stored.get("bounded", {}),
+        )
 
     def state(self) -> dict[str, Any]:
         """The sums as a tree of tensors and plain values, for a checkpoint."""
         lists = {"loss": self.loss, "clipped": self.clipped, "ratio_dev": self.ratio_dev}
         stacked = {name: torch.stack(values) if values else None for name, values in lists.items()}
-        return {**stacked, "updates": self.updates, "norms": self.norms, "bounded": self.bounded}
+        return {
+            **stacked,
+            "per_step": self.per_step,
+            "updates": self.updates,
+            "norms": self.norms,
+            "bounded": self.bounded,
+        }
 
     def extend(self, other: "UpdateSums") -> None:
         """Add the micro-batches of an update. Its norms are added by `end_update`."""
         self.loss += other.loss
         self.clipped += other.clipped
         self.ratio_dev += other.ratio_dev
+        self._add_per_step(other.per_step)
 
     def add(self, output: ObjectiveOutput, loss: Tensor) -> None:
         """Add one micro-batch, whose share of the update's mean loss is `loss` ()."""
@@ -60,6 +77,11 @@ class UpdateSums:
             self.ratio_dev.append((output.ratio - 1).abs().max())
         if output.clipped is not None:
             self.clipped.append(output.clipped.float().mean())
+        self._add_per_step(output.per_step)
+
+    def _add_per_step(self, found: Mapping[str, Tensor]) -> None:
+        for name, sums in found.items():
+            self.per_step[name] = self.per_step[name] + sums if name in self.per_step else sums
 
     def end_update(self, norms: dict[str, float], bounded: dict[str, float]) -> None:
         """Count a finished update, with its gradient norms by the optimizer's name, and what the trust region measured."""

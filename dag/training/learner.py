@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from dag_kernels import penalty
 from torch import Generator, Tensor, nn
+from torch.nn import functional
 
 from dag.chain.policy import Policy
 from dag.chain.rollout import Score, last_latents
@@ -33,6 +34,8 @@ from dag.training.updates import Updates
 
 # A flow-only update takes this many times as many transitions as a micro-batch: the flow is far cheaper than the denoiser.
 _FLOW_BATCHES = 8
+# Trajectories at whose previews the critic's gradient is compared with the exact one.
+_COMPARED = 8
 
 
 class Learner:
@@ -143,10 +146,26 @@ class Learner:
         reward = torch.cat([trajectories.x0_hat_reward[:, steps], trajectories.reward[:, None]], dim=1)
         if not all(self.recipe.learnt_rewards):
             reward = reward - self._exact_part(latents, rollout.score)
+        measured = self._agreement(latents[:_COMPARED, len(steps) // 2].float(), trajectories.prompt_id, rollout.score)
         everyones = [
             self.processes.everyones(part, rollout.groups) for part in (latents, reward, trajectories.prompt_id)
         ]
-        return self.critic_fit.learn(everyones[0], everyones[1], everyones[2])
+        return measured | self.critic_fit.learn(everyones[0], everyones[1], everyones[2])
+
+    def _agreement(self, latents: Tensor, prompt_id: Tensor, score: Score) -> dict[str, float]:
+        """The mean cosine of the critic's gradient and the exact one at a few latents (B, C, H, W), as the last updates used it.
+
+        Empty where a learnt reward has no gradient, and before the critic has learnt.
+        """
+        assert self.critic_fit is not None
+        learnt = [t for t, is_learnt in zip(self.recipe.reward, self.recipe.learnt_rewards, strict=True) if is_learnt]
+        if not all(term.has_gradient for term in learnt) or self.critic_fit.rollouts == 0:
+            return {}
+        rows = torch.arange(len(latents))
+        exact = score.gradient(latents, rows, is_preview=True, is_learnt=True)[1]
+        ours = self.critic_fit.value_and_gradient(latents, prompt_id[: len(latents)])[1]
+        cosine = functional.cosine_similarity(exact.flatten(1), ours.flatten(1)).mean()
+        return {"critic_cosine": float(self.processes.sum(cosine)) / self.processes.size}
 
     @torch.no_grad()
     def _previews(self, trajectories: Trajectories, steps: Sequence[int]) -> Tensor:

@@ -155,6 +155,18 @@ class Loss:
         scale, weight = self.flow_fit.residual_scale[ks], self.flow_fit.step_weights()[ks]
         return replace(transition, **vars(flows), residual_scale=scale, residual_weight=weight)
 
+    def output(self, transition: Transition, k: int, pull: Pull | None) -> ObjectiveOutput:
+        """The objective's output for transitions of step k, with what was measured on the way."""
+        output = self.objective(transition)
+        return output if pull is None else replace(output, per_step=self._per_step(pull.measured, k))
+
+    def _per_step(self, measured: dict[str, Tensor], k: int) -> dict[str, Tensor]:
+        """(T, 2) sums and counts of numbers (B,) of step k, by name."""
+        found = {name: torch.zeros(self.schedule.num_transitions, 2, device=self.device) for name in measured}
+        for name, values in measured.items():
+            found[name][k, 0], found[name][k, 1] = values.sum(), len(values)
+        return found
+
     def regulariser(self, now: TransitionLogProbs) -> Tensor:
         """(B,) weighted sum of the regularisers: distance to the output at sampling time, KL to the pretrained policy."""
         weights, total = self.regularisers, torch.zeros_like(now.log_pb)
@@ -193,7 +205,7 @@ class Loss:
             None if advantages is None else advantages[rows, k],
             pull,
         )
-        return self.objective(transition), self.regulariser(now)
+        return self.output(transition, k, pull), self.regulariser(now)
 
     def _states(self, rollout: Rollout, rows: Rows, k: int) -> States:
         """The transitions of step k of the trajectories `rows`, with the policy's predictions."""

@@ -285,7 +285,7 @@ class OnePass:
             pull = self.loss.pulls(states, following.look, log_F_next, state.epoch)
         sampled = step.sampled
         transition = self.loss.transition(k, pending.now, sampled.log_pf, sampled.log_pb, flows, advantage, pull)
-        output, regulariser = self.learner.objective(transition), self.loss.regulariser(pending.now)
+        output, regulariser = self.loss.output(transition, k, pull), self.loss.regulariser(pending.now)
         self.updates.suspects.add(k, tile.sample_id, output)
         self.updates.backward(output, regulariser, pending.weight, num_trajectories, state.share)
 

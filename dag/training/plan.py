@@ -5,7 +5,7 @@ import math
 from dataclasses import dataclass
 
 from dag.models.source import local_folder
-from dag.recipe import Recipe, is_scored
+from dag.recipe import NablaBalance, Recipe, is_scored
 
 # Assumed if the model's files are not on this machine: those of SD 1.x, whose VAE divides the side by 8.
 _ASSUMED_CHANNELS, _ASSUMED_FACTOR, _ASSUMED_RESOLUTION = 4, 8, 512
@@ -63,12 +63,15 @@ def make_plan(recipe: Recipe) -> Plan:
     if recipe.regulariser.pretrained_kl > 0:
         extra += trained_rows
     extra += train.trajectories * T if recipe.samples_prior else 0
+    extra += trained_rows * _gradient_passes(recipe)
     previews, section = 0, recipe.forward_looking
     if section is not None:
         previews = train.trajectories * sum(is_scored(k, T, section.stride) for k in range(T))
         if section.source == "current":
             extra += trained_rows
             previews += 2 * trained_rows - train.trajectories * train.inner_epochs
+    if not all(recipe.learnt_rewards) and balance is not None and balance.takes_gradient:
+        previews += trained_rows
     beta_eff = None
     if balance is not None:
         beta_eff = balance.beta.value * (D if recipe.objective.log_prob_reduction == "mean" else 1)
@@ -84,11 +87,30 @@ def make_plan(recipe: Recipe) -> Plan:
     )
 
 
+def _gradient_passes(recipe: Recipe) -> int:
+    """UNet forward passes of a trained transition for the gradient of log F, besides those of sampling and training."""
+    balance, is_stored = recipe.balance, recipe.train.rollout == "stored"
+    if balance is None or not balance.takes_gradient:
+        return 0
+    at_the_next_state = is_stored or balance.jacobian == "pretrained"
+    of_the_pretrained = recipe.has_prior and (is_stored or not recipe.samples_prior)
+    has_reverse = isinstance(balance, NablaBalance) and balance.has_flow and recipe.has_prior
+    return int(at_the_next_state) + int(of_the_pretrained and recipe.regulariser.pretrained_kl == 0) + int(has_reverse)
+
+
 def _target(recipe: Recipe) -> str:
     """The distribution that the objective aims at, in words; "" for one that only maximises the reward."""
     if recipe.balance is None:
         return ""
     return f" towards {'p_pretrained ' if recipe.has_prior else ''}exp(beta r)"
+
+
+def _gradients(recipe: Recipe) -> str:
+    """Where the gradients of the rewards come from, in words; "" for an objective that does not take them."""
+    if recipe.balance is None or not recipe.balance.takes_gradient:
+        return ""
+    kinds = ["learnt" if is_learnt else "exact" for is_learnt in recipe.learnt_rewards]
+    return f"; gradient {' + '.join(kinds)}"
 
 
 def describe(recipe: Recipe, num_prompts: int) -> str:
@@ -104,7 +126,7 @@ def describe(recipe: Recipe, num_prompts: int) -> str:
         + (f" rank {recipe.adapter.rank}" if recipe.adapter.kind == "lora" else ""),
         f"latent        D = {plan.latent_elements} elements per sample ({known})",
         f"prompts       {num_prompts}",
-        f"reward        {' + '.join(f'{term.weight:g} {term.name}' for term in recipe.reward)}",
+        f"reward        {' + '.join(f'{term.weight:g} {term.name}' for term in recipe.reward)}{_gradients(recipe)}",
         f"objective     {recipe.objective.name}{_target(recipe)}, log-probs reduced by {recipe.objective.log_prob_reduction}",
         f"sampling      {sampler.steps} steps, eta {sampler.eta:g}, guidance {sampler.guidance_scale:g}, {sampler.tile} at a time",
         f"per epoch     {train.trajectories} trajectories, {plan.rewards_per_epoch} images decoded and scored, "

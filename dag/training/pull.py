@@ -50,6 +50,8 @@ class Pull:
     """log F(x_next) minus the function whose gradient the target has; None if the objective does not correct for it."""
     reverse: Tensor | None
     """Weighted square of nabla-DB's reverse residual, with the flow's gradient; None if the objective does not take it."""
+    measured: dict[str, Tensor]
+    """For the metrics: the norm of d log F / d x_next, and the KL to the pretrained policy where that is run, in nats."""
 
 
 class Pulls:
@@ -97,7 +99,16 @@ class Pulls:
         if self.is_corrected:
             unexplained = (log_F_next - look.log_looking).detach()
         reverse = self._reverse(states, epoch) if self.has_reverse else None
-        return Pull(factor * target.weight * kl, unexplained, reverse)
+        return Pull(factor * target.weight * kl, unexplained, reverse, self._measured(states, look))
+
+    @torch.no_grad()
+    def _measured(self, states: States, look: Look) -> dict[str, Tensor]:
+        measured = {"gradient_norm": look.y.flatten(1).norm(dim=1)}
+        if states.pretrained is not None:
+            square = (states.prediction.guided - states.pretrained).square().flatten(1).sum(1)
+            k, schedule = states.k, self.schedule
+            measured["pretrained_kl"] = 0.5 * (schedule.mean_output[k] / schedule.sigma[k]).square() * square
+        return measured
 
     def _target(self, states: States, y: Tensor) -> pathwise.Target:
         if self.has_prior:

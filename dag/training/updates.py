@@ -169,7 +169,12 @@ class Updates:
         if sums.clipped:
             measured["clip_frac"] = float(self.processes.sum(torch.stack(sums.clipped).mean())) / self.processes.size
         measured |= {f"grad_norm_{name}": sum(norms) / len(norms) for name, norms in sums.norms.items()}
-        return measured | {name: sum(values) / len(values) for name, values in sums.bounded.items()}
+        measured |= {name: sum(values) / len(values) for name, values in sums.bounded.items()}
+        return measured | {f"{name}_per_step": self._means(found) for name, found in sums.per_step.items()}
+
+    def _means(self, found: Tensor) -> list[float | None]:
+        """T means over all processes from (T, 2) sums and counts; None for a step that was not trained."""
+        return [total / count if count else None for total, count in self.processes.sum(found).tolist()]
 
     # -- what a checkpoint keeps ---------------------------------------------------------------------------------
 

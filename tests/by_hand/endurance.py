@@ -37,8 +37,8 @@ SMALL = (
     *("checkpoint.every=2", "checkpoint.minutes=0.005", "checkpoint.keep=2"),
 )
 KINDS = {
-    "dag_db": ("tiny_cpu.yaml", ()),
-    "one_pass": ("tiny_cpu.yaml", ("train.rollout=one_pass",)),
+    "dag_db": ("tiny_cpu_db.yaml", ()),
+    "one_pass": ("tiny_cpu_db.yaml", ("train.rollout=one_pass",)),
     "dag_kl, 8 bit": ("tiny_cpu_kl.yaml", ("train.optimizer=adamw8bit",)),
     "ddpo": ("tiny_cpu_ddpo.yaml", ()),
 }

@@ -279,7 +279,7 @@ FIGURES = (
     *("ms_total", "ms_sample", "ms_reward", "ms_update", "trajectories_per_hour", "gflop_per_transition"),
     *("tflop_per_second", "utilisation"),
 )
-QUICK = ["--recipe", str(ROOT / "recipes/tiny_cpu.yaml"), "--repeats", "1"]
+QUICK = ["--recipe", str(ROOT / "recipes/tiny_cpu_db.yaml"), "--repeats", "1"]
 
 
 def test_a_row_that_breaks_does_not_end_the_others(
@@ -339,7 +339,7 @@ def test_the_gpu_is_busy_where_any_kernel_runs() -> None:
 def test_a_profile_of_the_step(tmp_path: Path) -> None:
     result = tmp_path / "profile.csv"
     small = [word for override in ("sampler.steps=2", "train.micro_batch=2") for word in ("--set", override)]
-    recipe = ["--recipe", str(ROOT / "recipes/tiny_cpu.yaml"), "--trajectories", "2"]
+    recipe = ["--recipe", str(ROOT / "recipes/tiny_cpu_db.yaml"), "--trajectories", "2"]
     assert bench.main(["profile", *recipe, *small, "--csv", str(result)]) == 0
     with result.open() as file:
         *operators, idle = csv.DictReader(file)
@@ -398,7 +398,7 @@ def trial(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., list
             return subprocess.Popen([sys.executable, str(tmp_path / "trained.py"), fault, *command[-2:]])
 
         monkeypatch.setattr(trial_run, "_start", start)
-        return list(trial_run.rows(str(ROOT / "recipes/tiny_cpu.yaml"), [], device))
+        return list(trial_run.rows(str(ROOT / "recipes/tiny_cpu_db.yaml"), [], device))
 
     return run
 

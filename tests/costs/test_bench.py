@@ -37,7 +37,7 @@ SMALL = (
 
 
 def recipe_of(*overrides: str) -> Recipe:
-    return load(ROOT / "recipes/tiny_cpu.yaml", [*SMALL, *overrides])
+    return load(ROOT / "recipes/tiny_cpu_db.yaml", [*SMALL, *overrides])
 
 
 def trainer_of(recipe: Recipe, folder: Path) -> Trainer:
@@ -111,7 +111,7 @@ def test_the_published_work_is_what_its_docstring_says(tmp_path: Path, monkeypat
 
 def test_the_bench_compares_with_the_published_work(tmp_path: Path, capsys: Any) -> None:
     result = tmp_path / "rows.json"
-    arguments = ["train-step", "--recipe", str(ROOT / "recipes/tiny_cpu.yaml"), "--literal", "--ablation"]
+    arguments = ["train-step", "--recipe", str(ROOT / "recipes/tiny_cpu_db.yaml"), "--literal", "--ablation"]
     chosen = [word for override in (*SMALL, "sampler.steps=3") for word in ("--set", override)]
     limits = ["--trajectories", str(TRAJECTORIES), "--repeats", "1", "--no-prediction", "--json", str(result)]
     assert bench.main([*arguments, *chosen, *limits]) == 0
@@ -144,7 +144,7 @@ def test_ddpo_is_refused(capsys: Any) -> None:
 
 def test_cheaper_previews_are_measured_against_the_full_ones(tmp_path: Path, capsys: Any) -> None:
     result = tmp_path / "rows.json"
-    recipe, few = str(ROOT / "recipes/tiny_cpu.yaml"), ["--trajectories", "4", "--json", str(result)]
+    recipe, few = str(ROOT / "recipes/tiny_cpu_db.yaml"), ["--trajectories", "4", "--json", str(result)]
     assert bench.main(["previews", "--recipe", recipe, "--set", "sampler.steps=6", *few]) == 0
     rows = {(row["decoder"], row["stride"]): row for row in json.loads(result.read_text())["rows"]}
     assert len(capsys.readouterr().out.splitlines()) == len(rows) == 9
@@ -156,7 +156,7 @@ def test_cheaper_previews_are_measured_against_the_full_ones(tmp_path: Path, cap
 
 def test_chains_are_exact_where_log_pf_is_taken_at_the_stored_state(tmp_path: Path) -> None:
     result = tmp_path / "rows.json"
-    recipe, few = str(ROOT / "recipes/tiny_cpu.yaml"), ["--trajectories", "4", "--json", str(result)]
+    recipe, few = str(ROOT / "recipes/tiny_cpu_db.yaml"), ["--trajectories", "4", "--json", str(result)]
     assert bench.main(["storage", "--recipe", recipe, "--set", "sampler.steps=6", *few]) == 0
     rows = {(row["chain"], row["log_pf_at"]): row for row in json.loads(result.read_text())["rows"]}
     assert [rows[dtype, "stored"]["ratio_error"] for dtype in ("fp32", "fp16", "bf16")] == [0, 0, 0]
@@ -169,7 +169,7 @@ def test_chains_are_exact_where_log_pf_is_taken_at_the_stored_state(tmp_path: Pa
 def test_every_row_leaves_out_the_passes_of_the_pretrained_model() -> None:
     """The prior and the regulariser, which FLOP counts leave out, are off in every row."""
     given = ["objective.prior=pretrained"]
-    recipes = [r for _, r in ablation.cases(str(ROOT / "recipes/tiny_cpu.yaml"), given, None, is_ablation=True)]
+    recipes = [r for _, r in ablation.cases(str(ROOT / "recipes/tiny_cpu_db.yaml"), given, None, is_ablation=True)]
     assert {recipe.objective.prior for recipe in recipes} == {"none"}  # type: ignore[union-attr]
     assert {recipe.regulariser.pretrained_kl for recipe in recipes} == {0}
 
@@ -179,5 +179,5 @@ def test_a_row_that_does_not_fit_is_a_line_and_no_end(monkeypatch: pytest.Monkey
         raise RuntimeError("cuDNN error: CUDNN_STATUS_ALLOC_FAILED")
 
     monkeypatch.setattr(commands, "measure", full)
-    assert bench.main(["train-step", "--recipe", str(ROOT / "recipes/tiny_cpu.yaml")]) == 1
+    assert bench.main(["train-step", "--recipe", str(ROOT / "recipes/tiny_cpu_db.yaml")]) == 1
     assert "not measured: out of GPU memory: cuDNN error: CUDNN_STATUS_ALLOC_FAILED" in capsys.readouterr().out

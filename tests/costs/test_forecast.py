@@ -163,7 +163,7 @@ def test_a_budget_refuses_before_anything_is_loaded(
 def test_states_of_the_optimizers_are_counted_as_they_are() -> None:
     pytest.importorskip("bitsandbytes")
     parameters = [torch.nn.Parameter(torch.randn(shape)) for shape in ((4095,), (64, 64), (300, 70))]
-    train = load(ROOT / "recipes/tiny_cpu.yaml").train
+    train = load(ROOT / "recipes/tiny_cpu_db.yaml").train
     for kind in ("adamw", "adamw8bit", "paged_adamw8bit"):
         optimizer = build_optimizer(parameters, 1e-3, train, kind)
         sum(p.square().sum() for p in parameters).backward()  # type: ignore[union-attr]

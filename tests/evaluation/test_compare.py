@@ -36,7 +36,7 @@ def make_run(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
         ]
         run = tmp_path_factory.mktemp("runs") / "run"
         words = [word for override in chosen for word in ("--set", override)]
-        assert train_dag.main(["--recipe", str(ROOT / "recipes/tiny_cpu.yaml"), "--out", str(run), *words]) == 0
+        assert train_dag.main(["--recipe", str(ROOT / "recipes/tiny_cpu_db.yaml"), "--out", str(run), *words]) == 0
         return run
 
     return make
@@ -200,6 +200,6 @@ def test_out_that_is_a_file(run: Path, tmp_path: Path, capsys: pytest.CaptureFix
 def test_prompts_that_the_judge_cannot_judge_are_refused_before_training(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    arguments = ["--recipe", str(ROOT / "recipes/tiny_cpu.yaml"), "--set", "prompts={texts: [a spaceship]}"]
+    arguments = ["--recipe", str(ROOT / "recipes/tiny_cpu_db.yaml"), "--set", "prompts={texts: [a spaceship]}"]
     assert train_dag.main([*arguments, "--out", str(tmp_path / "run")]) == 2
     assert "evaluation.fidelity: the judge knows no single thing in the prompt 'a spaceship'" in capsys.readouterr().err

@@ -21,7 +21,7 @@ ROOT = Path(__file__).parents[2]
 def run(tmp_path: Path) -> RunFolder:
     """The folder of a run of three epochs, without any row of metrics yet."""
     folder = RunFolder.create(tmp_path / "run")
-    recipe = load(ROOT / "recipes/tiny_cpu.yaml", ["train.epochs=3"])
+    recipe = load(ROOT / "recipes/tiny_cpu_db.yaml", ["train.epochs=3"])
     folder.write_description({"recipe": recipe.model_dump(mode="json")})
     return folder
 

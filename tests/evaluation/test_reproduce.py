@@ -49,7 +49,7 @@ STUDY = Study(
     title="A <small> study",
     question="Does it run?",
     methods=(
-        Method("dag_db", "tiny_cpu.yaml", ("flow.passes=0",), tried=(Setting(0.001), Setting(0.002))),
+        Method("dag_db", "tiny_cpu_db.yaml", ("flow.passes=0",), tried=(Setting(0.001), Setting(0.002))),
         Method("ddpo", "tiny_cpu_ddpo.yaml"),
     ),
     overrides=SHORT,

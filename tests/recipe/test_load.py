@@ -164,6 +164,14 @@ def test_all_mistakes_are_reported_together(file: Path) -> None:
 
 # -- mistakes of several keys -------------------------------------------------------------------------------------
 
+JPEG = "reward={name: compressibility}"
+
+
+def gradient(kind: str, more: str = "weight: 1") -> str:
+    """The override that makes the objective a DAG-KL with this policy gradient."""
+    return f"objective={{name: dag_kl, beta: {{value: 1}}, policy_gradient: {kind}, {more}}}"
+
+
 CROSS_FIELD = [
     (("train.updates=3",), "train.updates=3 must divide train.trajectories=64"),
     (
@@ -177,6 +185,38 @@ CROSS_FIELD = [
     ),
     (("adapter.kind=full", "objective.prior=pretrained"), "objective.prior=pretrained needs adapter.kind=lora"),
     (("flow.channels=[]",), "flow.channels: name at least one width"),
+    ((gradient("pathwise", "reward_gradient: exact"), JPEG), "reward_gradient=exact: compressibility has no gradient"),
+    ((gradient("control_variate"),), "control_variate corrects a learnt gradient, and these rewards have an exact one"),
+    (
+        (gradient("control_variate"), JPEG, "flow.warmup_epochs=0"),
+        "reward_critic: in one pass and with control_variate the policy is trained before",
+    ),
+    (
+        (gradient("control_variate", "prior: pretrained, learnt_flow: false, jacobian: pretrained"), JPEG),
+        "control_variate scores the policy's own x0_hat",
+    ),
+    (
+        (gradient("pathwise", "jacobian: pretrained"),),
+        "jacobian=pretrained needs prior=pretrained and learnt_flow=false",
+    ),
+    ((gradient("pathwise", "forward_looking: {source: none}"),), "differentiates the policy's own x0_hat"),
+    ((gradient("pathwise", "correction: 0.5"),), "objective.correction belongs to policy_gradient=control_variate"),
+    ((gradient("pathwise", "clip_range: 0.1"),), "objective.clip_range has no effect with objective.policy_gradient="),
+    ((gradient("score", "jacobian: none"),), "objective.jacobian has no effect with policy_gradient=score"),
+    (("objective={name: nabla_db, beta: {value: 1}}", "flow.passes=1"), "flow.passes trains the flow's values"),
+    (
+        ("objective={name: nabla_db, beta: {value: 1}, learnt_flow: false, reverse: 2}",),
+        "objective.reverse has no effect with learnt_flow=false",
+    ),
+    (("train.step_choice=informative",), "train.step_choice=informative has no effect with train.step_fraction=1"),
+    (
+        ("train.step_choice=informative", "train.step_fraction=0.5"),
+        "train.step_choice=informative draws the last step like all others",
+    ),
+    (
+        ("train.step_choice=informative", "objective={name: ddpo}"),
+        "train.step_choice=informative is measured on the rewards of x0_hat",
+    ),
 ]
 
 

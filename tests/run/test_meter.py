@@ -106,7 +106,7 @@ def test_a_run_writes_its_phases(tmp_path: Path, rollout: str) -> None:
     few = ("train.epochs=2", "train.trajectories=4", "sampler.steps=3", "train.micro_batch=2", "flow.passes=0")
     chosen = [*few, f"train.rollout={rollout}", "evaluation.prompts=1", "evaluation.images_per_prompt=2"]
     overrides = [word for override in chosen for word in ("--set", override)]
-    recipe, run = str(ROOT / "recipes/tiny_cpu.yaml"), tmp_path / "run"
+    recipe, run = str(ROOT / "recipes/tiny_cpu_db.yaml"), tmp_path / "run"
     assert train_dag.main(["--recipe", recipe, "--out", str(run), *overrides]) == 0
     rows: list[dict[str, Any]] = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     assert rows[0]["memory_gib_evaluation"] > 0.1

@@ -122,6 +122,18 @@ def test_the_critic_learns_a_reward_that_depends_on_the_prompt(make_recipe: Make
     assert gradient[0, 0].mean() > 0 > gradient[1, 0].mean()
 
 
+def test_the_critics_gradient_is_compared_with_the_exact_one_where_there_is_one(
+    make_recipe: MakeRecipe, run: RunFolder
+) -> None:
+    trainer, trajectories = rolled_out(make_recipe(objective=LEARNT, reward_critic={"width": 8}), run)
+    assert "critic_cosine" not in updated(trainer, trajectories), "the first updates have no critic before them"
+    measured = updated(trainer, trajectories, epoch=1)
+    assert 0 < measured["critic_cosine"] < 1
+    norms, kls = measured["gradient_norm_per_step"], measured["pretrained_kl_per_step"]
+    assert len(norms) == len(kls) == 4
+    assert all(norm > 0 for norm in norms) and all(kl > 0 for kl in kls)
+
+
 def test_the_critic_keeps_the_newest_rollouts_and_holds_some_trajectories_out(
     make_recipe: MakeRecipe, run: RunFolder
 ) -> None:
