@@ -7,8 +7,8 @@ in float32 on the masters.
 Legend: I and O features in and out, R the LoRA rank.
 """
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
@@ -109,20 +109,13 @@ class TrainedWeights:
         if self.has_copies:
             torch._foreach_copy_(list[Tensor](self.copies), list[Tensor](self.masters))
 
-    @contextmanager
-    def switched(self, *, off: bool) -> Iterator[None]:
-        """A context in which, if `off`, the LoRA factors add nothing."""
-        if not off:
-            yield
-            return
-        # Not peft's own switch: it goes through the complete network and changes which weights need a gradient.
-        for layer in self.layers:
-            layer._disable_adapters = True
-        try:
-            yield
-        finally:
-            for layer in self.layers:
-                layer._disable_adapters = False
+    def as_now(self) -> AbstractContextManager[None]:
+        """A context in which the LoRA factors add something or nothing, as they do at this call."""
+        return self.switched(off=bool(self.layers) and self.layers[0]._disable_adapters)
+
+    def switched(self, *, off: bool) -> AbstractContextManager[None]:
+        """A context in which, if `off`, the LoRA factors add nothing. It may be entered several times, one after the other."""
+        return _Switched(self.layers if off else [])
 
     # -- by name -------------------------------------------------------------------------------------------------
 
@@ -214,3 +207,19 @@ class _LoraProduct(torch.autograd.Function):
 
 def _scaled(product: Tensor, scale: float) -> Tensor:
     return product if scale == 1.0 else product.mul_(scale)
+
+
+class _Switched(AbstractContextManager[None]):
+    """A context in which some LoRA layers add nothing."""
+
+    def __init__(self, layers: Sequence[LoraLayer]) -> None:
+        self.layers = layers
+
+    def __enter__(self) -> None:
+        # Not peft's own switch: it goes through the complete network and changes which weights need a gradient.
+        for layer in self.layers:
+            layer._disable_adapters = True
+
+    def __exit__(self, *error: object) -> None:
+        for layer in self.layers:
+            layer._disable_adapters = False

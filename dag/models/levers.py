@@ -1,11 +1,13 @@
 """Levers on the UNet, each a function: checkpointing, attention, quantisation, compilation."""
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
 import torch._dynamo
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 from dag.errors import RunError, UsageError
 
@@ -13,11 +15,21 @@ from dag.errors import RunError, UsageError
 _MOST_COMPILATIONS = 256
 
 
-def checkpoint_activations(unet: Any, kind: str) -> None:
-    """Recompute activations in the backward pass: none, those of the finest resolution (`selective`), or all (`full`)."""
+def checkpoint_activations(unet: Any, kind: str, as_now: Callable[[], AbstractContextManager[None]]) -> None:
+    """Recompute activations in the backward pass: none, those of the finest resolution (`selective`), or all (`full`).
+
+    Args:
+        as_now: gives a context in which the adapter is switched on or off as it is at the call. A pass of the pretrained model is
+            recomputed in it, since the adapter is on again by then.
+    """
     if kind == "none":
         return
-    unet.enable_gradient_checkpointing()
+
+    def checkpointed(block: nn.Module, *inputs: Any) -> Any:
+        as_then = as_now()
+        return checkpoint(block, *inputs, use_reentrant=False, context_fn=lambda: (nullcontext(), as_then))
+
+    unet.enable_gradient_checkpointing(checkpointed)
     if kind == "selective":
         finest = {id(module) for block in (unet.down_blocks[0], unet.up_blocks[-1]) for module in block.modules()}
         for module in unet.modules():

@@ -71,6 +71,7 @@ class StableDiffusion:
         self._text: tuple[Any, Any] | None = None
         self._uncond: Tensor | None = None
         self.weights = self._train_weights(recipe.seed)
+        checkpoint_activations(self.denoiser, memory.checkpointing, self.weights.as_now)
         compile_unet(self.denoiser, memory.compile)
 
     @property
@@ -233,7 +234,6 @@ class StableDiffusion:
         unet = load_module(UNet2DConditionModel, self.folder, "unet", dtype, self.device, self._variant)
         unet.to(memory_format=self.layout)
         attention = choose_attention(unet, memory.attention, self.device)
-        checkpoint_activations(unet, memory.checkpointing)
         quantise(unet, memory.base, self.dtype)
         return attention, unet
 

@@ -66,6 +66,31 @@ def test_the_flows_gradient_is_that_of_the_whole_chain(
     torch.testing.assert_close(slope, difference, rtol=0.02, atol=0.02 * float(difference.abs().max()))
 
 
+@pytest.mark.parametrize("options", [{"jacobian": "pretrained"}, {"name": "nabla_db", "learnt_flow": True}], ids=str)
+def test_checkpointing_does_not_change_the_gradient_of_the_pretrained_model(
+    make_recipe: MakeRecipe, tmp_path: Path, options: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its passes are recomputed when the adapter is on again, and must be recomputed without it."""
+    section, found = {**PATHWISE, **options}, []
+    if section["name"] == "nabla_db":
+        del section["policy_gradient"]
+    for checkpointing in ("none", "full"):
+        recipe = make_recipe(objective=section, memory={"checkpointing": checkpointing}, train={"updates": 1})
+        trainer, trajectories = rolled_out(recipe, RunFolder.create(tmp_path / checkpointing))
+        disturb(trainer.components)
+        found.append([p.grad.clone() for p in gradients_of(trainer, trajectories, monkeypatch) if p.grad is not None])
+    scale = max(float(gradient.abs().max()) for gradient in found[0])
+    assert max(float((a - b).abs().max()) for a, b in zip(*found, strict=True)) < 2e-5 * scale
+
+
+def gradients_of(trainer: Trainer, trajectories: Any, monkeypatch: pytest.MonkeyPatch) -> list[Any]:
+    """The trained weights with their gradients in an update that makes no step."""
+    monkeypatch.setattr("dag.training.optimizer.ClippedOptimizer.step", lambda stepper: 0.0)
+    updated(trainer, trajectories)
+    monkeypatch.undo()
+    return [parameter for optimizer in trainer.updates.optimizers() for parameter in optimizer.parameters]
+
+
 def test_the_gradient_does_not_depend_on_how_many_pictures_go_back_at_a_time(
     make_recipe: MakeRecipe, run: RunFolder
 ) -> None:

@@ -123,7 +123,7 @@ CHANGES: list[dict[str, Any]] = [
     {"objective": {**PATHWISE, "name": "dag_db"}, "sampler": {"chain_dtype": "fp16"}},
     {"objective": {**PATHWISE, "policy_gradient": "control_variate", "correction": 0.5}, "reward": JPEG},
     {"objective": PATHWISE, "sampler": {"uncond": "frozen"}},
-    {"objective": PATHWISE, "memory": {"checkpointing": "full"}},
+    {"objective": PATHWISE, "memory": {"checkpointing": "full"}, "sampler": {"uncond": "frozen"}},
     {"objective": {**PATHWISE, "prior": "pretrained"}, "reward": MIXED, "regulariser": {"pretrained_kl": 0.1}},
     {"objective": {**NABLA, "learnt_flow": False}},
     {"objective": {**NABLA, "prior": "pretrained"}},
