@@ -39,6 +39,10 @@ class Score(Protocol):
         `is_learnt` of the others."""
         ...
 
+    def exact(self, images: Tensor, rows: Tensor, *, is_preview: bool = False) -> Tensor:
+        """The sum (B,) of the rewards whose exact gradient is taken."""
+        ...
+
 
 @dataclass(frozen=True)
 class Batch:

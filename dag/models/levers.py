@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 import torch._dynamo
+import torch._functorch.config
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
@@ -26,6 +27,9 @@ def checkpoint_activations(unet: Any, kind: str, as_now: Callable[[], AbstractCo
         return
 
     def checkpointed(block: nn.Module, *inputs: Any) -> Any:
+        if torch.compiler.is_compiling():
+            # The graph that is traced has the adapter's state in it, and a compiler takes no context.
+            return checkpoint(block, *inputs, use_reentrant=False)
         as_then = as_now()
         return checkpoint(block, *inputs, use_reentrant=False, context_fn=lambda: (nullcontext(), as_then))
 
@@ -116,6 +120,8 @@ def compile_unet(unet: Any, kind: bool | str) -> None:
     torch._dynamo.config.recompile_limit = _MOST_COMPILATIONS
     torch._dynamo.config.accumulated_recompile_limit = _MOST_COMPILATIONS
     torch._dynamo.config.fail_on_recompile_limit_hit = True
+    # Donated buffers allow one backward pass a graph. The gradient of log F takes a second one.
+    torch._functorch.config.donated_buffer = False
     if kind == "unet":
         unet.compile(dynamic=False)
     else:

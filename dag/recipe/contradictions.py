@@ -1,6 +1,7 @@
 """Mistakes of a recipe that involve several keys. Imports no torch."""
 
 from dag.recipe.objective_sections import Around, NablaBalance, ScalarBalance
+from dag.recipe.reward_sections import Tower
 from dag.recipe.schema import Recipe
 
 
@@ -45,9 +46,23 @@ def validate(recipe: Recipe) -> list[str]:
 def _gradient_problems(recipe: Recipe) -> list[str]:
     """Keys that contradict an objective which takes the reward's gradient."""
     balance, problems = recipe.balance, []
-    is_nabla = isinstance(balance, NablaBalance)
-    if is_nabla and recipe.flow.passes > 0:
-        problems.append("flow.passes trains the flow's values, and nabla_db's flow is trained by its gradients; use 0")
+    if isinstance(balance, NablaBalance) and balance.has_flow:
+        unused = recipe.flow.changed("passes", "slopes")
+        problems += [
+            f"flow.{key} belongs to flows that learn values; nabla_db's learns by its gradient" for key in unused
+        ]
+    if balance is not None and not balance.has_flow:
+        unused = [f"flow.{key}" for key in recipe.flow.changed("passes", "slopes")]
+        if isinstance(balance, ScalarBalance):
+            unused += [f"objective.{key}" for key in balance.changed("detach_next", "huber", "residual_scale")]
+        problems += [f"{key} has no effect with objective.learnt_flow=false" for key in unused]
+    if balance is not None and balance.forward_looking.weight == "fitted" and recipe.forward_looking is None:
+        problems.append("objective.forward_looking.weight=fitted has no effect with source=none")
+    group = recipe.train.trajectories // recipe.train.updates
+    if recipe.has_critic and recipe.train.rollout == "one_pass" and group < 2:
+        problems.append(
+            "train.updates: in one pass the reward critic needs at least 2 trajectories an update, to hold one out"
+        )
     is_late = recipe.train.rollout == "one_pass" or (
         isinstance(balance, ScalarBalance) and balance.policy_gradient == "control_variate"
     )
@@ -85,6 +100,10 @@ def _deterministic_problems(recipe: Recipe) -> list[str]:
     problems = []
     if recipe.memory.attention == "xformers":
         problems.append("deterministic=true: memory.attention=xformers adds in any order; use auto")
+    if recipe.differentiates_rewards and any(isinstance(term, Tower) for term in recipe.reward):
+        problems.append(
+            "deterministic=true: on a GPU the gradient of resizing pictures adds in any order; use a reward without a network"
+        )
     if recipe.memory.compile:
         found = str(recipe.memory.compile).lower()
         problems.append(f"deterministic=true: memory.compile={found} picks kernels by timing them; use false")

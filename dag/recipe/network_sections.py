@@ -32,16 +32,18 @@ class Flow(Section):
 
 
 class RewardCritic(Section):
-    """The network that learns a reward without a gradient, for objectives that take one. It reads x0_hat and the prompt."""
+    """The network that learns rewards whose gradient an objective takes and cannot or shall not compute (`reward_gradient`). It
+    reads x0_hat and the prompt."""
 
     width: int = Field(48, ge=1)
     """Channels of the network."""
     learning_rate: float = Field(2e-3, gt=0)
     """Learning rate of the network."""
     rollouts: int = Field(6, ge=1)
-    """It is trained on the previews of so many rollouts, the newest ones. At most 12 previews of a trajectory are kept."""
+    """It is trained on the previews of so many rollouts, the newest ones; in one pass, of so many updates. At most 12 previews of
+    a trajectory are kept."""
     passes: int = Field(6, ge=1)
     """Most passes over the previews after a rollout, and twice as many after the first; training stops before that when the
     error on the previews that are held out has not fallen for two passes."""
-    held_out: float = Field(0.125, gt=0, lt=1)
+    held_out: float = Field(0.125, gt=0, le=0.5)
     """Share of the trajectories that are held out."""

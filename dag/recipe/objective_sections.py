@@ -173,9 +173,9 @@ class ScalarBalance(Balance):
             problems += [
                 f"objective.{key} belongs to policy_gradient=control_variate" for key in self.changed("correction")
             ]
-        elif self.jacobian == "pretrained":
+        elif self.jacobian != "policy":
             problems.append(
-                "objective.policy_gradient=control_variate scores the policy's own x0_hat: use jacobian=policy"
+                "objective.policy_gradient=control_variate corrects the policy's own x0_hat: use jacobian=policy"
             )
         elif self.reward_gradient != "learnt" and not around.black_boxes:
             problems.append(

@@ -12,7 +12,6 @@ from dag.recipe.network_sections import Flow, OptimizerKind, RewardCritic
 from dag.recipe.objective_sections import (
     Balance,
     ForwardLooking,
-    NablaBalance,
     ObjectiveTerm,
     ScalarBalance,
 )
@@ -129,8 +128,9 @@ class Train(Section):
     """How the trained steps are drawn: `informative` draws those more often in which more of the reward is decided, as measured on
     the rollouts. It takes the place of `keep_terminal`."""
     max_kl: float | None = Field(None, gt=0)
-    """Trust region: an update is scaled back until the mean KL per transition from the policy that sampled is at most so many
-    nats, as measured on 8 trajectories of the update; null does not bound it. Costs a forward pass on these."""
+    """Trust region: an update is scaled back, at most to a hundredth, until the mean KL per transition from the policy before it
+    is so many nats. Measured on 8 trajectories of each process, at two forward passes and one more for each time that the update
+    is shortened by 30 %; null does not bound it."""
     learning_rate: float = Field(3e-4, gt=0)
     """AdamW learning rate of the policy."""
     adam_betas: tuple[Annotated[float, Field(ge=0, lt=1)], Annotated[float, Field(ge=0, lt=1)]] = (0.9, 0.999)
@@ -253,10 +253,13 @@ class Recipe(Section):
 
     @property
     def warmup_epochs(self) -> int:
-        """Epochs at the start that do not train the policy."""
-        if self.balance is None or (isinstance(self.balance, NablaBalance) and self.train.rollout == "stored"):
+        """Epochs at the start that do not train the policy: flow, critic or scales learn first, if one of them must."""
+        balance = self.balance
+        if balance is None:
             return 0
-        return self.flow.warmup_epochs
+        learns_values = isinstance(balance, ScalarBalance) and balance.has_flow
+        is_first = self.train.rollout == "one_pass" or self.has_critic
+        return self.flow.warmup_epochs if learns_values or is_first else 0
 
     @property
     def learnt_rewards(self) -> tuple[bool, ...]:

@@ -7,6 +7,8 @@ from torch import Tensor
 
 from dag.rewards.registry import REWARDS, PixelReward
 
+_SMALLEST = 1e-10
+
 
 @REWARDS.register("colourfulness")
 class Colourfulness(PixelReward):
@@ -18,6 +20,7 @@ class Colourfulness(PixelReward):
     def __call__(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
         red, green, blue = (images.float() * 255).unbind(1)
         opponents = torch.stack([red - green, (red + green) / 2 - blue], dim=1).flatten(2)  # (B, 2, H W)
-        spread = opponents.var(dim=2, correction=0).sum(1).sqrt()
-        offset = opponents.mean(dim=2).square().sum(1).sqrt()
+        # The smallest values keep the gradient of the root finite on a picture of one colour.
+        spread = opponents.var(dim=2, correction=0).sum(1).clamp(min=_SMALLEST).sqrt()
+        offset = opponents.mean(dim=2).square().sum(1).clamp(min=_SMALLEST).sqrt()
         return (spread + 0.3 * offset) / 10

@@ -71,6 +71,7 @@ class RewardSum:
         sample_ids: Sequence[int] | None = None,
         *,
         is_preview: bool = False,
+        parts: Collection[int] | None = None,
     ) -> Tensor:
         """(B,) float32 weighted sum on the policy's device.
 
@@ -78,14 +79,14 @@ class RewardSum:
             sample_ids: B ids of the images, for error messages.
             is_preview: the images are pictures of x0_hat. Networks then read them without a detour through the CPU, and
                 values on a GPU are checked later, by `check`, so that the CPU need not wait for the device now.
+            parts:      the numbers of the rewards; None takes all.
 
         Raises:
             RunError: a reward failed, or a value is not finite.
         """
         total = torch.zeros(len(prompts), device=self.device)
-        for (_, weight, _), values in zip(
-            self.parts, self._parts(images, prompts, sample_ids, is_preview), strict=True
-        ):
+        found = self._parts(images, prompts, sample_ids, is_preview, parts)
+        for (_, weight, _), values in zip(self._chosen(parts), found, strict=True):
             total = total + weight * values.to(self.device, non_blocking=True)
         if not is_preview or len(self._unchecked) >= _MOST_UNCHECKED:
             self.check()
@@ -97,7 +98,7 @@ class RewardSum:
         """(weighted sum (B,), {name: unweighted values (B,)}), float32 on the CPU. A repeated name gets #2, #3, ..."""
         parts: dict[str, Tensor] = {}
         total = torch.zeros(len(prompts))
-        found = self._parts(images, prompts, sample_ids, is_preview=False)
+        found = self._parts(images, prompts, sample_ids, False, None)
         self.check()
         for (name, weight, _), values in zip(self.parts, found, strict=True):
             values = values.cpu()
@@ -131,8 +132,7 @@ class RewardSum:
         Raises:
             RunError: a reward failed, or has no gradient.
         """
-        chosen = [part for number, part in enumerate(self.parts) if parts is None or number in parts]
-        values, gradients = [], []
+        chosen, values, gradients = self._chosen(parts), [], []
         for start in range(0, len(latents), chunk):
             texts = prompts[start : start + chunk]
             with torch.enable_grad():
@@ -140,17 +140,29 @@ class RewardSum:
                 images, total = decode(x), torch.zeros(len(x), device=latents.device)
                 for name, weight, reward in chosen:
                     total = total + weight * differentiable(name, reward, images, texts).to(latents.device)
-                (gradient,) = torch.autograd.grad(total.sum(), x)
+                (of_pixels,) = torch.autograd.grad(total.sum(), images, retain_graph=True)
+                # Scaled to order one, so that a decoder in half precision neither overflows nor rounds to zero.
+                size = of_pixels.abs().amax().clamp(min=torch.finfo(torch.float32).tiny)
+                (gradient,) = torch.autograd.grad(images, x, of_pixels / size)
             values.append(total.detach())
-            gradients.append(gradient)
+            gradients.append(size * gradient)
         return torch.cat(values), torch.cat(gradients)
 
+    def _chosen(self, parts: Collection[int] | None) -> list[tuple[str, float, Reward]]:
+        """(name, weight, reward) of the rewards with these numbers; None takes all."""
+        return [part for number, part in enumerate(self.parts) if parts is None or number in parts]
+
     def _parts(
-        self, images: Tensor, prompts: Sequence[str], sample_ids: Sequence[int] | None, is_preview: bool
+        self,
+        images: Tensor,
+        prompts: Sequence[str],
+        sample_ids: Sequence[int] | None,
+        is_preview: bool,
+        parts: Collection[int] | None,
     ) -> list[Tensor]:
         """(B,) values of each reward, on the device where it computed them; those on a GPU are checked later, by `check`."""
         found = []
-        for name, _, reward in self.parts:
+        for name, _, reward in self._chosen(parts):
             values = scored(name, reward, images, prompts, sample_ids, is_preview)
             answer = _Answer(name, values, list(prompts), None if sample_ids is None else list(sample_ids))
             if values.device.type == "cpu":

@@ -153,7 +153,8 @@ class CriticFit:
         for _ in range(passes):
             for batch in torch.randperm(len(training), generator=generator)[: 2 * newest].split(_BATCH):
                 self._step(training[batch])
-            error = self._error(held_out)
+            # All processes stop at the same pass, whatever their devices round to.
+            error = self.processes.from_main(self._error(held_out))
             if error < best:
                 best, weights, stale = error, copy.deepcopy(self.critic.state_dict()), 0
             elif (stale := stale + 1) == _PATIENCE:

@@ -6,7 +6,7 @@ Legend: N trajectories, T transitions.
 """
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
@@ -16,7 +16,7 @@ from torch.nn import functional
 
 from dag.chain.policy import Policy
 from dag.chain.rollout import Score, last_latents
-from dag.chain.trajectory import Trajectories
+from dag.chain.trajectory import Trajectories, cut, on_cpu
 from dag.objectives import Objective
 from dag.objectives.log_scale import LogScale, RewardScale
 from dag.recipe import Recipe, ScalarBalance
@@ -36,6 +36,20 @@ from dag.training.updates import Updates
 _FLOW_BATCHES = 8
 # Trajectories at whose previews the critic's gradient is compared with the exact one.
 _COMPARED = 8
+
+
+@dataclass(frozen=True)
+class Lesson:
+    """What the reward critic learns from one process's trajectories."""
+
+    latents: Tensor
+    """(N, S, C, H, W) float16 clean latents."""
+    reward: Tensor
+    """(N, S) the learnt part of their rewards."""
+    prompt_id: Tensor
+    """(N,) int64 on the CPU."""
+    cosine: Tensor | None
+    """() agreement of the critic's gradient with the exact one before the lesson; None where there is no exact one."""
 
 
 class Learner:
@@ -134,55 +148,71 @@ class Learner:
         section = self.recipe.objective
         return isinstance(section, ScalarBalance) and section.policy_gradient == "control_variate"
 
-    def fit_critic(self, rollout: Rollout) -> dict[str, float]:
-        """Train the reward critic on a rollout's previews. Returns its metrics; empty without a critic."""
+    def critic_lesson(self, trajectories: Trajectories, score: Score | None) -> Lesson | None:
+        """What the reward critic learns from this process's trajectories, or None without a critic. Nothing is changed yet."""
+        section = self.recipe.forward_looking
         if self.critic_fit is None:
-            return {}
-        assert rollout.score is not None
-        trajectories, section = rollout.trajectories, self.recipe.forward_looking
-        assert section is not None and trajectories.x0_hat_reward is not None
+            return None
+        assert section is not None and score is not None and trajectories.x0_hat_reward is not None
         steps = preview_steps(self.schedule.num_transitions, section.stride)
         latents = self._previews(trajectories, steps)
         reward = torch.cat([trajectories.x0_hat_reward[:, steps], trajectories.reward[:, None]], dim=1)
         if not all(self.recipe.learnt_rewards):
-            reward = reward - self._exact_part(latents, rollout.score)
-        measured = self._agreement(latents[:_COMPARED, len(steps) // 2].float(), trajectories.prompt_id, rollout.score)
-        everyones = [
-            self.processes.everyones(part, rollout.groups) for part in (latents, reward, trajectories.prompt_id)
-        ]
-        return measured | self.critic_fit.learn(everyones[0], everyones[1], everyones[2])
+            reward = reward - self._exact_part(latents, score)
+        cosine = self._agreement(latents[:_COMPARED, len(steps) // 2].float(), trajectories.prompt_id, score)
+        return Lesson(latents, reward, trajectories.prompt_id, cosine)
 
-    def _agreement(self, latents: Tensor, prompt_id: Tensor, score: Score) -> dict[str, float]:
-        """The mean cosine of the critic's gradient and the exact one at a few latents (B, C, H, W), as the last updates used it.
+    def fit_critic(self, lesson: Lesson | None, groups: int = 1) -> dict[str, float]:
+        """Train the reward critic on the lessons of all processes. Returns its metrics; empty without a critic.
 
-        Empty where a learnt reward has no gradient, and before the critic has learnt.
+        Args:
+            groups: the number of updates that share the trajectories.
+        """
+        if self.critic_fit is None or lesson is None:
+            return {}
+        parts = lesson.latents, lesson.reward, lesson.prompt_id
+        latents, reward, prompt_id = (self.processes.everyones(part, groups) for part in parts)
+        measured = self.critic_fit.learn(latents, reward, prompt_id)
+        if lesson.cosine is not None:
+            measured["critic_cosine"] = float(self.processes.sum(lesson.cosine)) / self.processes.size
+        return measured
+
+    def _agreement(self, latents: Tensor, prompt_id: Tensor, score: Score) -> Tensor | None:
+        """() the mean cosine of the critic's gradient and the exact one at a few latents (B, C, H, W), as the last updates used it.
+
+        None where a learnt reward has no gradient, and before the critic has learnt.
         """
         assert self.critic_fit is not None
         learnt = [t for t, is_learnt in zip(self.recipe.reward, self.recipe.learnt_rewards, strict=True) if is_learnt]
         if not all(term.has_gradient for term in learnt) or self.critic_fit.rollouts == 0:
-            return {}
+            return None
         rows = torch.arange(len(latents))
         exact = score.gradient(latents, rows, is_preview=True, is_learnt=True)[1]
         ours = self.critic_fit.value_and_gradient(latents, prompt_id[: len(latents)])[1]
-        cosine = functional.cosine_similarity(exact.flatten(1), ours.flatten(1)).mean()
-        return {"critic_cosine": float(self.processes.sum(cosine)) / self.processes.size}
+        return functional.cosine_similarity(exact.flatten(1), ours.flatten(1)).mean()
 
     @torch.no_grad()
     def _previews(self, trajectories: Trajectories, steps: Sequence[int]) -> Tensor:
         """(N, S, C, H, W) float16 clean latents: x0_hat at some steps, and the final latents."""
         if trajectories.previews is not None:
             return trajectories.previews
-        rows = slice(0, trajectories.num_trajectories)
-        x0_hats = [trajectories.x0_hat_old(self.schedule, rows, k).half() for k in steps]
-        text = self.text.rows(trajectories.prompt_id)
-        final = last_latents(self.policy, trajectories.states(self.schedule.num_transitions, rows), text)
-        return torch.stack([*x0_hats, final.half()], dim=1)
+        found, T = [], self.schedule.num_transitions
+        for rows in cut(slice(0, trajectories.num_trajectories), self.updates.micro_batch):
+            x0_hats = [trajectories.x0_hat_old(self.schedule, rows, k).half() for k in steps]
+            text = self.text.rows(trajectories.prompt_id[on_cpu(rows)])
+            final = last_latents(self.policy, trajectories.states(T, rows), text)
+            found.append(torch.stack([*x0_hats, final.half()], dim=1))
+        return torch.cat(found)
 
+    @torch.no_grad()
     def _exact_part(self, latents: Tensor, score: Score) -> Tensor:
         """(N, S) the sum of the rewards that are not learnt, at clean latents (N, S, C, H, W)."""
-        index = torch.arange(len(latents))
-        columns = [score.gradient(x.float(), index, is_preview=True)[0] for x in latents[:, :-1].unbind(1)]
-        return torch.stack([*columns, score.gradient(latents[:, -1].float(), index)[0]], dim=1)
+        index, columns = torch.arange(len(latents)), []
+        for number, x in enumerate(latents.float().unbind(1)):
+            is_preview = number < latents.shape[1] - 1
+            images = (self.policy.preview if is_preview else self.policy.decode)(x)
+            columns.append(score.exact(images, index, is_preview=is_preview).to(self.device))
+        return torch.stack(columns, dim=1)
 
     def networks(self) -> list[nn.Module]:
         """The networks that are trained beside the policy."""

@@ -19,6 +19,7 @@ from dag.objectives.transition import Transition
 from dag.recipe import Recipe, ScalarBalance
 from dag.training.embeddings import Embeddings
 from dag.training.flow_fit import FlowFit
+from dag.training.flow_gradient import Look
 from dag.training.pull import Pull, Pulls, States
 
 
@@ -186,6 +187,8 @@ class Loss:
         Args:
             advantages: (N, T) for objectives that form advantages.
         """
+        # First, so that its graph is gone before the policy's own is made.
+        look = None if self.pulls is None else self._look(self.pulls, rollout, rows, k + 1)
         trajectories, states = rollout.trajectories, self._states(rollout, rows, k)
         old, flows, pull = None, None, None
         if self.regularisers.sampling > 0:
@@ -194,8 +197,10 @@ class Loss:
         now = self.log_probs(states.x_t, states.x_next, states.prediction, k, states.pretrained, old)
         if self.flow_fit is not None and rollout.terms is not None and self.has_residual:
             flows = self._flows(self.flow_fit, rollout.terms, rollout, rows, k, states.prediction)
-        if self.pulls is not None:
-            pull = self._pull(self.pulls, states, rollout, rows)
+        if self.pulls is not None and look is not None and rollout.terms is not None:
+            is_final, terms = k == self.schedule.num_transitions - 1, rollout.terms
+            log_F_next = terms.log_reward[rows] if is_final else terms.log_looking[rows, k + 1]
+            pull = self.pulls(states, look, log_F_next, rollout.epoch)
         transition = self.transition(
             k,
             now,
@@ -218,14 +223,11 @@ class Loss:
         x_next, index = trajectories.states(k + 1, rows), as_index(rows)
         return States(k, x_t, x_next, prediction, pretrained, text, prompt_id, rollout.score, index)
 
-    def _pull(self, pulls: Pulls, states: States, rollout: Rollout, rows: Rows) -> Pull:
-        """The pull of the flow's gradient on the transitions of the trajectories `rows`."""
-        terms, score, k = rollout.terms, rollout.score, states.k + 1
-        assert terms is not None and score is not None
-        look = pulls.flow_gradient.at(states.x_next, k, states.prompt_id, score, states.rows, rollout.epoch)
-        is_final = k == self.schedule.num_transitions
-        log_F_next = terms.log_reward[rows] if is_final else terms.log_looking[rows, k]
-        return pulls(states, look, log_F_next, rollout.epoch)
+    def _look(self, pulls: Pulls, rollout: Rollout, rows: Rows, k: int) -> Look:
+        """The flow's gradient at state k of the trajectories `rows`."""
+        assert rollout.score is not None
+        x, prompt_id = rollout.trajectories.states(k, rows), rollout.trajectories.prompt_id[on_cpu(rows)]
+        return pulls.flow_gradient.at(x, k, prompt_id, rollout.score, as_index(rows), rollout.epoch)
 
     def _text(self, rollout: Rollout, rows: Rows) -> Tensor:
         return self.text.rows(rollout.trajectories.prompt_id[on_cpu(rows)])

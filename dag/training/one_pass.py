@@ -6,7 +6,8 @@ and training, and at most two steps' graphs are in memory at a time. The last st
 are stored for flow-only updates (`flow.passes`) alone.
 
 Every update samples its own trajectories, hence is strictly on-policy. The flow's constants and slopes, the residual scales and
-DAG-KL's baseline, which `dag.training.stored.StoredTraining` computes from the rollout itself, come from earlier rollouts here.
+DAG-KL's baseline, the fitted weights of the forward-looking term and the reward critic, which `dag.training.stored.StoredTraining`
+computes from the rollout itself, come from earlier rollouts here.
 Given the same values of them, the gradient equals that of `StoredTraining` on the same trajectories.
 
 Legend: B rows of a micro-batch, N trajectories, T transitions.
@@ -83,16 +84,17 @@ class OnePass:
             TooManyRowsError: a GPU ran out of memory in a micro-batch. A new iterator over the same state continues.
             NotFiniteError:   see `Learner.rollout` and `Updates.step`.
         """
-        state.has_begun = True
+        state.has_begun, processes = True, self.learner.processes
         groups = list(batch.tiles(len(batch.sample_id) // self.recipe.train.updates))
         for group in groups[state.sums.updates :]:
             yield from self._micro_batches(group, state, scorer, on_rows)
             with self.meter.phase("update"):
                 self.updates.step(state, state.probes)
                 drawn = concatenate(state.walked)
+                lesson = agreed(processes, partial(self.learner.critic_lesson, drawn, scorer(group)))
                 rollout = self.learner.rollout(drawn, state.epoch, scorer(group))
                 state.keep(drawn.without_states(), self._fit_flow(rollout, state))
-                state.measured |= self.learner.fit_critic(rollout)
+                state.measured |= self.learner.fit_critic(lesson)
             yield
         if self.flow_fit is not None:
             state.measured |= describe_residuals(torch.cat(state.residuals))
@@ -227,8 +229,7 @@ class OnePass:
 
     def _probe(self, tile: Tile, step: Step) -> list[Probe]:
         """A few transitions of the step on which the trust region is measured."""
-        prompt_id = tile.batch.prompt_id[:PROBED]
-        return [Probe(step.k, step.x_t.detach()[:PROBED], step.prediction.guided.detach()[:PROBED], prompt_id)]
+        return [Probe(step.k, step.x_t.detach()[:PROBED], tile.batch.prompt_id[:PROBED])]
 
     def _end(self, tile: Tile, x_0: Tensor, epoch: int) -> Next:
         """What is known of the chain's last state (B, C, H, W)."""

@@ -99,7 +99,8 @@ class Pulls:
         if self.is_corrected:
             unexplained = (log_F_next - look.log_looking).detach()
         reverse = self._reverse(states, epoch) if self.has_reverse else None
-        return Pull(factor * target.weight * kl, unexplained, reverse, self._measured(states, look))
+        # Squared, since a score function's gradient is a residual times that of the reduced log-prob.
+        return Pull(factor**2 * target.weight * kl, unexplained, reverse, self._measured(states, look))
 
     @torch.no_grad()
     def _measured(self, states: States, look: Look) -> dict[str, Tensor]:

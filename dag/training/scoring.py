@@ -22,7 +22,7 @@ class Scorer:
         self.policy, self.reward, self.prompts, self.batch = policy, reward, prompts, batch
         self.chunk = recipe.memory.gradient_batch or recipe.train.micro_batch
         self.learnt = {number for number, is_learnt in enumerate(recipe.learnt_rewards) if is_learnt}
-        self.exact = set(range(len(recipe.reward))) - self.learnt
+        self.exact_parts = set(range(len(recipe.reward))) - self.learnt
 
     def __call__(self, images: Tensor, rows: Tensor, *, is_preview: bool = False) -> Tensor:
         ids = self.batch.sample_id[rows].tolist()
@@ -31,10 +31,13 @@ class Scorer:
     def gradient(
         self, latents: Tensor, rows: Tensor, *, is_preview: bool = False, is_learnt: bool = False
     ) -> tuple[Tensor, Tensor]:
-        decode, parts = self.policy.preview if is_preview else self.policy.decode, self.exact
+        decode, parts = self.policy.preview if is_preview else self.policy.decode, self.exact_parts
         if is_learnt:
             parts = self.learnt
         return self.reward.gradient(latents, self._texts(rows), decode, self.chunk, parts)
+
+    def exact(self, images: Tensor, rows: Tensor, *, is_preview: bool = False) -> Tensor:
+        return self.reward.total(images, self._texts(rows), is_preview=is_preview, parts=self.exact_parts)
 
     def _texts(self, rows: Tensor) -> list[str]:
         return [self.prompts[i] for i in self.batch.prompt_id[rows].tolist()]

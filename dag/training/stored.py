@@ -18,7 +18,7 @@ from dag.chain.trajectory import Rows, Trajectories, count, cut, on_cpu
 from dag.run.meter import PhaseMeter
 from dag.training.epoch_state import EpochState
 from dag.training.flow_fit import describe_residuals
-from dag.training.learner import Learner
+from dag.training.learner import Learner, Lesson
 from dag.training.loss import Rollout
 from dag.training.safe_points import Steps, agreed
 from dag.training.trust_region import PROBED, Probe
@@ -54,9 +54,11 @@ class StoredTraining:
         """
         train, epoch = self.recipe.train, state.epoch
         with self.meter.phase("update"):
+            # First what may run out of memory, while nothing has changed yet.
+            lesson = self._lesson(trajectories, score) if not state.has_begun else None
             rollout = self.learner.rollout(trajectories, epoch, score, train.updates, is_new=not state.has_begun)
             if not state.has_begun:
-                self._begin(rollout, state)
+                self._begin(rollout, state, lesson)
         N = trajectories.num_trajectories
         groups = cut(slice(0, N), N // train.updates)
         if epoch >= self.recipe.warmup_epochs:
@@ -64,9 +66,12 @@ class StoredTraining:
                 yield from self._update(rollout, groups[number % len(groups)], state, on_rows)
         state.measured |= self.updates.metrics(state.sums)
         if self.learner.fits_critic_afterwards:
-            state.measured |= self.learner.fit_critic(rollout)
+            state.measured |= self.learner.fit_critic(self._lesson(trajectories, score), train.updates)
 
-    def _begin(self, rollout: Rollout, state: EpochState) -> None:
+    def _lesson(self, trajectories: Trajectories, score: Score | None) -> Lesson | None:
+        return agreed(self.processes, partial(self.learner.critic_lesson, trajectories, score))
+
+    def _begin(self, rollout: Rollout, state: EpochState, lesson: Lesson | None) -> None:
         """Before the first update: fit flow and critic to the rollout, and let the objective form advantages from all rewards."""
         trajectories, groups, flow_fit = rollout.trajectories, rollout.groups, self.learner.value_fit
         if flow_fit is not None and rollout.terms is not None:
@@ -77,7 +82,7 @@ class StoredTraining:
             flow_fit.recentre(residuals, None if excess is None else self.processes.everyones(excess, groups))
             self.learner.fit_flow(rollout)
         if not self.learner.fits_critic_afterwards:
-            state.measured |= self.learner.fit_critic(rollout)
+            state.measured |= self.learner.fit_critic(lesson, groups)
         reward = self.processes.everyones(trajectories.reward.cpu(), groups)
         prompt_id = self.processes.everyones(trajectories.prompt_id, groups)
         advantages = self.learner.objective.observe(reward, prompt_id)
@@ -110,10 +115,8 @@ class StoredTraining:
         if self.recipe.train.max_kl is None:
             return []
         few = cut(rows, PROBED)[0]
-        prompt_id, schedule = trajectories.prompt_id[on_cpu(few)], self.learner.schedule
-        return [
-            Probe(k, trajectories.states(k, few), trajectories.output_old(schedule, few, k), prompt_id) for k in steps
-        ]
+        prompt_id = trajectories.prompt_id[on_cpu(few)]
+        return [Probe(k, trajectories.states(k, few), prompt_id) for k in steps]
 
     def _micro_batch(
         self,

@@ -1,13 +1,14 @@
-"""The trust region: an update that moved the policy too far from the one that sampled is scaled back.
+"""The trust region: an update that moves the policy too far is scaled back.
 
-    KL_k = 1/2 (b_k / sigma_k)^2 |o - o_old|^2,        the KL from the sampling policy's step to the present policy's
+    KL_k = 1/2 (b_k / sigma_k)^2 |o - o_before|^2,        the KL from the step before the update to the step after it
 
-is measured after the optimizer's step on a few transitions of the update, in nats per transition. While its mean is above
-`train.max_kl`, the step theta_old + s (theta - theta_old) is shortened. Adam's moments stay as they are.
+is measured on a few transitions of the update, in nats per transition. While its mean is above `train.max_kl`, the update is
+shortened to theta_before + s (theta - theta_before). Adam's moments stay as they are.
 
 Legend: B transitions.
 """
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -28,25 +29,22 @@ _SHORTER, _SHORTEST = 0.7, 0.01
 
 @dataclass(frozen=True)
 class Probe:
-    """B transitions of step k, with the output of the policy that sampled them."""
+    """B states before step k of trajectories of an update."""
 
     k: int
     x_t: Tensor
     """(B, C, H, W)."""
-    output_old: Tensor
-    """(B, C, H, W) float32, after guidance."""
     prompt_id: Tensor
     """(B,) int64 on the CPU."""
 
     @classmethod
     def of(cls, stored: dict[str, Any], device: torch.device) -> "Probe":
         """The probe whose `vars` were stored, with its states on the policy's device."""
-        on_device = {name: stored[name].to(device) for name in ("x_t", "output_old")}
-        return cls(k=stored["k"], prompt_id=stored["prompt_id"], **on_device)
+        return cls(stored["k"], stored["x_t"].to(device), stored["prompt_id"])
 
 
 class TrustRegion:
-    """Bounds the KL from the sampling policy to the trained one.
+    """Bounds the KL of each update of a policy.
 
     Args:
         max_kl: largest mean KL in nats per transition; None does not bound it.
@@ -66,29 +64,36 @@ class TrustRegion:
         """
         if self.max_kl is None:
             return self.optimizer.step(), {}
-        before = [parameter.detach().clone() for parameter in self.optimizer.parameters]
-        norm = self.optimizer.step()
-        after = [parameter.detach().clone() for parameter in self.optimizer.parameters]
-        scale, kl = 1.0, self._kl(probes)
+        # On the CPU: for all weights of a denoiser it is as much memory as they need.
+        before = [parameter.detach().to("cpu", copy=True) for parameter in self.optimizer.parameters]
+        outputs = [self._output(probe) for probe in probes]
+        norm, scale = self.optimizer.step(), 1.0
+        if not math.isfinite(norm):
+            return norm, {}
+        kl = self._kl(probes, outputs)
         while kl > self.max_kl and scale > _SHORTEST:
             scale *= _SHORTER
-            self._move(before, after, scale)
-            kl = self._kl(probes)
-        return norm, {"kl_old": kl, "step_scale": scale}
+            self._shorten(before)
+            kl = self._kl(probes, outputs)
+        return norm, {"update_kl": kl, "step_scale": scale}
 
     @torch.no_grad()
-    def _move(self, before: Sequence[Tensor], after: Sequence[Tensor], scale: float) -> None:
-        for parameter, start, end in zip(self.optimizer.parameters, before, after, strict=True):
-            parameter.copy_(torch.lerp(start, end, scale))
+    def _shorten(self, before: Sequence[Tensor]) -> None:
+        """Take back a part of the update."""
+        for parameter, start in zip(self.optimizer.parameters, before, strict=True):
+            parameter.copy_(torch.lerp(start.to(parameter.device), parameter, _SHORTER))
         self.policy.weights.refresh()
 
     @torch.no_grad()
-    def _kl(self, probes: Sequence[Probe]) -> float:
-        """The mean KL of the probes of all processes."""
+    def _output(self, probe: Probe) -> Tensor:
+        """(B, C, H, W) the policy's output, after guidance."""
+        t = self.policy.schedule.timesteps[probe.k].expand(len(probe.x_t))
+        return self.policy.predict(probe.x_t, t, self.text.rows(probe.prompt_id)).guided
+
+    def _kl(self, probes: Sequence[Probe], before: Sequence[Tensor]) -> float:
+        """The mean KL of the probes of all processes from the outputs (B, C, H, W) before the update."""
         schedule, each = self.policy.schedule, []
-        for probe in probes:
-            t = schedule.timesteps[probe.k].expand(len(probe.x_t))
-            output = self.policy.predict(probe.x_t, t, self.text.rows(probe.prompt_id)).guided
-            square = (output - probe.output_old).square().flatten(1).sum(1)
+        for probe, output in zip(probes, before, strict=True):
+            square = (self._output(probe) - output).square().flatten(1).sum(1)
             each.append(0.5 * (schedule.mean_output[probe.k] / schedule.sigma[probe.k]).square() * square)
         return float(self.processes.sum(torch.cat(each).mean())) / self.processes.size

@@ -193,7 +193,7 @@ CROSS_FIELD = [
     ),
     (
         (gradient("control_variate", "prior: pretrained, learnt_flow: false, jacobian: pretrained"), JPEG),
-        "control_variate scores the policy's own x0_hat",
+        "control_variate corrects the policy's own x0_hat",
     ),
     (
         (gradient("pathwise", "jacobian: pretrained"),),
@@ -203,7 +203,10 @@ CROSS_FIELD = [
     ((gradient("pathwise", "correction: 0.5"),), "objective.correction belongs to policy_gradient=control_variate"),
     ((gradient("pathwise", "clip_range: 0.1"),), "objective.clip_range has no effect with objective.policy_gradient="),
     ((gradient("score", "jacobian: none"),), "objective.jacobian has no effect with policy_gradient=score"),
-    (("objective={name: nabla_db, beta: {value: 1}}", "flow.passes=1"), "flow.passes trains the flow's values"),
+    (
+        ("objective={name: nabla_db, beta: {value: 1}}", "flow.passes=1"),
+        "flow.passes belongs to flows that learn values",
+    ),
     (
         ("objective={name: nabla_db, beta: {value: 1}, learnt_flow: false, reverse: 2}",),
         "objective.reverse has no effect with learnt_flow=false",
