@@ -152,8 +152,12 @@ def test_one_call_pattern_too_many_ends_in_one_line(make_recipe: MakeRecipe, qui
         call_patterns(parts, 3)
 
 
-def test_the_whole_unet_is_compiled_at_fixed_shapes(make_recipe: MakeRecipe, quick_compiler: None) -> None:
-    plain, compiled = (parts_of(make_recipe(memory={"compile": kind})) for kind in (False, "unet"))
+@pytest.mark.parametrize("checkpointing", ["none", "full"])
+def test_the_whole_unet_is_compiled_at_fixed_shapes(
+    make_recipe: MakeRecipe, quick_compiler: None, checkpointing: str
+) -> None:
+    memory = {"checkpointing": checkpointing}
+    plain, compiled = (parts_of(make_recipe(memory={"compile": kind, **memory})) for kind in (False, "unet"))
     for parts in (plain, compiled):
         disturb(parts)
     inner = [module for module in compiled.policy.denoiser.modules() if module._compiled_call_impl is not None]

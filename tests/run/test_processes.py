@@ -34,6 +34,17 @@ KINDS: dict[str, dict[str, Any]] = {
     "dag_kl": {"objective": {"name": "dag_kl", "normalise_advantage": True}},
     "ddpo": {"objective": {"name": "ddpo", "per_prompt": 2}},
     "one_pass": {"train": {"rollout": "one_pass"}, "flow": {"passes": 1, "warmup_epochs": 1}},
+    "critic": {
+        "objective": {
+            "name": "dag_kl",
+            "policy_gradient": "pathwise",
+            "prior": "pretrained",
+            "forward_looking": {"weight": "fitted"},
+        },
+        "reward": [{"name": "colourfulness"}, {"name": "incompressibility"}],
+        "reward_critic": {"width": 8, "passes": 1},
+        "train": {"step_fraction": 0.5, "step_choice": "informative", "keep_terminal": False},
+    },
     "slopes": {"flow": {"slopes": True}},
     "one_pass_slopes": {"train": {"rollout": "one_pass"}, "flow": {"slopes": True, "warmup_epochs": 1}},
 }
