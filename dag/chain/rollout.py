@@ -69,7 +69,7 @@ class Step:
 
     k: int
     x_t: Tensor
-    """(B, C, H, W) in the chain's dtype."""
+    """(B, C, H, W) in the chain's dtype; float32 where its gradient is taken."""
     prediction: Prediction
     """The network's output at x_t, with gradients if the step is trained."""
     sampled: SampledStep

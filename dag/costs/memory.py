@@ -93,9 +93,7 @@ class Simulation:
             kept = [*chains, self._chain(train.trajectories // train.updates)] if self.recipe.flow.passes > 0 else []
             return self._peak_of(self.one_pass, [*ungraded, *fetched, *kept])
         if phase == "update":
-            section = self.recipe.forward_looking
-            scores_again = section is not None and section.source == "current"
-            scores_again |= self.recipe.differentiates_rewards
+            scores_again = self.recipe.scores_in_training
             chain = chains[0] if chains else self._chain(train.trajectories, CPU)
             return self._peak_of(lambda: self.update(chain), [*ungraded, *(fetched if scores_again else []), *chains])
         if phase == "evaluation":

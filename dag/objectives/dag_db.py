@@ -40,4 +40,4 @@ class DetailedBalance(BatchFree):
     def _correction(self, transition: Transition, unexplained: Tensor) -> Tensor:
         """(B,) the control variate's other half: the score function of what the learnt gradient does not explain."""
         weight = 1.0 if transition.policy_weight is None else transition.policy_weight.square()
-        return -self.config.correction * weight * unexplained * transition.log_pf
+        return -self.config.correction * weight * unexplained * log_ratio(transition)

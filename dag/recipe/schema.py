@@ -134,11 +134,11 @@ class Train(Section):
     learning_rate: float = Field(3e-4, gt=0)
     """AdamW learning rate of the policy."""
     adam_betas: tuple[Annotated[float, Field(ge=0, lt=1)], Annotated[float, Field(ge=0, lt=1)]] = (0.9, 0.999)
-    """AdamW's beta1 and beta2, for policy and flow."""
+    """AdamW's beta1 and beta2, for policy, flow and critic."""
     weight_decay: float = Field(1e-4, ge=0)
-    """AdamW's weight decay, for policy and flow."""
+    """AdamW's weight decay, for policy, flow and critic."""
     clip_norm: float = Field(1.0, gt=0)
-    """Largest norm of the gradient, for policy and flow separately; larger ones are scaled down to it."""
+    """Largest norm of the gradient, for policy, flow and critic separately; larger ones are scaled down to it."""
     optimizer: OptimizerKind = "adamw"
     """The policy's optimizer."""
 
@@ -274,6 +274,12 @@ class Recipe(Section):
         """Whether training back-propagates through the decoder and at least one reward, for the policy or to check the critic."""
         balance = self.balance
         return balance is not None and balance.takes_gradient and any(term.has_gradient for term in self.reward)
+
+    @property
+    def scores_in_training(self) -> bool:
+        """Whether training on stored chains decodes and scores pictures: with the current policy's x0_hat, or for gradients."""
+        section = self.forward_looking
+        return self.differentiates_rewards or (section is not None and section.source == "current")
 
     @property
     def has_critic(self) -> bool:

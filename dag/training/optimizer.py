@@ -45,7 +45,7 @@ class ClippedOptimizer:
     """An optimizer that clips gradients, skips those that are not finite, and counts how many it skipped in a row.
 
     Args:
-        name:       "policy" or "flow", for error messages and metrics.
+        name:       "policy", "flow" or "critic", for error messages and metrics.
         clip_norm:  largest norm of the gradient.
         weights:    the weights whose masters are the parameters; None if the network computes with the parameters themselves.
         use_scaler: scale losses against underflow, for fp16.

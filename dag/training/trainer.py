@@ -160,17 +160,13 @@ class Trainer:
 
     def train_on(self, trajectories: Trajectories, state: EpochState) -> None:
         """Train on a stored rollout: the updates that `state` does not have yet."""
-        train, section = self.recipe.train, self.recipe.forward_looking
+        train = self.recipe.train
         total = trajectories.num_trajectories * self.learner.schedule.num_transitions * train.inner_epochs
         done = state.sums.updates * total // (train.updates * train.inner_epochs)
         score = self.sampling.scorer(Batch(trajectories.prompt_id, trajectories.sample_id.cpu()))
         training = StoredTraining(self.learner, self.meter)
-        scores_again = section is not None and section.source == "current"
-        differentiates = self.recipe.differentiates_rewards
-        with (
-            self.components.scoring() if scores_again or differentiates else nullcontext(),
-            self._bar("update", total, done) as bar,
-        ):
+        scoring = self.components.scoring() if self.recipe.scores_in_training else nullcontext()
+        with scoring, self._bar("update", total, done) as bar:
             self._run(
                 lambda: training.steps(state, trajectories, score, bar.update),
                 lambda why: self.updates.halve_micro_batch(state, why),
