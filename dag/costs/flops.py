@@ -6,7 +6,7 @@ attention. Legend: T transitions.
 
 from collections.abc import Callable
 from functools import cache, cached_property
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -58,7 +58,22 @@ _UNCOUNTED = {
 
 def counter() -> FlopCounterMode:
     """A context manager that counts the FLOP of what runs inside it."""
-    return FlopCounterMode(display=False, custom_mapping=_UNCOUNTED)
+    mode = FlopCounterMode(display=False, custom_mapping=_UNCOUNTED)
+    # Its record of modules hooks their inputs, which fails where a gradient with respect to an input is taken.
+    mode.mod_tracker = _NoModules()  # type: ignore[assignment]
+    return mode
+
+
+class _NoModules:
+    """Takes the place of PyTorch's record of the modules that are being called: all work is that of one program."""
+
+    parents: ClassVar[set[str]] = {"Global"}
+
+    def __enter__(self) -> None:
+        return None
+
+    def __exit__(self, *error: object) -> None:
+        return None
 
 
 def of_recipe(recipe: Recipe) -> Work:

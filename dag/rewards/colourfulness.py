@@ -7,7 +7,7 @@ from torch import Tensor
 
 from dag.rewards.registry import REWARDS, PixelReward
 
-_SMALLEST = 1e-10
+_SMALLEST = 1e-24
 
 
 @REWARDS.register("colourfulness")

@@ -21,6 +21,7 @@ from dag.training.trainer import Trainer
 ROOT = Path(__file__).parents[2]
 STEPS, TRAJECTORIES = 5, 2
 PATHWISE = "objective.policy_gradient=pathwise"
+FLOWLESS = ("objective.learnt_flow=false", "objective.huber=null", "objective.residual_scale=none")
 SMALL = (
     "model.resolution=32",
     f"sampler.steps={STEPS}",
@@ -61,7 +62,7 @@ def counted(epoch: Any) -> float:
         ("train.rollout=one_pass", "sampler.uncond=frozen", "memory.checkpointing=full"),
         ("objective.forward_looking.source=none",),
         (PATHWISE, "objective.prior=pretrained"),
-        (PATHWISE, "objective.prior=pretrained", "objective.learnt_flow=false", "train.rollout=one_pass"),
+        (PATHWISE, "objective.prior=pretrained", "train.rollout=one_pass", *FLOWLESS),
         (PATHWISE, "objective.jacobian=none", "train.rollout=one_pass"),
     ],
     ids=str,

@@ -42,7 +42,8 @@ KINDS: dict[str, dict[str, Any]] = {
             "forward_looking": {"weight": "fitted"},
         },
         "reward": [{"name": "colourfulness"}, {"name": "incompressibility"}],
-        "reward_critic": {"width": 8, "passes": 1},
+        # A small rate: Adam's first steps have its size for any gradient, also for one that is rounding.
+        "reward_critic": {"width": 8, "passes": 1, "learning_rate": 1e-5},
         "train": {"step_fraction": 0.5, "step_choice": "informative", "keep_terminal": False},
     },
     "slopes": {"flow": {"slopes": True}},

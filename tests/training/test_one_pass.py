@@ -140,6 +140,8 @@ def test_the_gradient_is_that_of_two_passes(
     sections = copy.deepcopy(change)
     sections["train"] = {"updates": 1, "rollout": "one_pass", **sections.get("train", {})}
     sections["sampler"] = {"steps": 5, **sections.get("sampler", {})}
+    if "reward" in sections:
+        sections["flow"] = {"warmup_epochs": 1}  # a critic must have learnt before
     recipe = make_recipe(**sections, model={"dtype": dtype})
     trainer = trainer_of(recipe, run)
     two = in_two_passes(trainer, monkeypatch)
