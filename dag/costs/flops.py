@@ -87,7 +87,7 @@ def of_recipe(recipe: Recipe) -> Work:
     return {
         "sampling": 0.0 if recipe.train.rollout == "one_pass" else shown.guided,
         "training": shown.trained,
-        "extra UNet passes": _pretrained_passes(recipe) * shown.guided,
+        "extra UNet passes": _pretrained_passes(recipe) * shown.pretrained,
         "decodes": scored * shown.preview + shown.decode / T,
         "rewards": (scored + 1 / T) * shown.reward,
         "flow": shown.flow,
@@ -156,6 +156,10 @@ class _Counts:
     @cached_property
     def guided(self) -> float:
         return _gflop(lambda: self.policy.predict(*self.state), grad=False)
+
+    @cached_property
+    def pretrained(self) -> float:
+        return _gflop(lambda: self.policy.predict(*self.state, pretrained=True), grad=False)
 
     @cached_property
     def trained(self) -> float:

@@ -7,8 +7,6 @@ from torch import Tensor
 
 from dag.rewards.registry import REWARDS, PixelReward
 
-_SMALLEST = 1e-24
-
 
 @REWARDS.register("colourfulness")
 class Colourfulness(PixelReward):
@@ -20,7 +18,11 @@ class Colourfulness(PixelReward):
     def __call__(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
         red, green, blue = (images.float() * 255).unbind(1)
         opponents = torch.stack([red - green, (red + green) / 2 - blue], dim=1).flatten(2)  # (B, 2, H W)
-        # The smallest values keep the gradient of the root finite on a picture of one colour.
-        spread = opponents.var(dim=2, correction=0).sum(1).clamp(min=_SMALLEST).sqrt()
-        offset = opponents.mean(dim=2).square().sum(1).clamp(min=_SMALLEST).sqrt()
+        spread = _root(opponents.var(dim=2, correction=0).sum(1))
+        offset = _root(opponents.mean(dim=2).square().sum(1))
         return (spread + 0.3 * offset) / 10
+
+
+def _root(x: Tensor) -> Tensor:
+    """Square roots (B,), whose gradient is 0 instead of infinite at 0: on a picture of one colour."""
+    return torch.where(x > 0, torch.where(x > 0, x, 1.0).sqrt(), 0.0)
