@@ -39,6 +39,7 @@ KINDS: dict[str, dict[str, Any]] = {
             "name": "dag_kl",
             "policy_gradient": "pathwise",
             "prior": "pretrained",
+            "learnt_flow": False,
             "forward_looking": {"weight": "fitted"},
         },
         "reward": [{"name": "colourfulness"}, {"name": "incompressibility"}],
