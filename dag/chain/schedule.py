@@ -261,6 +261,17 @@ class Schedule:
         x, xp = at_least_float32(x_t), at_least_float32(x_next)
         return (xp - _at(self.mean_x, k, x) * x - _at(self.sigma, k, x) * noise) / _at(self.mean_output, k, x)
 
+    def policy_kl(self, output: Tensor, other: Tensor, k: int) -> Tensor:
+        """(B,) KL in nats from one policy's step k to another's, which depends on their network outputs alone.
+
+        Args:
+            output, other: (B, C, H, W) network outputs after guidance; `other` is treated as data.
+        """
+        ks = torch.full((len(output),), k, device=output.device)
+        found = self.transition_log_probs(output, output, output, ks, output_ref=other).kl
+        assert found is not None
+        return found
+
     def balanced_weights(self) -> Tensor:
         """(T,) weights min(1, sigma / (2 |b|)) with b = mean_output. The policy gradient of a step is b / sigma times the noise,
         which in the last steps is very large."""

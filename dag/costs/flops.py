@@ -115,8 +115,8 @@ def _look_ahead(recipe: Recipe, shown: "_Counts", T: int) -> float:
     if balance.jacobian == "none":
         through = 0.0 if recipe.train.rollout == "one_pass" else shown.guided
     reward = 0.0
-    if not all(recipe.learnt_rewards):
-        towers = [t for t, is_learnt in zip(recipe.reward, recipe.learnt_rewards, strict=True) if not is_learnt]
+    if any(recipe.exact_rewards):
+        towers = [term for term, is_exact in zip(recipe.reward, recipe.exact_rewards, strict=True) if is_exact]
         towers_there_and_back = sum(_tower(term.name, grad=True) for term in towers if isinstance(term, Tower))
         reward = (1 - 1 / T) * shown.preview_gradient + shown.decode_gradient / T + towers_there_and_back
     return (1 - 1 / T) * (through + shown.flow_gradient) + reward

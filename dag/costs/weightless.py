@@ -59,12 +59,11 @@ class Weightless:
         # On the CPU, as the embeddings of prompts are in training.
         self.text = torch.zeros(1, *self.policy.text_shape, dtype=self.policy.dtype)
         self.learner = learner_of(_with_adamw(recipe), self.policy, self.text, kernels, warn=lambda text: None)
-        there = [term for term in recipe.reward if getattr(term, "device", "auto") != "cpu"]
         pictures = recipe.memory.gradient_batch or recipe.train.micro_batch
-        taken = [not is_learnt for is_learnt in recipe.learnt_rewards] if recipe.differentiates_rewards else []
-        exact = {id(term) for term, is_taken in zip(recipe.reward, taken, strict=False) if is_taken}
-        self.rewards = [footprint(term, pictures if id(term) in exact else 0) for term in there]
-        self.offloaded = [bool(getattr(term, "offload", False)) for term in there]
+        pairs = zip(recipe.reward, recipe.exact_rewards, strict=True)
+        there = [(term, is_exact) for term, is_exact in pairs if getattr(term, "device", "auto") != "cpu"]
+        self.rewards = [footprint(term, pictures if is_exact else 0) for term, is_exact in there]
+        self.offloaded = [bool(getattr(term, "offload", False)) for term, _ in there]
 
     @property
     def flow(self) -> StateFlow | None:

@@ -270,6 +270,12 @@ class Recipe(Section):
         return tuple(balance.reward_gradient == "learnt" or not term.has_gradient for term in self.reward)
 
     @property
+    def exact_rewards(self) -> tuple[bool, ...]:
+        """For each reward, whether its exact gradient is taken."""
+        takes_gradient = self.balance is not None and self.balance.takes_gradient
+        return tuple(takes_gradient and not is_learnt for is_learnt in self.learnt_rewards)
+
+    @property
     def differentiates_rewards(self) -> bool:
         """Whether training back-propagates through the decoder and at least one reward, for the policy or to check the critic."""
         balance = self.balance

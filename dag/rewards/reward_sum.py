@@ -140,7 +140,7 @@ class RewardSum:
                 images, total = decode(x), torch.zeros(len(x), device=latents.device)
                 for name, weight, reward in chosen:
                     total = total + weight * differentiable(name, reward, images, texts).to(latents.device)
-                (of_pixels,) = torch.autograd.grad(total.sum(), images, retain_graph=True)
+                (of_pixels,) = torch.autograd.grad(total.sum(), images)
                 # Scaled to order one, so that a decoder in half precision neither overflows nor rounds to zero.
                 size = of_pixels.abs().amax().clamp(min=torch.finfo(torch.float32).tiny)
                 (gradient,) = torch.autograd.grad(images, x, of_pixels / size)
@@ -212,15 +212,7 @@ def checked(
 
 def differentiable(name: str, reward: Reward, images: Tensor, prompts: Sequence[str]) -> Tensor:
     """The reward's values (B,) with gradients to the images. Raises RunError if the reward failed or gave no gradient."""
-    options = {"grad": True} if isinstance(reward, TowerReward) else {}
-    try:
-        values = reward(images, prompts, **options)
-    except (RunError, UsageError):
-        raise
-    except Exception as error:
-        if is_out_of_memory(error):
-            raise torch.OutOfMemoryError(str(error)) from None
-        raise RunError(f"the gradient of reward {name} raised {type(error).__name__}: {error}") from error
+    values = _called(name, reward, images, prompts, None, {"grad": True})
     if not values.requires_grad:
         raise RunError(f"reward {name} has no gradient; use objective.reward_gradient=learnt")
     return values
@@ -240,10 +232,29 @@ def scored(
         RunError: the reward raised an error, or returned anything but B float32 numbers. The message names the reward.
         torch.OutOfMemoryError: a GPU ran out of memory, whatever error said so; the caller can ask for fewer at a time.
     """
-    options = {"is_preview": True} if is_preview and isinstance(reward, TowerReward) else {}
+    with torch.no_grad():
+        values = _called(name, reward, images, prompts, sample_ids, {"is_preview": True} if is_preview else {})
+    if not isinstance(values, Tensor) or values.shape != (len(prompts),):
+        found = f"shape {tuple(values.shape)}" if isinstance(values, Tensor) else type(values).__name__
+        raise RunError(
+            f"reward {name} returned {found}; expected a tensor of shape ({len(prompts)},), one number per image"
+        )
+    if values.dtype != torch.float32:
+        raise RunError(f"reward {name} returned dtype {values.dtype}; expected torch.float32")
+    return values.detach()
+
+
+def _called(
+    name: str,
+    reward: Reward,
+    images: Tensor,
+    prompts: Sequence[str],
+    sample_ids: Sequence[int] | None,
+    options: dict[str, bool],
+) -> Tensor:
+    """What the reward returns; whatever it raises becomes an error that names it. `options` are those of rewards with a network."""
     try:
-        with torch.no_grad():
-            values = reward(images, prompts, **options)
+        return reward(images, prompts, **(options if isinstance(reward, TowerReward) else {}))
     except (RunError, UsageError):
         raise
     except Exception as error:
@@ -253,11 +264,3 @@ def scored(
         raise RunError(
             f"reward {name} raised {type(error).__name__}: {error} (batch of {len(prompts)}, first: {first}prompt {prompts[0]!r})"
         ) from error
-    if not isinstance(values, Tensor) or values.shape != (len(prompts),):
-        found = f"shape {tuple(values.shape)}" if isinstance(values, Tensor) else type(values).__name__
-        raise RunError(
-            f"reward {name} returned {found}; expected a tensor of shape ({len(prompts)},), one number per image"
-        )
-    if values.dtype != torch.float32:
-        raise RunError(f"reward {name} returned dtype {values.dtype}; expected torch.float32")
-    return values.detach()

@@ -168,12 +168,13 @@ def _critic_fit(recipe: Recipe, policy: Policy, text: Tensor, processes: Process
 
 def describe_run(recipe: Recipe, components: Components, device: torch.device) -> dict[str, Any]:
     """The content of run.json: the recipe, which a resumed run reads, what was built from it, and the machine."""
+    critic_fit = components.learner.critic_fit
     return {
         "recipe": recipe.model_dump(mode="json"),
         "seed": recipe.seed,
         "model": components.policy.describe(),
         "flow_parameters": 0 if components.flow is None else sum(p.numel() for p in components.flow.parameters()),
-        "critic_parameters": sum(p.numel() for p in components.learner.critic_parameters()),
+        "critic_parameters": 0 if critic_fit is None else sum(p.numel() for p in critic_fit.critic.parameters()),
         "plan": asdict(make_plan(recipe)),
         "beta_eff": make_plan(recipe).beta_eff,
         "kernels": {"name": components.kernels.name, "reason": components.kernels.reason},

@@ -24,6 +24,20 @@ from dag.training.flow_fit import FlowFit
 
 
 @dataclass(frozen=True)
+class Rewarded:
+    """B trajectories of a batch, and what rewards them."""
+
+    prompt_id: Tensor
+    """(B,) int64 on the CPU."""
+    score: Score | None
+    """Scores and differentiates the rewards of the batch's trajectories; None if nothing asks for it."""
+    rows: Tensor
+    """(B,) int64 on the CPU, which of the batch's trajectories these are."""
+    epoch: int
+    """Decides beta."""
+
+
+@dataclass(frozen=True)
 class Look:
     """The forward-looking flow at B states as the policy's update uses it."""
 
@@ -54,18 +68,15 @@ class FlowGradient:
         assert isinstance(recipe.objective, Balance)
         self.section, self.policy, self.schedule = recipe.objective, policy, policy.schedule
         self.flow_fit, self.critic_fit, self.text, self.log_scale = flow_fit, critic_fit, text, log_scale
-        self.has_exact = not all(recipe.learnt_rewards)
+        self.has_exact = any(recipe.exact_rewards)
 
-    def at(self, x: Tensor, k: int, prompt_id: Tensor, score: Score, rows: Tensor, epoch: int) -> Look:
+    def at(self, x: Tensor, k: int, whose: Rewarded) -> Look:
         """The flow's gradient at stored states.
 
         Args:
-            x:         (B, C, H, W) states before step k, or final latents (k = T).
-            prompt_id: (B,) int64 on the CPU.
-            score:     scores and differentiates the rewards of the trajectories of a batch.
-            rows:      (B,) int64 on the CPU, which of them these are.
+            x: (B, C, H, W) states before step k, or final latents (k = T).
         """
-        text = self.text.rows(prompt_id)
+        text = self.text.rows(whose.prompt_id)
         with torch.enable_grad():
             x = x.detach().float().requires_grad_(True)
             if k == self.schedule.num_transitions:
@@ -75,20 +86,10 @@ class FlowGradient:
                 with torch.set_grad_enabled(self.section.jacobian != "none"):
                     prediction = self.policy.predict(x, t, text, pretrained=is_pretrained)
                     clean = self.schedule.x0_hat(x, prediction.guided, k)
-        return self._look(x, clean, k, prompt_id, score, rows, epoch, keeps_graph=False)
+        return self._look(x, clean, k, whose, keeps_graph=False)
 
     def through(
-        self,
-        x: Tensor,
-        prediction: Prediction,
-        k: int,
-        prompt_id: Tensor,
-        score: Score,
-        rows: Tensor,
-        epoch: int,
-        *,
-        keeps_graph: bool,
-        has_flow: bool = True,
+        self, x: Tensor, prediction: Prediction, k: int, whose: Rewarded, *, keeps_graph: bool, has_flow: bool = True
     ) -> Look:
         """The flow's gradient at states whose prediction is known already. Arguments as for `at`.
 
@@ -99,31 +100,21 @@ class FlowGradient:
             has_flow:    add the gradient of log F~, if there is a learnt flow.
         """
         if self.section.jacobian == "pretrained":
-            return self.at(x, k, prompt_id, score, rows, epoch)
+            return self.at(x, k, whose)
         with torch.enable_grad():
             clean = self.schedule.x0_hat(x.float(), prediction.guided, k)
-        return self._look(x, clean, k, prompt_id, score, rows, epoch, keeps_graph=keeps_graph, has_flow=has_flow)
+        return self._look(x, clean, k, whose, keeps_graph=keeps_graph, has_flow=has_flow)
 
     def _look(
-        self,
-        x: Tensor,
-        clean: Tensor,
-        k: int,
-        prompt_id: Tensor,
-        score: Score,
-        rows: Tensor,
-        epoch: int,
-        *,
-        keeps_graph: bool,
-        has_flow: bool = True,
+        self, x: Tensor, clean: Tensor, k: int, whose: Rewarded, *, keeps_graph: bool, has_flow: bool = True
     ) -> Look:
         """The flow's gradient at x, by way of the clean latents that the policy predicts from it."""
         is_final = k == self.schedule.num_transitions
-        reward, gradient = self._reward(clean.detach(), prompt_id, score, rows, is_preview=not is_final)
+        reward, gradient = self._reward(clean.detach(), whose, is_preview=not is_final)
         with torch.no_grad():
-            vector = self.log_scale.slope(epoch, k) * gradient
+            vector = self.log_scale.slope(whose.epoch, k) * gradient
             log_F = self.log_scale.log_reward if is_final else partial(self.log_scale.log_looking, k=k)
-            log_looking = log_F(reward, epoch)
+            log_looking = log_F(reward, whose.epoch)
         if clean is x:
             return Look(vector, log_looking)
         if clean.grad_fn is not None and (is_final or self.section.jacobian != "none"):
@@ -134,18 +125,17 @@ class FlowGradient:
         else:
             y = self.schedule.alpha_bar_t[k].sqrt() * vector
         if has_flow and self.flow_fit is not None and not is_final:
-            y = y + self.of_flow(x, k, prompt_id)
+            y = y + self.of_flow(x, k, whose.prompt_id)
         return Look(y, log_looking)
 
-    def _reward(
-        self, latents: Tensor, prompt_id: Tensor, score: Score, rows: Tensor, *, is_preview: bool
-    ) -> tuple[Tensor, Tensor]:
+    def _reward(self, latents: Tensor, whose: Rewarded, *, is_preview: bool) -> tuple[Tensor, Tensor]:
         """(rewards (B,), gradients (B, C, H, W)) at clean latents: exact ones and learnt ones add."""
         reward, gradient = torch.zeros(len(latents), device=latents.device), torch.zeros_like(latents)
         if self.has_exact:
-            reward, gradient = score.gradient(latents, rows, is_preview=is_preview)
+            assert whose.score is not None
+            reward, gradient = whose.score.gradient(latents, whose.rows, is_preview=is_preview)
         if self.critic_fit is not None:
-            learnt, its_gradient = self.critic_fit.value_and_gradient(latents, prompt_id)
+            learnt, its_gradient = self.critic_fit.value_and_gradient(latents, whose.prompt_id)
             reward, gradient = reward + learnt, gradient + its_gradient
         return reward, gradient
 

@@ -157,7 +157,7 @@ class Learner:
         steps = preview_steps(self.schedule.num_transitions, section.stride)
         latents = self._previews(trajectories, steps)
         reward = torch.cat([trajectories.x0_hat_reward[:, steps], trajectories.reward[:, None]], dim=1)
-        if not all(self.recipe.learnt_rewards):
+        if any(self.recipe.exact_rewards):
             reward = reward - self._exact_part(latents, score)
         cosine = self._agreement(latents[:_COMPARED, len(steps) // 2].float(), trajectories.prompt_id, score)
         return Lesson(latents, reward, trajectories.prompt_id, cosine)
@@ -218,10 +218,6 @@ class Learner:
         """The networks that are trained beside the policy."""
         flow = [] if self.flow_fit is None else [self.flow_fit.flow]
         return [*flow, *([] if self.critic_fit is None else [self.critic_fit.critic])]
-
-    def critic_parameters(self) -> list[nn.Parameter]:
-        """The weights of the reward critic; none without one."""
-        return [] if self.critic_fit is None else list(self.critic_fit.critic.parameters())
 
     def optimizers(self) -> Iterator[ClippedOptimizer]:
         """All optimizers: those of the policy's updates, then the critic's if there is one."""

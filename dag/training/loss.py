@@ -19,7 +19,7 @@ from dag.objectives.transition import Transition
 from dag.recipe import Recipe, ScalarBalance
 from dag.training.embeddings import Embeddings
 from dag.training.flow_fit import FlowFit
-from dag.training.flow_gradient import Look
+from dag.training.flow_gradient import Rewarded
 from dag.training.pull import Pull, Pulls, States
 
 
@@ -188,8 +188,10 @@ class Loss:
             advantages: (N, T) for objectives that form advantages.
         """
         # First, so that its graph is gone before the policy's own is made.
-        look = None if self.pulls is None else self._look(self.pulls, rollout, rows, k + 1)
-        trajectories, states = rollout.trajectories, self._states(rollout, rows, k)
+        trajectories, look = rollout.trajectories, None
+        if self.pulls is not None:
+            look = self.pulls.flow_gradient.at(trajectories.states(k + 1, rows), k + 1, self._whose(rollout, rows))
+        states = self._states(rollout, rows, k)
         old, flows, pull = None, None, None
         if self.regularisers.sampling > 0:
             with torch.no_grad():
@@ -200,7 +202,7 @@ class Loss:
         if self.pulls is not None and look is not None and rollout.terms is not None:
             is_final, terms = k == self.schedule.num_transitions - 1, rollout.terms
             log_F_next = terms.log_reward[rows] if is_final else terms.log_looking[rows, k + 1]
-            pull = self.pulls(states, look, log_F_next, rollout.epoch)
+            pull = self.pulls(states, look, log_F_next)
         transition = self.transition(
             k,
             now,
@@ -215,19 +217,17 @@ class Loss:
     def _states(self, rollout: Rollout, rows: Rows, k: int) -> States:
         """The transitions of step k of the trajectories `rows`, with the policy's predictions."""
         trajectories, text = rollout.trajectories, self._text(rollout, rows)
-        x_t, prompt_id = trajectories.states(k, rows), trajectories.prompt_id[on_cpu(rows)]
+        x_t = trajectories.states(k, rows)
         if self.pulls is not None and self.pulls.has_reverse:
             x_t = x_t.float().requires_grad_(True)
         prediction = self.policy.predict(x_t, self.schedule.timesteps[k].expand(len(x_t)), text)
-        pretrained = self.pretrained(x_t, k, text)
-        x_next, index = trajectories.states(k + 1, rows), as_index(rows)
-        return States(k, x_t, x_next, prediction, pretrained, text, prompt_id, rollout.score, index)
+        x_next, pretrained = trajectories.states(k + 1, rows), self.pretrained(x_t, k, text)
+        return States(k, x_t, x_next, prediction, pretrained, text, self._whose(rollout, rows))
 
-    def _look(self, pulls: Pulls, rollout: Rollout, rows: Rows, k: int) -> Look:
-        """The flow's gradient at state k of the trajectories `rows`."""
-        assert rollout.score is not None
-        x, prompt_id = rollout.trajectories.states(k, rows), rollout.trajectories.prompt_id[on_cpu(rows)]
-        return pulls.flow_gradient.at(x, k, prompt_id, rollout.score, as_index(rows), rollout.epoch)
+    def _whose(self, rollout: Rollout, rows: Rows) -> Rewarded:
+        """The trajectories `rows`, with what rewards them."""
+        prompt_id = rollout.trajectories.prompt_id[on_cpu(rows)]
+        return Rewarded(prompt_id, rollout.score, as_index(rows), rollout.epoch)
 
     def _text(self, rollout: Rollout, rows: Rows) -> Tensor:
         return self.text.rows(rollout.trajectories.prompt_id[on_cpu(rows)])

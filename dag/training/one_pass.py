@@ -222,10 +222,8 @@ class OnePass:
         """The gradient of the flow at x_t of the step, or None if the objective does not take it."""
         if self.loss.pulls is None:
             return None
-        prompt_id, score, rows = tile.batch.prompt_id, tile.score, tile.rows
-        return self.loss.pulls.flow_gradient.through(
-            step.x_t, step.prediction, step.k, prompt_id, score, rows, epoch, keeps_graph=keeps_graph
-        )
+        flow_gradient, whose = self.loss.pulls.flow_gradient, tile.whose(epoch)
+        return flow_gradient.through(step.x_t, step.prediction, step.k, whose, keeps_graph=keeps_graph)
 
     def _probe(self, tile: Tile, step: Step) -> list[Probe]:
         """A few transitions of the step on which the trust region is measured."""
@@ -237,8 +235,7 @@ class OnePass:
         log_reward = self.learner.log_scale.log_reward(tile.reward.to(self.device), epoch)
         zero, look = torch.zeros_like(log_reward), None
         if self.loss.pulls is not None:
-            T, prompt_id = self.schedule.num_transitions, tile.batch.prompt_id
-            look = self.loss.pulls.flow_gradient.at(x_0, T, prompt_id, tile.score, tile.rows, epoch)
+            look = self.loss.pulls.flow_gradient.at(x_0, self.schedule.num_transitions, tile.whose(epoch))
         return Next(zero, zero, log_reward, look)
 
     def _pending(self, tile: Tile, step: Step, weight: float, log_F_tilde: Tensor, log_looking: Tensor) -> Pending:
@@ -272,18 +269,9 @@ class OnePass:
             advantage = self._advantage(self.flow_fit, pending, end)
         if following.look is not None and self.loss.pulls is not None:
             log_F_next = following.log_looking if log_reward is None else log_reward
-            states = States(
-                k,
-                step.x_t,
-                step.x_next,
-                step.prediction,
-                pending.pretrained,
-                tile.text,
-                tile.batch.prompt_id,
-                tile.score,
-                tile.rows,
-            )
-            pull = self.loss.pulls(states, following.look, log_F_next, state.epoch)
+            whose = tile.whose(state.epoch)
+            states = States(k, step.x_t, step.x_next, step.prediction, pending.pretrained, tile.text, whose)
+            pull = self.loss.pulls(states, following.look, log_F_next)
         sampled = step.sampled
         transition = self.loss.transition(k, pending.now, sampled.log_pf, sampled.log_pb, flows, advantage, pull)
         output, regulariser = self.loss.output(transition, k, pull), self.loss.regulariser(pending.now)

@@ -70,7 +70,7 @@ def make_plan(recipe: Recipe) -> Plan:
         if section.source == "current":
             extra += trained_rows
             previews += 2 * trained_rows - train.trajectories * train.inner_epochs
-    if not all(recipe.learnt_rewards) and balance is not None and balance.takes_gradient:
+    if any(recipe.exact_rewards):
         previews += trained_rows
     beta_eff = None
     if balance is not None:

@@ -10,11 +10,10 @@ import torch
 from torch import Tensor
 
 from dag.chain.policy import Policy, Prediction
-from dag.chain.rollout import Score
 from dag.objectives import pathwise
 from dag.objectives.log_scale import LogScale
 from dag.recipe import NablaBalance, Recipe, ScalarBalance
-from dag.training.flow_gradient import FlowGradient, Look
+from dag.training.flow_gradient import FlowGradient, Look, Rewarded
 
 
 @dataclass(frozen=True)
@@ -32,12 +31,7 @@ class States:
     """(B, C, H, W) the pretrained network's output at x_t, or None if the loss does not need it."""
     text: Tensor
     """(B, S, D) embeddings of the prompts."""
-    prompt_id: Tensor
-    """(B,) int64 on the CPU."""
-    score: Score | None
-    """Scores and differentiates the rewards of the batch's trajectories."""
-    rows: Tensor
-    """(B,) int64 on the CPU, which of them these are."""
+    whose: Rewarded
 
 
 @dataclass(frozen=True)
@@ -59,12 +53,8 @@ class Pulls:
 
     def __init__(self, recipe: Recipe, policy: Policy, flow_gradient: FlowGradient, log_scale: LogScale) -> None:
         section = recipe.objective
-        self.policy, self.schedule, self.flow_gradient, self.log_scale = (
-            policy,
-            policy.schedule,
-            flow_gradient,
-            log_scale,
-        )
+        self.policy, self.schedule = policy, policy.schedule
+        self.flow_gradient, self.log_scale = flow_gradient, log_scale
         self.has_prior, self.latent_elements = recipe.has_prior, math.prod(policy.latent_shape)
         self.is_corrected = isinstance(section, ScalarBalance) and section.policy_gradient == "control_variate"
         self.nabla = section if isinstance(section, NablaBalance) else None
@@ -79,7 +69,7 @@ class Pulls:
         """Whether squared residuals are averaged over the latent, without the variance of their step."""
         return self.nabla is not None and self.nabla.weight == "one"
 
-    def __call__(self, states: States, look: Look, log_F_next: Tensor, epoch: int) -> Pull:
+    def __call__(self, states: States, look: Look, log_F_next: Tensor) -> Pull:
         """The pull of B transitions.
 
         Args:
@@ -98,7 +88,7 @@ class Pulls:
             kl = 2 / (self.schedule.sigma[states.k].square() * self.latent_elements) * kl
         if self.is_corrected:
             unexplained = (log_F_next - look.log_looking).detach()
-        reverse = self._reverse(states, epoch) if self.has_reverse else None
+        reverse = self._reverse(states) if self.has_reverse else None
         # Squared, since a score function's gradient is a residual times that of the reduced log-prob.
         return Pull(factor**2 * target.weight * kl, unexplained, reverse, self._measured(states, look))
 
@@ -106,9 +96,7 @@ class Pulls:
     def _measured(self, states: States, look: Look) -> dict[str, Tensor]:
         measured = {"gradient_norm": look.y.flatten(1).norm(dim=1)}
         if states.pretrained is not None:
-            square = (states.prediction.guided - states.pretrained).square().flatten(1).sum(1)
-            k, schedule = states.k, self.schedule
-            measured["pretrained_kl"] = 0.5 * (schedule.mean_output[k] / schedule.sigma[k]).square() * square
+            measured["pretrained_kl"] = self.schedule.policy_kl(states.prediction.guided, states.pretrained, states.k)
         return measured
 
     def _target(self, states: States, y: Tensor) -> pathwise.Target:
@@ -119,26 +107,15 @@ class Pulls:
             return pathwise.against_noising_pointwise(self.schedule, states.k, y, states.x_t, states.x_next)
         return pathwise.against_noising(self.schedule, states.k, y, states.x_t)
 
-    def _reverse(self, states: States, epoch: int) -> Tensor:
+    def _reverse(self, states: States) -> Tensor:
         """(B,) the weighted square of the reverse residual."""
-        assert states.score is not None
         k, x, pretrained = states.k, states.x_t, None
-        look = self.flow_gradient.through(
-            x,
-            states.prediction,
-            k,
-            states.prompt_id,
-            states.score,
-            states.rows,
-            epoch,
-            keeps_graph=True,
-            has_flow=False,
-        )
+        look = self.flow_gradient.through(x, states.prediction, k, states.whose, keeps_graph=True, has_flow=False)
         if self.has_prior:
             t = self.schedule.timesteps[k].expand(len(x))
             pretrained = self.policy.predict(x, t, states.text, pretrained=True).guided
         score = pathwise.reverse_score(self.schedule, k, x, states.x_next, states.prediction.guided, pretrained)
-        residual = score + look.y + self.flow_gradient.of_flow(x, k, states.prompt_id, is_trained=True)
+        residual = score + look.y + self.flow_gradient.of_flow(x, k, states.whose.prompt_id, is_trained=True)
         if self.is_mean:
             return residual.square().flatten(1).mean(1)
         return 0.5 * self.schedule.noising_std[k].square() * residual.square().flatten(1).sum(1)

@@ -21,8 +21,8 @@ class Scorer:
     def __init__(self, recipe: Recipe, policy: Policy, reward: RewardSum, prompts: Sequence[str], batch: Batch) -> None:
         self.policy, self.reward, self.prompts, self.batch = policy, reward, prompts, batch
         self.chunk = recipe.memory.gradient_batch or recipe.train.micro_batch
-        self.learnt = {number for number, is_learnt in enumerate(recipe.learnt_rewards) if is_learnt}
-        self.exact_parts = set(range(len(recipe.reward))) - self.learnt
+        self.learnt_parts = {number for number, is_learnt in enumerate(recipe.learnt_rewards) if is_learnt}
+        self.exact_parts = {number for number, is_exact in enumerate(recipe.exact_rewards) if is_exact}
 
     def __call__(self, images: Tensor, rows: Tensor, *, is_preview: bool = False) -> Tensor:
         ids = self.batch.sample_id[rows].tolist()
@@ -31,9 +31,8 @@ class Scorer:
     def gradient(
         self, latents: Tensor, rows: Tensor, *, is_preview: bool = False, is_learnt: bool = False
     ) -> tuple[Tensor, Tensor]:
-        decode, parts = self.policy.preview if is_preview else self.policy.decode, self.exact_parts
-        if is_learnt:
-            parts = self.learnt
+        decode = self.policy.preview if is_preview else self.policy.decode
+        parts = self.learnt_parts if is_learnt else self.exact_parts
         return self.reward.gradient(latents, self._texts(rows), decode, self.chunk, parts)
 
     def exact(self, images: Tensor, rows: Tensor, *, is_preview: bool = False) -> Tensor:

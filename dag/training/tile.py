@@ -13,7 +13,7 @@ from dag.chain.rollout import Batch, Score, Step, noise_dtype
 from dag.chain.trajectory import Trajectories
 from dag.objectives.state_flow import norm_excess
 from dag.recipe import Recipe
-from dag.training.flow_gradient import Look
+from dag.training.flow_gradient import Look, Rewarded
 
 
 @dataclass(frozen=True)
@@ -73,6 +73,10 @@ class Tile:
     @property
     def rows(self) -> Tensor:
         return torch.arange(len(self.sample_id))
+
+    def whose(self, epoch: int) -> Rewarded:
+        """The trajectories, with what rewards them in an epoch."""
+        return Rewarded(self.batch.prompt_id, self.score, self.rows, epoch)
 
     def remember(self, step: Step, log_F_tilde: Tensor, *, keeps_chain: bool, has_slopes: bool) -> None:
         """Add a step's numbers, without gradients."""

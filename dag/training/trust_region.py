@@ -1,8 +1,7 @@
 """The trust region: an update that moves the policy too far is scaled back.
 
-    KL_k = 1/2 (b_k / sigma_k)^2 |o - o_before|^2,        the KL from the step before the update to the step after it
-
-is measured on a few transitions of the update, in nats per transition. While its mean is above `train.max_kl`, the update is
+The KL of a step before the update and after it (`Schedule.policy_kl`) is measured on a few transitions of the update, in nats per
+transition. While its mean is above `train.max_kl`, the update is
 shortened to theta_before + s (theta - theta_before). Adam's moments stay as they are.
 
 Legend: B transitions.
@@ -92,8 +91,6 @@ class TrustRegion:
 
     def _kl(self, probes: Sequence[Probe], before: Sequence[Tensor]) -> float:
         """The mean KL of the probes of all processes from the outputs (B, C, H, W) before the update."""
-        schedule, each = self.policy.schedule, []
-        for probe, output in zip(probes, before, strict=True):
-            square = (self._output(probe) - output).square().flatten(1).sum(1)
-            each.append(0.5 * (schedule.mean_output[probe.k] / schedule.sigma[probe.k]).square() * square)
+        pairs = zip(probes, before, strict=True)
+        each = [self.policy.schedule.policy_kl(self._output(probe), output, probe.k) for probe, output in pairs]
         return float(self.processes.sum(torch.cat(each).mean())) / self.processes.size

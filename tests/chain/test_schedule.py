@@ -179,6 +179,7 @@ def test_policy_kl_equals_torch_distributions() -> None:
         found = schedule.transition_log_probs(x_t, x_t, output, ks, output_ref=reference)
         assert found.kl is not None
         torch.testing.assert_close(found.kl, expected, rtol=1e-9, atol=0)
+        assert torch.equal(schedule.policy_kl(output, reference, k), found.kl)
 
 
 def test_gradients_reach_the_network_output_alone() -> None:

@@ -55,6 +55,19 @@ def test_rewards_that_do_not_vary_give_finite_numbers() -> None:
     assert bool(look.slopes().isfinite().all() and look.informativeness().isfinite().all())
 
 
+def test_previews_that_say_nothing_get_no_weight() -> None:
+    """Of 16 trajectories, slopes are noise of size 1/4; shrunk by it most are 0, and none is negative."""
+    found = []
+    for seed in range(50):
+        look, generator = LookAhead(4), torch.Generator().manual_seed(seed)
+        look.see(torch.randn(16, 4, generator=generator), torch.randn(16, generator=generator))
+        found.append(look.slopes())
+    slopes = torch.stack(found)
+    assert float(slopes.min()) == 0.0
+    assert float((slopes == 0).float().mean()) > 0.7
+    assert float(slopes.mean()) < 0.08
+
+
 def test_the_moments_survive_a_checkpoint() -> None:
     look, other = LookAhead(3), LookAhead(3)
     look.see(*rollout())

@@ -211,6 +211,23 @@ CROSS_FIELD = [
         ("objective={name: nabla_db, beta: {value: 1}, learnt_flow: false, reverse: 2}",),
         "objective.reverse has no effect with learnt_flow=false",
     ),
+    (
+        (gradient("pathwise", "learnt_flow: false"), "flow.slopes=true"),
+        "flow.slopes has no effect with objective.learnt",
+    ),
+    (
+        (gradient("pathwise", "learnt_flow: false, huber: 3"),),
+        "objective.huber has no effect with objective.learnt_flow",
+    ),
+    (
+        ("objective={name: dag_db, beta: {value: 1}, forward_looking: {source: none, weight: fitted}}",),
+        "weight=fitted has no effect with source=none",
+    ),
+    (
+        (gradient("pathwise"), JPEG, "train.rollout=one_pass", "train.updates=64"),
+        "in one pass the reward critic needs at least 2 trajectories an update",
+    ),
+    ((gradient("pathwise"), "reward={name: image_text}", "deterministic=true"), "the gradient of resizing pictures"),
     (("train.step_choice=informative",), "train.step_choice=informative has no effect with train.step_fraction=1"),
     (
         ("train.step_choice=informative", "train.step_fraction=0.5"),

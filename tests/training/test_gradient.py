@@ -11,9 +11,11 @@ from helpers.building import disturb, rolled_out, trainer_of, updated
 from torch import Tensor
 
 from dag.chain.rollout import Batch
+from dag.objectives.log_scale import RewardScale
 from dag.recipe import Recipe
 from dag.run.folder import RunFolder
 from dag.training.critic_fit import CriticFit, preview_steps
+from dag.training.flow_gradient import Rewarded
 from dag.training.trainer import Trainer
 from dag.training.updates import informative_steps
 
@@ -36,16 +38,24 @@ def run(tmp_path: Path) -> RunFolder:
 # -- d log F / d x ------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("k", [1, 4])
-@pytest.mark.parametrize("uncond", ["trained", "frozen"])
+@pytest.mark.parametrize(
+    ("k", "uncond", "has_flow"),
+    [(1, "trained", False), (1, "frozen", False), (1, "trained", True), (4, "trained", True)],
+)
 def test_the_flows_gradient_is_that_of_the_whole_chain(
-    make_recipe: MakeRecipe, run: RunFolder, k: int, uncond: str
+    make_recipe: MakeRecipe, run: RunFolder, k: int, uncond: str, has_flow: bool
 ) -> None:
-    """Denoiser, decoder and reward, against a central difference along a random direction; k = 4 is the final latent."""
-    recipe = make_recipe(objective=PATHWISE, sampler={"uncond": uncond})
+    """Learnt flow, denoiser, decoder and reward, against a central difference along a random direction.
+
+    k = 4 is the final latent, which has no learnt flow.
+    """
+    recipe = make_recipe(objective={**PATHWISE, "learnt_flow": has_flow}, sampler={"uncond": uncond})
     trainer, trajectories = rolled_out(recipe, run)
     disturb(trainer.components)
     learner, pulls = trainer.learner, trainer.learner.loss.pulls
+    learner.log_scale.reward_scale = RewardScale(mean=7.0, sd=2.5, is_set=True)
+    if learner.flow_fit is not None:
+        learner.flow_fit.flow.scale.fill_(300.0)  # so that its slope is of the reward's size
     assert pulls is not None
     rows, score = torch.arange(3), trainer.sampling.scorer(Batch(trajectories.prompt_id, trajectories.sample_id))
     x, prompt_id = trajectories.states(k, rows), trajectories.prompt_id[rows]
@@ -58,10 +68,17 @@ def test_the_flows_gradient_is_that_of_the_whole_chain(
             guided = policy.predict(x, schedule.timesteps[k].expand(3), text).guided
             return learner.log_scale.log_looking(score(policy.preview(schedule.x0_hat(x, guided, k)), rows), 0, k)
 
-    look = pulls.flow_gradient.at(x, k, prompt_id, score, rows, 0)
+    def log_F_tilde(x: Tensor) -> Tensor:
+        if k == 4 or learner.flow_fit is None:
+            return torch.zeros(3)
+        with torch.no_grad():
+            return learner.flow_fit.log_F_tilde_at(x, prompt_id, torch.full((3,), k))
+
+    look = pulls.flow_gradient.at(x, k, Rewarded(prompt_id, score, rows, 0))
     direction = torch.randn(x.shape, generator=torch.Generator().manual_seed(0))
     step = 2e-3
-    difference = (log_F(x + step * direction) - log_F(x - step * direction)) / (2 * step)
+    above, below = x + step * direction, x - step * direction
+    difference = (log_F(above) + log_F_tilde(above) - log_F(below) - log_F_tilde(below)) / (2 * step)
     slope = (look.y * direction).flatten(1).sum(1)
     torch.testing.assert_close(look.log_looking, log_F(x), rtol=1e-4, atol=1e-4)
     torch.testing.assert_close(slope, difference, rtol=0.02, atol=0.02 * float(difference.abs().max()))
@@ -92,6 +109,46 @@ def gradients_of(trainer: Trainer, trajectories: Any, monkeypatch: pytest.Monkey
     return [parameter for optimizer in trainer.updates.optimizers() for parameter in optimizer.parameters]
 
 
+def gradients_under(
+    make_recipe: MakeRecipe, folder: Path, monkeypatch: pytest.MonkeyPatch, steps: int, **section: Any
+) -> list[Tensor]:
+    """The policy's gradients in an update with this objective, of the same trajectories and the same disturbed policy."""
+    recipe = make_recipe(objective=section, sampler={"steps": steps}, train={"updates": 1}, flow={"warmup_epochs": 0})
+    trainer, trajectories = rolled_out(recipe, RunFolder.create(folder))
+    disturb(trainer.components)
+    return [p.grad.clone() for p in gradients_of(trainer, trajectories, monkeypatch) if p.grad is not None]
+
+
+def test_means_of_log_probs_scale_the_gradient_as_they_scale_a_score_functions(
+    make_recipe: MakeRecipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With means and beta / D the target is that of sums and beta; residual and log P_F are each D times smaller."""
+    D, section = 4 * 8 * 8, PATHWISE
+    options = {"beta": {"value": 20.0 / D}, "log_prob_reduction": "mean"}
+    sums = gradients_under(make_recipe, tmp_path / "sum", monkeypatch, 4, **section)
+    means = gradients_under(make_recipe, tmp_path / "mean", monkeypatch, 4, **{**section, **options})
+    for a, b in zip(sums, means, strict=True):
+        torch.testing.assert_close(D**2 * b, a, rtol=1e-3, atol=1e-4 * float(a.abs().max()))
+
+
+def test_nabla_dbs_residuals_are_weighted_by_their_steps_variance_or_averaged(
+    make_recipe: MakeRecipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In a chain of one step the two weights differ by one factor, and the forward residual is DAG-KL's pathwise loss."""
+    nabla = {"name": "nabla_db", "prior": "pretrained", "learnt_flow": False, "forward_looking": {"weight": "one"}}
+    found = {
+        name: gradients_under(make_recipe, tmp_path / name, monkeypatch, 1, **section)
+        for name, section in {"variance": nabla, "one": {**nabla, "weight": "one"}, "dag_kl": PATHWISE}.items()
+    }
+    recipe = make_recipe(sampler={"steps": 1})
+    sigma = trainer_of(recipe, RunFolder.create(tmp_path / "schedule")).learner.schedule.sigma[0]
+    for variance, one, dag_kl in zip(found["variance"], found["one"], found["dag_kl"], strict=True):
+        expected = 2 / (sigma.square() * 4 * 8 * 8) * variance
+        # Sums of float32 numbers in the same order, of which only the size differs.
+        torch.testing.assert_close(one, expected, rtol=0, atol=2e-5 * float(expected.abs().max()))
+        torch.testing.assert_close(dag_kl, variance)
+
+
 def test_the_gradient_does_not_depend_on_how_many_pictures_go_back_at_a_time(
     make_recipe: MakeRecipe, run: RunFolder
 ) -> None:
@@ -113,7 +170,7 @@ def test_exact_and_learnt_gradients_of_a_mix_add(make_recipe: MakeRecipe, run: R
     rows, score = torch.arange(2), trainer.sampling.scorer(Batch(trajectories.prompt_id, trajectories.sample_id))
     latents, prompt_id = trajectories.states(4, rows).float(), trajectories.prompt_id[rows]
     exact, learnt = score.gradient(latents, rows), learner.critic_fit.value_and_gradient(latents, prompt_id)
-    value, gradient = pulls.flow_gradient._reward(latents, prompt_id, score, rows, is_preview=False)
+    value, gradient = pulls.flow_gradient._reward(latents, Rewarded(prompt_id, score, rows, 0), is_preview=False)
     assert torch.equal(value, exact[0] + learnt[0]) and torch.equal(gradient, exact[1] + learnt[1])
     # What the critic learns is the sum without the reward whose gradient is exact.
     assert learner.critic_fit.previews is not None
@@ -235,10 +292,8 @@ def test_informative_steps_are_drawn_as_often_as_they_should_be() -> None:
 
 def kl_between(trainer: Trainer, before: list[Tensor], after: list[Tensor]) -> float:
     """The mean KL of transitions from the policy with some outputs, one tensor for each step, to that with others."""
-    schedule, found = trainer.learner.schedule, []
-    for k, (first, second) in enumerate(zip(before, after, strict=True)):
-        square = (second - first).square().flatten(1).sum(1)
-        found.append(0.5 * (schedule.mean_output[k] / schedule.sigma[k]).square() * square)
+    pairs = enumerate(zip(before, after, strict=True))
+    found = [trainer.learner.schedule.policy_kl(second, first, k) for k, (first, second) in pairs]
     return float(torch.stack(found).mean())
 
 
