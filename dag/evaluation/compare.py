@@ -8,14 +8,13 @@ base model's own distance is the noise floor.
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from dag.chain.rollout import generate
+from dag.chain.rollout import generate, generate_beside_pretrained
 from dag.chain.sample_ids import COMPARISON, COMPARISON_AGAIN
 from dag.errors import UsageError
 from dag.evaluation.measure import BASE, BASE_AGAIN, Measure, Task
@@ -69,7 +68,9 @@ def evaluate(
     task = Task([prompt for prompt in chosen for _ in range(images_per_prompt)], images_per_prompt, first.seed)
     source, tower, known_distances = instruments(first, features, distances, device)
     measure = Measure(task, _all_rewards(recipes, rewards), tower, known_distances, device)
-    pictures = dict(_drawn(judged, chosen, task, device))
+    drawn = list(_drawn(judged, chosen, task, device))
+    pictures = {one.name: one.images for one in drawn}
+    rows = [{**row, "path_kl": one.path_kl} for row, one in zip(measure.rows(pictures), drawn, strict=True)]
     report_data = {
         "features": source,
         "distances": list(known_distances),
@@ -81,7 +82,7 @@ def evaluate(
         "weights": _hashes(judged),
         "trained_on": [[term.name for term in recipe.reward] for recipe in recipes],
         "versions": versions(),
-        "models": measure.rows(pictures),
+        "models": rows,
     }
     return report_data, pictures
 
@@ -182,10 +183,20 @@ def _all_rewards(recipes: Sequence[Recipe], given: Sequence[RewardTerm]) -> list
     return list(unique.values())
 
 
+@dataclass(frozen=True)
+class _Drawn:
+    """The pictures (N, 3, H, W) of a model, and how far its trajectories are from the base model's."""
+
+    name: str
+    images: Tensor
+    path_kl: float | None
+    """Nats a picture, see `generate_beside_pretrained`; None after a full fine-tune, which keeps no pretrained copy."""
+
+
 def _drawn(
     judged: Sequence[_Judged], chosen: Sequence[str], task: Task, device: torch.device
-) -> Iterator[tuple[str, Tensor]]:
-    """Pairs (name, pictures): the base model, the base model with other seeds, then each run."""
+) -> Iterator[_Drawn]:
+    """The base model's pictures, those of other seeds, then each run's."""
     for one in judged:
         recipe = one.recipe
         policy = families.load(recipe, device)
@@ -194,15 +205,18 @@ def _drawn(
         same, other = (first + torch.arange(len(text)) for first in (COMPARISON, COMPARISON_AGAIN))
         # The tile size that training ended with fits in memory here too.
         tile = int(checkpoint.load_state(one.checkpoint)["tile"])
-        draw = partial(generate, policy, text, seed=task.seed, sampler=recipe.sampler, tile=tile)
+        options = {"seed": task.seed, "sampler": recipe.sampler, "tile": tile}
         with policy.decoder.at_work():
             if one is judged[0]:
-                yield BASE, draw(same)
-                yield BASE_AGAIN, draw(other)
+                yield _Drawn(BASE, generate(policy, text, same, **options), 0.0)
+                yield _Drawn(BASE_AGAIN, generate(policy, text, other, **options), 0.0)
             policy.load_state_dict(checkpoint.load_tensors(one.checkpoint, "policy"))
-            yield one.name, draw(same)
+            if recipe.adapter.kind == "lora":
+                yield _Drawn(one.name, *generate_beside_pretrained(policy, text, same, **options))
+            else:
+                yield _Drawn(one.name, generate(policy, text, same, **options), None)
         # Freed before the next model is built.
-        del policy, draw
+        del policy
 
 
 def _names(paths: Sequence[Path]) -> list[str]:

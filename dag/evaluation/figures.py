@@ -51,26 +51,26 @@ def summary(lines: Sequence[Line]) -> list[dict[str, Any]]:
         row: dict[str, Any] = {
             "method": line.name,
             "seeds": len(line.runs),
-            "reward_first": _mean(first),
-            "reward_last_quarter": _mean(last),
+            "reward_first": mean(first),
+            "reward_last_quarter": mean(last),
             "reward_last_quarter_sd": _sd(last),
-            "eval_reward": _mean([final["eval_reward_mean"] for final in finals]),
+            "eval_reward": mean([final["eval_reward_mean"] for final in finals]),
             "equal_reward": level,
         }
         for key in ("diversity", "noun_top1"):
-            row[key] = _mean([final.get(key) for final in finals])
-            row[f"{key}_at_equal_reward"] = _mean(
+            row[key] = mean([final.get(key) for final in finals])
+            row[f"{key}_at_equal_reward"] = mean(
                 [None if level is None else at_reward(run, level, key) for run in line.runs]
             )
         row["trajectories"] = max(trained(run)[-1]["trajectories"] for run in line.runs)
         row["updates"] = max(trained(run)[-1]["optimizer_step"] for run in line.runs)
-        row["seconds"] = _mean(seconds)
-        row["peak_memory_gib"] = _mean(list(map(_peak, line.runs)))
+        row["seconds"] = mean(seconds)
+        row["peak_memory_gib"] = mean(list(map(_peak, line.runs)))
         table.append(row)
     return table
 
 
-def _mean(values: Sequence[float | None]) -> float | None:
+def mean(values: Sequence[float | None]) -> float | None:
     """The mean; None if any value is missing, since a mean over fewer seeds would not be comparable."""
     known = [value for value in values if value is not None]
     return float(np.mean(known)) if len(known) == len(values) else None
@@ -121,8 +121,12 @@ def curve_rows(lines: Sequence[Line]) -> Iterator[dict[str, Any]]:
 # -- figures ------------------------------------------------------------------------------------------------------
 
 
-def draw(lines: Sequence[Line], folder: Path) -> list[Path]:
-    """Draw each figure as PNG and SVG into `folder`; returns the PNG files."""
+def draw(lines: Sequence[Line], folder: Path, fronts: Sequence[Line] = ()) -> list[Path]:
+    """Draw each figure as PNG and SVG into `folder`; returns the PNG files.
+
+    Args:
+        fronts: runs with the first seed and other settings, by method; no figure of them if empty.
+    """
     import matplotlib
 
     matplotlib.use("Agg")
@@ -133,8 +137,11 @@ def draw(lines: Sequence[Line], folder: Path) -> list[Path]:
         "reward_by_trajectories": lambda axis: _curves(axis, lines, "trajectories", 0, "trajectories"),
         # An epoch's trajectories are sampled before its updates: its reward belongs to the updates made so far.
         "reward_by_updates": lambda axis: _curves(axis, lines, "optimizer_step", 1, "optimizer updates before"),
+        "reward_by_seconds": lambda axis: _curves(axis, lines, "seconds", 1, "seconds of training before"),
         "reward_against_diversity": lambda axis: _trade_off(axis, lines, "diversity", "diversity within a prompt"),
         "reward_against_noun_top1": lambda axis: _trade_off(axis, lines, "noun_top1", "noun_top1"),
+        "fronts_diversity": lambda axis: _fronts(axis, fronts, "diversity", "diversity within a prompt"),
+        "fronts_noun_top1": lambda axis: _fronts(axis, fronts, "noun_top1", "noun_top1"),
         "time_and_memory": lambda axis: _costs(axis, lines),
     }
     # The lines go through all colours with one dash pattern, then through all colours with the next.
@@ -157,19 +164,39 @@ def _curves(axis: Any, lines: Sequence[Line], key: str, late: int, label: str) -
     """Draw the mean reward over seeds, and one standard deviation, against `key`.
 
     Args:
+        key:  of metrics.jsonl, or `seconds`, those of training so far, as means over the seeds.
         late: the reward of epoch i is drawn at the value that `key` had at the end of epoch i - late.
     """
     for line in lines:
-        runs = [trained(run) for run in line.runs]
-        epochs = min(map(len, runs))
-        x = [0] * late + [row[key] for row in runs[0][: epochs - late]]
-        y = np.array([[row["reward_mean"] for row in run[:epochs]] for run in runs])
+        epochs = min(len(trained(run)) for run in line.runs)
+        runs = [trained(run)[:epochs] for run in line.runs]
+        so_far = np.mean([_seconds(run) if key == "seconds" else [row[key] for row in run] for run in runs], axis=0)
+        x = [0] * late + so_far[: epochs - late].tolist()
+        y = np.array([[row["reward_mean"] for row in run] for run in runs])
         (drawn,) = axis.plot(x, y.mean(0), label=f"{line.name} ({len(runs)} seed{'s' * (len(runs) > 1)})")
         if len(runs) > 1:
             spread = y.std(0, ddof=1)
             axis.fill_between(x, y.mean(0) - spread, y.mean(0) + spread, alpha=0.15, color=drawn.get_color())
     axis.set(xlabel=label, ylabel="reward of the rollouts, mean and sd over seeds")
     _legend(axis)
+
+
+def _seconds(run: Rows) -> list[float]:
+    """Seconds of sampling, scoring and updates up to the end of each epoch."""
+    phases = ("seconds_sample", "seconds_reward", "seconds_update")
+    return np.cumsum([sum(row.get(phase) or 0.0 for phase in phases) for row in run]).tolist()
+
+
+def _fronts(axis: Any, fronts: Sequence[Line], key: str, label: str) -> None:
+    """Draw the final evaluation of every setting that a method tried, joined in the order of `key`."""
+    for line in fronts:
+        finals = [evaluated(run)[-1] for run in line.runs]
+        points = sorted((row[key], row["eval_reward_mean"]) for row in finals if row.get(key) is not None)
+        if points:
+            axis.plot(*zip(*points, strict=True), marker="o", markersize=4, label=line.name)
+    axis.set(xlabel=label, ylabel="reward of the fixed evaluation, first seed")
+    if axis.lines:
+        _legend(axis)
 
 
 def _trade_off(axis: Any, lines: Sequence[Line], key: str, label: str) -> None:
@@ -200,7 +227,7 @@ def _costs(axis: Any, lines: Sequence[Line]) -> None:
     names = []
     for line in lines:
         rows = [row for run in line.runs for row in trained(run)]
-        memory = _mean(list(map(_peak, line.runs)))
+        memory = mean(list(map(_peak, line.runs)))
         names.append(line.name if memory is None else f"{line.name}\n{memory:.2f} GiB")
         count = sum(trained(run)[-1]["trajectories"] for run in line.runs)
         left = 0.0

@@ -111,8 +111,8 @@ def write(
         mine = [case for case in cases if case.method.name == row["method"]]
         row |= _strengths(mine[0].recipe())
         pictures_of = [by_name[case.folder.name] for case in mine]
-        for key in ("vendi", *study.distances, "frechet", "kernel", "alignment"):
-            row[key] = sum(one[key] for one in pictures_of) / len(mine)
+        for key in ("vendi", *study.distances, "frechet", "kernel", "path_kl", "alignment"):
+            row[key] = figures.mean([one[key] for one in pictures_of])
         row["commit"] = ", ".join(sorted({str(case.commit())[:7] for case in mine}))
     tables: dict[str, Sequence[dict[str, Any]]] = {"Methods": table}
     if tuned:
@@ -128,11 +128,20 @@ def write(
     figures.write_csv(table, folder / "table.csv")
     figures.write_csv(list(figures.curve_rows(lines)), folder / "curves.csv")
     (folder / "table.md").write_text(figures.markdown(table) + "\n", encoding="utf-8")
-    drawn = figures.draw(lines, folder)
+    drawn = figures.draw(lines, folder, _fronts(tuned))
     pictures = folder / "evaluation" / "pictures.png"
     figures.page(study.title, study.question, tables, [*drawn, pictures], folder / "study.html")
     print(figures.markdown(table))
     print(f"{folder / 'study.html'}")
+
+
+def _fronts(tuned: Sequence[Case]) -> list[Line]:
+    """The complete runs of the tuning stage, by method."""
+    by_method: dict[str, list[Case]] = {}
+    for case in tuned:
+        if case.is_complete():
+            by_method.setdefault(case.method.name, []).append(case)
+    return [Line(name, tuple(case.metrics() for case in mine)) for name, mine in by_method.items()]
 
 
 def _strengths(recipe: Recipe) -> dict[str, float | None]:

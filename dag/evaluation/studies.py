@@ -1,5 +1,6 @@
 """The studies of `python -m dag.reproduce`: the methods, recipes and settings behind each figure."""
 
+from collections.abc import Sequence
 from dataclasses import replace
 
 from dag.evaluation.study import Method, Setting, Study
@@ -51,6 +52,50 @@ def _regularised(method: Method) -> Method:
 
 
 _SAME_NETWORK = " The network that gives the reward also measures alignment and diversity here: read them with care."
+
+# By the reward's gradient, the pretrained model is in the target and beta says how far the policy may move from it.
+_BETAS = tuple(Setting(beta=beta) for beta in (3.0, 10.0, 30.0))
+_NABLA = (
+    "objective={name: nabla_db, beta: {value: 30, unit: reward_sd}, prior: pretrained, forward_looking: {weight: fitted}, "
+    "step_weight: balanced}",
+    "flow={channels: [32, 64, 64], learning_rate: 3e-3, warmup_epochs: 0}",
+)
+_LEARNT = "objective.reward_gradient=learnt"
+_BY_GRADIENT = {
+    "exact": Method("dag_kl_exact", "tiny_cpu.yaml"),
+    "learnt": Method("dag_kl_learnt", "tiny_cpu.yaml", (_LEARNT,)),
+    "control_variate": Method(
+        "dag_kl_control_variate",
+        "tiny_cpu.yaml",
+        (_LEARNT, "objective.policy_gradient=control_variate", "flow.warmup_epochs=1"),
+    ),
+    "nabla_exact": Method("nabla_db_exact", "tiny_cpu.yaml", _NABLA),
+    "nabla_learnt": Method("nabla_db_learnt", "tiny_cpu.yaml", (*_NABLA, _LEARNT)),
+}
+# As many updates as those have, and three settings for each method too.
+_SHORT = ("train.updates=4", "train.micro_batch=16", "sampler.tile=16")
+_BY_SCORE = {
+    "dag_db": (Setting(0.005, 1e-5), Setting(0.01, 1e-5), Setting(0.01, 1e-4)),
+    "dag_kl": (Setting(0.005, 1e-5), Setting(0.01, 1e-5), Setting(0.01, 1e-4)),
+    "ddpo": (Setting(0.005, 1e-6), Setting(0.01, 1e-6), Setting(0.01, 1e-5)),
+}
+
+
+def _gradients(reward: str, kinds: Sequence[str]) -> Study:
+    """Score functions against the reward's gradient, exact or learnt, on one reward."""
+    by_score = [Method(one.name, one.recipe, _SHORT, tried=_BY_SCORE[one.name]) for one in _TINY]
+    by_gradient = [replace(_BY_GRADIENT[kind], tried=_BETAS) for kind in kinds]
+    return Study(
+        title=f"Score functions and the reward's gradient, {reward}",
+        question=f"320 trajectories and at most 20 updates for every method, the best of three settings for each: {_CHOICE}."
+        + (_SAME_NETWORK if reward == "image_text" else ""),
+        methods=(*by_score, *by_gradient),
+        overrides=(f"reward={{name: {reward}}}",),
+        sizes=("train.epochs=5", "evaluation.every=5"),
+        images_per_prompt=4,
+    )
+
+
 
 
 def _reward(name: str, title: str, scale: str) -> Study:
@@ -118,6 +163,7 @@ STUDIES: dict[str, dict[str, dict[str, Study]]] = {
                 sizes=("evaluation.every=4",),
             )
         },
+        "gradients": {"colourfulness": _gradients("colourfulness", tuple(_BY_GRADIENT))},
         "ablations": {
             "colourfulness": Study(
                 title="One choice at a time",

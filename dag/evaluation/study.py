@@ -31,20 +31,28 @@ ROOT = Path(__file__).parents[2]
 class Setting:
     """Values of the tuned recipe keys: one candidate of the tuning stage."""
 
-    learning_rate: float
+    learning_rate: float | None = None
+    """None keeps the recipe's value, as it does below."""
     pretrained_kl: float | None = None
-    """Strength of the regulariser; None keeps the recipe's strength."""
+    """Strength of the regulariser."""
+    beta: float | None = None
+    """Of objectives with a target distribution, how sharp that is."""
 
     @property
     def name(self) -> str:
         """The setting's part of a run folder's name."""
-        return f"lr{self.learning_rate}" + ("" if self.pretrained_kl is None else f"-kl{self.pretrained_kl}")
+        parts = (("lr", self.learning_rate), ("kl", self.pretrained_kl), ("beta", self.beta))
+        return "-".join(f"{name}{value}" for name, value in parts if value is not None)
 
     @property
     def overrides(self) -> dict[str, float]:
         """The setting's values by recipe key."""
-        strength = {} if self.pretrained_kl is None else {"regulariser.pretrained_kl": self.pretrained_kl}
-        return {"train.learning_rate": self.learning_rate, **strength}
+        given = {
+            "train.learning_rate": self.learning_rate,
+            "regulariser.pretrained_kl": self.pretrained_kl,
+            "objective.beta.value": self.beta,
+        }
+        return {key: value for key, value in given.items() if value is not None}
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,7 @@ _SHOWN_PROMPTS, _SHOWN_IMAGES = 8, 4
 def table(data: dict[str, Any]) -> str:
     """The report in Markdown."""
     rewards = list(data["models"][0]["rewards"])
-    others = ["diversity", "vendi", *data["distances"], "frechet", "kernel", "alignment"]
+    others = ["diversity", "vendi", *data["distances"], "frechet", "kernel", "path_kl", "alignment"]
     if all("noun_top1" in row for row in data["models"]):
         others.append("noun_top1")
     rows = []
@@ -35,7 +35,8 @@ def table(data: dict[str, Any]) -> str:
         f"{len(data['prompts'])} prompts, {data['images_per_prompt']} pictures each ({count} a model), seed {data['seed']}, "
         f"features of {data['features']}. Gains are over the base model with the same seeds, ± their standard error over "
         "prompts; vendi is the effective number of different pictures of a prompt; frechet and kernel are distances from "
-        "the base model's pictures of other seeds, to be read against those of the base model itself. Judged: "
+        "the base model's pictures of other seeds, to be read against those of the base model itself; path_kl is the KL of the "
+        "trajectories to the base model's, in nats a picture. Judged: "
         + ", ".join(f"{name} at {place}" for name, place in data["checkpoints"].items())
         + "."
     )
