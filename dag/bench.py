@@ -13,8 +13,8 @@
 A row of `train-step` measures epochs of a recipe's own training loop: milliseconds per transition by phase, trajectories per
 hour, peak memory, predicted peak, FLOP per transition. `--literal` adds a row for the published amount of work
 (`dag.costs.published_work`), in the same process, and the ratio to it; `--ablation` has a row for each lever, each with the
-levers before it. Models and rewards of the hub are replaced by their architectures with random weights: the work is the same,
-and nothing is downloaded.
+levers before it, and rows by the reward's gradient. Models and rewards of the hub are replaced by their architectures with
+random weights: the work is the same, and nothing is downloaded.
 
 `count` runs nothing: it counts FLOP from the configs. `launches` runs a few transitions of the recipe's loop on the meta device
 and counts what they would ask of a GPU (`dag.costs.rehearsal`). `previews` and `storage` measure the errors of cheaper decoders

@@ -41,6 +41,16 @@ ABLATION: tuple[tuple[str, tuple[str, ...]], ...] = (
     ("+ every second x0_hat scored", ("objective.forward_looking.stride=2",)),
     ("+ frozen unconditional branch", ("sampler.uncond=frozen",)),
 )
+# DAG-KL by the reward's gradient towards p_pretrained exp(beta r), without a learnt flow.
+_PATHWISE = (
+    "objective={name: dag_kl, beta: {value: 10}, prior: pretrained, policy_gradient: pathwise, learnt_flow: false}",
+    "flow.passes=0",
+)
+# (label, overrides) of each row by the reward's gradient; a row has no levers but its own.
+BY_GRADIENT: tuple[tuple[str, tuple[str, ...]], ...] = (
+    ("stored, exact reward gradient", (*STORED, *_PATHWISE)),
+    ("stored, learnt reward gradient", (*STORED, *_PATHWISE, "objective.reward_gradient=learnt")),
+)
 
 
 def cases(path: str, given: Sequence[str], trajectories: int | None, is_ablation: bool) -> Iterator[tuple[str, Recipe]]:
@@ -50,7 +60,7 @@ def cases(path: str, given: Sequence[str], trajectories: int | None, is_ablation
         path:         the recipe's file.
         given:        the user's overrides.
         trajectories: per epoch; None takes one micro-batch.
-        is_ablation:  one row for each lever; else one row, the recipe as it is.
+        is_ablation:  one row for each lever and kind of reward gradient; else one row, the recipe as it is.
 
     Raises:
         UsageError: the recipe's objective has no flow.
@@ -68,6 +78,9 @@ def cases(path: str, given: Sequence[str], trajectories: int | None, is_ablation
         if section.decoder_path is not None and "objective.forward_looking.decoder=tiny" in lever:
             overrides.append(f"objective.forward_looking.decoder_path={section.decoder_path}")
         yield label, load(path, overrides)
+    common = comparable(path, given, trajectories)
+    for label, changes in BY_GRADIENT:
+        yield label, load(path, [*common, *changes])
 
 
 def comparable(path: str, given: Sequence[str], trajectories: int | None) -> list[str]:

@@ -193,9 +193,7 @@ class _Drawn:
     """Nats a picture, see `generate_beside_pretrained`; None after a full fine-tune, which keeps no pretrained copy."""
 
 
-def _drawn(
-    judged: Sequence[_Judged], chosen: Sequence[str], task: Task, device: torch.device
-) -> Iterator[_Drawn]:
+def _drawn(judged: Sequence[_Judged], chosen: Sequence[str], task: Task, device: torch.device) -> Iterator[_Drawn]:
     """The base model's pictures, those of other seeds, then each run's."""
     for one in judged:
         recipe = one.recipe
@@ -205,16 +203,16 @@ def _drawn(
         same, other = (first + torch.arange(len(text)) for first in (COMPARISON, COMPARISON_AGAIN))
         # The tile size that training ended with fits in memory here too.
         tile = int(checkpoint.load_state(one.checkpoint)["tile"])
-        options = {"seed": task.seed, "sampler": recipe.sampler, "tile": tile}
+        drawn = task.seed, recipe.sampler, tile
         with policy.decoder.at_work():
             if one is judged[0]:
-                yield _Drawn(BASE, generate(policy, text, same, **options), 0.0)
-                yield _Drawn(BASE_AGAIN, generate(policy, text, other, **options), 0.0)
+                yield _Drawn(BASE, generate(policy, text, same, *drawn), 0.0)
+                yield _Drawn(BASE_AGAIN, generate(policy, text, other, *drawn), 0.0)
             policy.load_state_dict(checkpoint.load_tensors(one.checkpoint, "policy"))
             if recipe.adapter.kind == "lora":
-                yield _Drawn(one.name, *generate_beside_pretrained(policy, text, same, **options))
+                yield _Drawn(one.name, *generate_beside_pretrained(policy, text, same, *drawn))
             else:
-                yield _Drawn(one.name, generate(policy, text, same, **options), None)
+                yield _Drawn(one.name, generate(policy, text, same, *drawn), None)
         # Freed before the next model is built.
         del policy
 

@@ -96,8 +96,6 @@ def _gradients(reward: str, kinds: Sequence[str]) -> Study:
     )
 
 
-
-
 def _reward(name: str, title: str, scale: str) -> Study:
     """DAG-DB, DAG-KL and DDPO on one reward."""
     is_tiny = scale == "tiny"

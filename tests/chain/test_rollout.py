@@ -7,8 +7,9 @@ import pytest
 import torch
 from dag_kernels import standard_normal
 from helpers.building import disturb, parts_of
+from torch.distributions import Normal
 
-from dag.chain.rollout import SampledTile, generate, sample_tile, walk
+from dag.chain.rollout import SampledTile, generate, generate_beside_pretrained, sample_tile, walk
 from dag.chain.schedule import INITIAL_NOISE
 from dag.recipe import Recipe
 
@@ -63,6 +64,30 @@ def test_a_prior_takes_the_place_of_the_noising_kernel(make_recipe: MakeRecipe) 
         with torch.no_grad():
             output = policy.predict(x_t, schedule.timesteps[k].expand(2), text, pretrained=True).guided
         assert torch.equal(tile.log_pb[:, k], schedule.log_pf(x_t, x_next, output, k))
+
+
+def test_how_far_drawn_trajectories_are_from_the_pretrained_models(make_recipe: MakeRecipe) -> None:
+    """The KL is that of `torch.distributions` along the same trajectories, and the images are those of `generate`."""
+    recipe = make_recipe()
+    parts = parts_of(recipe)
+    disturb(parts)
+    policy, schedule, text, ids = parts.policy, parts.policy.schedule, parts.text, torch.tensor([3, 8])
+    images, kl = generate_beside_pretrained(policy, text, ids, recipe.seed, recipe.sampler, tile=1)
+    assert torch.equal(images, generate(policy, text, ids, recipe.seed, recipe.sampler, tile=1))
+    total = 0.0
+    for row in range(2):
+        for step in walk(policy, text[row : row + 1], ids[row : row + 1], recipe.seed, recipe.sampler):
+            t = schedule.timesteps[step.k].expand(1)
+            with torch.no_grad():
+                pretrained = policy.predict(step.x_t, t, text[row : row + 1], pretrained=True).guided
+            means = (
+                schedule.sample_next(step.x_t, o, torch.zeros_like(o), step.k)
+                for o in (step.prediction.guided, pretrained)
+            )
+            ours, theirs = (Normal(mean, schedule.sigma[step.k]).log_prob(step.x_next).sum() for mean in means)
+            total += float(ours - theirs)
+    assert kl == pytest.approx(total / 2, rel=1e-4)
+    assert abs(kl) > 0.1
 
 
 def test_a_trajectory_does_not_depend_on_its_tile(make_recipe: MakeRecipe) -> None:

@@ -73,6 +73,7 @@ def test_a_run_is_judged_beside_its_base_model(run: Path, tmp_path: Path, capsys
     assert data["trained_on"] == [["colourfulness"], ["colourfulness"]]
     # A model whose adapter is zero draws the base model's pictures.
     assert {**zero, "model": "base"} == base
+    assert base["path_kl"] == again["path_kl"] == 0.0 != trained["path_kl"]
     assert again["frechet"] is again["kernel"] is None, "distances are from these pictures"
     assert trained["frechet"] != base["frechet"] > 1e-4
     for row in (again, trained):

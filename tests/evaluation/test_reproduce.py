@@ -131,6 +131,30 @@ def test_a_dozen_methods_are_told_apart(tmp_path: Path, monkeypatch: pytest.Monk
     pyplot.close("all")
 
 
+def test_a_front_joins_the_settings_that_a_method_tried(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from matplotlib import pyplot
+
+    kept: list[Any] = []
+    monkeypatch.setattr(pyplot, "close", kept.append)
+    tried = [rows_of((1, 0.9), (reward, diversity)) for reward, diversity in ((4, 0.4), (2, 0.8), (3, 0.6))]
+    drawn = [path.stem for path in draw([Line("a", tuple(tried))], tmp_path, [Line("a", tuple(tried))])]
+    assert "fronts_diversity" in drawn
+    assert "fronts_noun_top1" not in drawn, "not measured"
+    titles = {figure.axes[0].get_xlabel(): figure.axes[0] for figure in kept}
+    (front,) = [line for figure in kept for axis in figure.axes for line in axis.lines if len(line.get_xdata()) == 3]
+    assert front.get_xydata().tolist() == [[0.4, 4], [0.6, 3], [0.8, 2]]
+    # The first epoch's rollout was sampled before any training; these epochs take two seconds each.
+    assert titles["seconds of training before"].lines[0].get_xdata().tolist() == [0]
+    monkeypatch.undo()
+    pyplot.close("all")
+
+
+def test_a_setting_names_what_it_changes() -> None:
+    assert Setting(0.001, 1e-5).name == "lr0.001-kl1e-05"
+    assert Setting(beta=3.0).name == "beta3.0"
+    assert Setting(beta=3.0).overrides == {"objective.beta.value": 3.0}
+
+
 def test_what_was_not_measured_is_not_drawn(tmp_path: Path) -> None:
     rows = rows_of((1, 0.9), (2, 0.8))
     drawn = {path.stem for path in draw([Line("a", (rows, rows))], tmp_path)}
@@ -219,7 +243,7 @@ def test_a_study_leaves_figures_tables_and_one_page(done: Path) -> None:
         }
     page = (folder / "study.html").read_text()
     assert "A &lt;small&gt; study" in page
-    assert page.count("data:image/png;base64,") == 6
+    assert page.count("data:image/png;base64,") == 9
     assert "http" not in page.replace("http-equiv", ""), "everything is in the file"
 
 
