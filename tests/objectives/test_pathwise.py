@@ -115,7 +115,7 @@ def test_residuals_of_gradients_vanish_where_the_density_flow_is_exact(schedule:
 DATA = Mixture(torch.tensor([0.5, 0.5]), torch.tensor([[-1.0], [1.0]]), 0.25)
 TILT = Bowl(slope=0.45, centre=0.2)
 # For a policy that learns no flow, and for one that must not be faster than its flow.
-ALONE_SETTINGS = Settings(iterations=300, warmup=0, policy_lr=0.1)
+ALONE_SETTINGS = Settings(iterations=150, warmup=0, policy_lr=0.1)
 WITH_FLOW = Settings(iterations=400, warmup=150, policy_lr=0.02)
 
 
@@ -153,17 +153,21 @@ def test_the_published_attenuation_and_the_policys_own_x0_hat_tilt_too_little() 
     """0.38 with alpha_bar, 0.34 with the trained policy's x0_hat, which has moved towards the reward already."""
     attenuated, own = toy(), toy(looks_through_policy=True)
     attenuated.weights = attenuated.schedule.alpha_bar_t
-    for made, label, mass in ((attenuated, "nabla_db, alpha_bar", 0.38), (own, "nabla_db, own x0_hat", 0.34)):
-        made.train(objective("nabla_db"), ALONE_SETTINGS)
+    # The policy moves while it looks through itself, so that it needs longer.
+    longer = replace(ALONE_SETTINGS, iterations=300)
+    for made, label, mass, settings in (
+        (attenuated, "nabla_db, alpha_bar", 0.38, ALONE_SETTINGS),
+        (own, "nabla_db, own x0_hat", 0.34, longer),
+    ):
+        made.train(objective("nabla_db"), settings)
         assert left_masses(made, label) == pytest.approx([mass, mass], abs=0.03)
 
 
-@pytest.mark.parametrize("name", ["dag_kl", pytest.param("dag_db", marks=pytest.mark.slow)])
-def test_with_a_learnt_flow_the_pathwise_gradient_reaches_the_best_gaussian_steps(name: str) -> None:
+def test_with_a_learnt_flow_the_pathwise_gradient_reaches_the_best_gaussian_steps() -> None:
     made = toy(looks_through_policy=True)
     made.weights = made.schedule.alpha_bar_t
-    made.train(objective(name, policy_gradient="pathwise", learnt_flow=True, huber=5), WITH_FLOW)
-    assert left_masses(made, f"{name} pathwise") == pytest.approx([0.274, 0.274], abs=0.012)
+    made.train(objective("dag_kl", policy_gradient="pathwise", learnt_flow=True, huber=5), WITH_FLOW)
+    assert left_masses(made, "dag_kl pathwise") == pytest.approx([0.274, 0.274], abs=0.012)
 
 
 def black_box(x: Tensor) -> Tensor:
@@ -206,7 +210,7 @@ def test_the_control_variate_corrects_a_wrong_gradient() -> None:
     for kind in ("pathwise", "control_variate"):
         made = toy()
         made.stand_in = wrong
-        made.train(objective("dag_kl", policy_gradient=kind), replace(ALONE_SETTINGS, batch=256))
+        made.train(objective("dag_kl", policy_gradient=kind), ALONE_SETTINGS)
         found[kind] = left_masses(made, f"dag_kl {kind}, wrong gradient")
     assert all(0.24 < mass < 0.31 for mass in found["control_variate"])
     assert all(mass > 0.32 for mass in found["pathwise"])
