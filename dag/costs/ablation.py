@@ -13,6 +13,7 @@ COMMON = (
     "train.updates=1",
     "train.inner_epochs=1",
     "train.step_fraction=1",
+    "train.step_window=null",
     "flow.warmup_epochs=0",
     "flow.passes=0",
     "regulariser.sampling=0",

@@ -57,7 +57,7 @@ class Simulation:
         short = {
             "sampler": recipe.sampler.model_copy(update={"steps": steps}),
             # All steps are trained: the peak does not depend on how many are left out.
-            "train": recipe.train.model_copy(update={"step_fraction": 1.0}),
+            "train": recipe.train.model_copy(update={"step_fraction": 1.0, "step_window": None}),
         }
         self.made = Weightless(recipe.model_copy(update=short))
         self.is_one_pass = recipe.train.rollout == "one_pass"

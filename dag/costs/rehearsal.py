@@ -66,7 +66,13 @@ def rehearse(recipe: Recipe) -> Rehearsed:
         update={
             "sampler": recipe.sampler.model_copy(update={"steps": 2 * stride + (1 if stride == 1 else 3)}),
             "train": recipe.train.model_copy(
-                update={"trajectories": 2 * rows, "updates": 1, "inner_epochs": 1, "step_fraction": 1.0}
+                update={
+                    "trajectories": 2 * rows,
+                    "updates": 1,
+                    "inner_epochs": 1,
+                    "step_fraction": 1.0,
+                    "step_window": None,
+                }
             ),
         }
     )

@@ -149,7 +149,7 @@ def _strengths(recipe: Recipe) -> dict[str, float | None]:
     return {
         "learning_rate": recipe.train.learning_rate,
         "pretrained_kl": recipe.regulariser.pretrained_kl,
-        "beta": None if recipe.balance is None else recipe.balance.beta.value,
+        "beta": None if recipe.target is None else recipe.target.beta.value,
     }
 
 

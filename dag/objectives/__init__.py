@@ -3,10 +3,10 @@
 import importlib
 import pkgutil
 
-from dag.objectives.registry import OBJECTIVES, Objective, ObjectiveOutput
+from dag.objectives.registry import OBJECTIVES, Objective, ObjectiveOutput, UpdateScalars
 
 # An objective registers itself when its module is imported.
 for _module in pkgutil.iter_modules(__path__):
     importlib.import_module(f"{__name__}.{_module.name}")
 
-__all__ = ["OBJECTIVES", "Objective", "ObjectiveOutput"]
+__all__ = ["OBJECTIVES", "Objective", "ObjectiveOutput", "UpdateScalars"]

@@ -8,21 +8,22 @@ So its policy gradient can be taken pathwise too, as twice that of `dag.objectiv
 from dag_kernels import PLAIN, Kernels
 from torch import Tensor
 
-from dag.objectives.registry import OBJECTIVES, BatchFree, ObjectiveOutput, balance_loss, log_ratio, pathwise_loss
+from dag.objectives.registry import OBJECTIVES, ObjectiveOutput, Plain, balance_loss, log_ratio, pathwise_loss
 from dag.objectives.transition import Transition
 from dag.recipe import DetailedBalance as Config
 
 
 @OBJECTIVES.register("dag_db")
-class DetailedBalance(BatchFree):
+class DetailedBalance(Plain[Config]):
     """loss = g((log F + log P_F - log P_B - log F') / s), with g the square or Huber's loss and s the residual scale.
 
     Gradients reach the policy through log P_F, and the flow through log F and, unless `detach_next`, log F'. None reach the
     rewards, log P_B or the states. With `policy_gradient: pathwise` or `control_variate` the residual trains the flow alone.
     """
 
-    def __init__(self, config: Config, kernels: Kernels = PLAIN) -> None:
-        self.config, self.kernels, self.uses_flow = config, kernels, config.has_flow
+    def __init__(self, config: Config, kernels: Kernels = PLAIN, per_group: int = 1) -> None:
+        super().__init__(config, kernels, per_group)
+        self.uses_flow = config.has_flow
 
     def __call__(self, transition: Transition) -> ObjectiveOutput:
         ratio = log_ratio(transition).detach().exp()

@@ -15,8 +15,9 @@ from torch import Tensor
 
 from dag.objectives.registry import (
     OBJECTIVES,
-    BatchFree,
     ObjectiveOutput,
+    Plain,
+    UpdateScalars,
     balance_loss,
     clipped_surrogate,
     log_ratio,
@@ -29,16 +30,17 @@ _tiny = 1e-8
 
 
 @OBJECTIVES.register("dag_kl")
-class KLDivergence(BatchFree):
+class KLDivergence(Plain[Config]):
     """loss = g(delta / s) + weight * clipped surrogate of the advantage.
 
     In delta log P_F is detached, so the first term trains the flow alone and the second the policy; s is the residual scale.
     """
 
-    def __init__(self, config: Config, kernels: Kernels = PLAIN) -> None:
-        self.config, self.kernels, self.uses_flow = config, kernels, config.has_flow
+    def __init__(self, config: Config, kernels: Kernels = PLAIN, per_group: int = 1) -> None:
+        super().__init__(config, kernels, per_group)
+        self.uses_flow = config.has_flow
 
-    def advantages(self, residuals: Tensor, residual_scale: Tensor, running_mean: Tensor) -> Tensor | None:
+    def advantages(self, update: UpdateScalars) -> Tensor | None:
         """(N, T) advantages from the residuals (N, T), which are those of the sampling-time policy; None if not `score`.
 
         With `baseline: per_step` or `mixed` the N trajectories are all of the update's, so that advantages do not depend on
@@ -47,9 +49,12 @@ class KLDivergence(BatchFree):
         """
         if self.config.policy_gradient != "score":
             return None
-        scaled = residuals / residual_scale
+        residuals, scale = update.residuals, update.residual_scale
+        assert residuals is not None and scale is not None
+        scaled = residuals / scale
         if self.config.baseline == "running":
-            centred = scaled - running_mean / residual_scale
+            assert update.running_mean is not None
+            centred = scaled - update.running_mean / scale
         else:
             rows = scaled.reshape(-1, 1) if self.config.baseline == "mixed" else scaled
             centred = rows - leave_one_out_mean(rows)

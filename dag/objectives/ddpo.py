@@ -1,4 +1,7 @@
-"""DDPO with importance sampling (Black et al. 2024): the reinforcement-learning baseline on the same transitions."""
+"""DDPO with importance sampling (Black et al. 2024): the reinforcement-learning baseline on the same transitions.
+
+With groups (`prompts.per_group`) it is GRPO as Flow-GRPO and DanceGRPO use it: rewards are compared within their group.
+"""
 
 from collections import defaultdict, deque
 from typing import Any
@@ -7,26 +10,24 @@ import torch
 from dag_kernels import PLAIN, Kernels
 from torch import Tensor
 
-from dag.objectives.registry import OBJECTIVES, BatchFree, ObjectiveOutput, clipped_surrogate, log_ratio
+from dag.objectives.groups import grouped, ungrouped
+from dag.objectives.registry import OBJECTIVES, ObjectiveOutput, Plain, surrogate_output
 from dag.objectives.transition import Transition
 from dag.recipe import PolicyGradient as Config
 
-_tiny = 1e-6
-
 
 @OBJECTIVES.register("ddpo")
-class PolicyGradient(BatchFree):
-    """loss = max(-A ratio, -A clip(ratio)), where the advantage A is the reward normalised over the epoch or per prompt."""
+class PolicyGradient(Plain[Config]):
+    """loss = max(-A ratio, -A clip(ratio)), where the advantage A is the reward normalised over the epoch, per group or per
+    prompt."""
 
-    uses_flow = False
-
-    def __init__(self, config: Config, kernels: Kernels = PLAIN) -> None:
-        self.config = config  # `kernels` compute the balance of a flow, and here is none
+    def __init__(self, config: Config, kernels: Kernels = PLAIN, per_group: int = 1) -> None:
+        super().__init__(config, kernels, per_group)
         self.history: dict[int, deque[float]] = defaultdict(lambda: deque(maxlen=config.per_prompt))
 
     def observe(self, reward: Tensor, prompt_id: Tensor) -> Tensor:
         """(N,) advantages: the rollout's rewards, normalised and clipped. With `per_prompt` the rewards are remembered."""
-        advantage = (reward - reward.mean()) / (reward.std(correction=0) + _tiny)
+        advantage = self._normalised(reward)
         if self.config.per_prompt is not None:
             values = list(zip(prompt_id.tolist(), reward.tolist(), strict=True))
             for prompt, value in values:
@@ -34,15 +35,21 @@ class PolicyGradient(BatchFree):
             for row, (prompt, value) in enumerate(values):
                 seen = torch.tensor(list(self.history[prompt]))
                 if 2 * len(seen) >= self.config.per_prompt:
-                    advantage[row] = (value - seen.mean()) / (seen.std(correction=0) + _tiny)
+                    advantage[row] = (value - seen.mean()) / (seen.std(correction=0) + self.config.std_floor)
         return advantage.clamp(-self.config.advantage_clip, self.config.advantage_clip)
 
+    def _normalised(self, reward: Tensor) -> Tensor:
+        """(N,) rewards minus the mean of their group, divided as the recipe says."""
+        columns = grouped(reward, self.per_group)
+        gain = ungrouped(columns - columns.mean(0))
+        if self.config.std == "none":
+            return gain
+        in_group = ungrouped(columns.std(0, correction=0).expand_as(columns))
+        sd = in_group if self.config.std == "group" else reward.std(correction=0)
+        return gain / (sd + self.config.std_floor)
+
     def __call__(self, transition: Transition) -> ObjectiveOutput:
-        assert transition.advantage is not None
-        loss, clipped = clipped_surrogate(transition.advantage, log_ratio(transition), self.config.clip_range)
-        if transition.policy_weight is not None:
-            loss = transition.policy_weight * loss
-        return ObjectiveOutput(loss=loss, ratio=log_ratio(transition).detach().exp(), clipped=clipped)
+        return surrogate_output(transition, self.config.clip_range)
 
     def state_dict(self) -> dict[str, Any]:
         return {"history": {str(prompt): list(values) for prompt, values in self.history.items()}}

@@ -16,7 +16,7 @@ from torch import Tensor
 from dag.chain.schedule import Schedule
 from dag.chain.trajectory import Trajectories
 from dag.objectives.look_ahead import LookAhead
-from dag.recipe import Balance, Recipe
+from dag.recipe import Recipe, Target
 
 
 @dataclass(frozen=True)
@@ -51,9 +51,9 @@ class LogTerms:
     """(N,) beta r(x_0)."""
 
 
-def beta_at(balance: Balance, epoch: int, epochs: int) -> float:
+def beta_at(target: Target, epoch: int, epochs: int) -> float:
     """The inverse temperature in an epoch (counted from 0) of a run of `epochs`, in nats per unit of reward."""
-    beta = balance.beta
+    beta = target.beta
     if beta.anneal == "none":
         return beta.value
     steps = epoch if beta.anneal == "linear_from_zero" else epoch + 1
@@ -64,14 +64,15 @@ class LogScale:
     """Converts to the scale of the recipe's objective, and keeps the reward scale of the first rollout.
 
     `reduction_factor` turns sums of log-probs into the recipe's reduction, for every objective. Rewards are only converted
-    for an objective that balances a flow; for others the methods must not be called.
+    for an objective with a target distribution; for others the methods must not be called.
 
     Args:
         latent_shape: (C, H, W); its number of elements divides log-probs if the recipe asks for their mean.
     """
 
     def __init__(self, recipe: Recipe, schedule: Schedule, latent_shape: tuple[int, int, int]) -> None:
-        self.balance, self.epochs, self.alpha_bar_t = recipe.balance, recipe.train.epochs, schedule.alpha_bar_t
+        self.target, self.balance, self.epochs = recipe.target, recipe.balance, recipe.train.epochs
+        self.alpha_bar_t = schedule.alpha_bar_t
         is_sum = recipe.objective.log_prob_reduction == "sum"
         self.reduction_factor = 1.0 if is_sum else 1.0 / math.prod(latent_shape)
         self.reward_scale = RewardScale()
@@ -84,8 +85,8 @@ class LogScale:
             reward:        (N,) of final pictures.
             x0_hat_reward: (N, T), or None without forward-looking.
         """
-        assert self.balance is not None
-        if self.balance.beta.unit == "reward_sd" and not self.reward_scale.is_set:
+        assert self.target is not None
+        if self.target.beta.unit == "reward_sd" and not self.reward_scale.is_set:
             self.reward_scale = RewardScale.of(reward)
         if self.look_ahead is not None and x0_hat_reward is not None:
             self.look_ahead.see(self.reward_scale(x0_hat_reward), self.reward_scale(reward))
@@ -128,5 +129,5 @@ class LogScale:
         return scale * (weights[k] if k < len(weights) else torch.ones_like(weights[0]))
 
     def _beta(self, epoch: int) -> float:
-        assert self.balance is not None
-        return beta_at(self.balance, epoch, self.epochs)
+        assert self.target is not None
+        return beta_at(self.target, epoch, self.epochs)

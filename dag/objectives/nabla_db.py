@@ -11,20 +11,20 @@ early steps, the paper's attenuation, is `forward_looking.weight`; alpha_bar is 
 
 from dag_kernels import PLAIN, Kernels
 
-from dag.objectives.registry import OBJECTIVES, BatchFree, ObjectiveOutput, log_ratio, pathwise_loss
+from dag.objectives.registry import OBJECTIVES, ObjectiveOutput, Plain, log_ratio, pathwise_loss
 from dag.objectives.transition import Transition
 from dag.recipe import NablaBalance as Config
 
 
 @OBJECTIVES.register("nabla_db")
-class NablaBalance(BatchFree):
+class NablaBalance(Plain[Config]):
     """loss = c |e|^2 + reverse c' |e'|^2, with c = sigma^2 / 2 and c' = s^2 / 2 (s^2 the variance of P_B), or c = c' = 1 / D.
 
     Gradients reach the policy through e and the flow through e'.
     """
 
-    def __init__(self, config: Config, kernels: Kernels = PLAIN) -> None:
-        self.config = config  # `kernels` compute the balance of a scalar flow, and here is none
+    def __init__(self, config: Config, kernels: Kernels = PLAIN, per_group: int = 1) -> None:
+        super().__init__(config, kernels, per_group)
         self.uses_flow = config.has_flow
 
     def __call__(self, transition: Transition) -> ObjectiveOutput:

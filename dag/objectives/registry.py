@@ -2,17 +2,19 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any, Generic, Protocol, TypeVar
 
 import torch
-from dag_kernels import BalanceLoss, Kernels
+from dag_kernels import PLAIN, BalanceLoss, Kernels
 from torch import Tensor
 
 from dag.objectives.transition import Transition
 from dag.recipe import ScalarBalance
 from dag.recipe.registry import Registry
+from dag.recipe.section import Section
 
 OBJECTIVES = Registry("objective")
+Config = TypeVar("Config", bound=Section)
 
 
 @dataclass(frozen=True)
@@ -31,8 +33,29 @@ class ObjectiveOutput:
     """What training adds for the metrics, by name: (T, 2) sums and counts of a number of each step's transitions."""
 
 
+@dataclass(frozen=True)
+class UpdateScalars:
+    """What is known of the N trajectories of an update, those of all processes, before its gradient is taken.
+
+    They are in the order in which one process would have sampled them, so that the trajectories of a group are neighbours.
+    Log-probs and rewards are in nats, in the recipe's reduction. In one pass it is what is known of one step (T = 1) of a
+    micro-batch: residuals and their statistics.
+    """
+
+    log_ratio: Tensor | None = None
+    """(N, T) log P_F - log P_B at sampling time, or minus the prior's log-prob; None for an objective without a target."""
+    log_reward: Tensor | None = None
+    """(N,) beta r(x_0); None for an objective without a target."""
+    residuals: Tensor | None = None
+    """(N, T) detailed-balance residuals; None without a state flow that learns values."""
+    residual_scale: Tensor | None = None
+    """(T,) what the residuals of each step are divided by."""
+    running_mean: Tensor | None = None
+    """(T,) running means of the residuals of earlier rollouts."""
+
+
 class Objective(Protocol):
-    """The interface of an objective. `BatchFree` implements all but the loss for one that needs nothing but transitions."""
+    """The interface of an objective. `Plain` implements all but the loss for one that needs nothing but transitions."""
 
     uses_flow: bool
     """Whether a state flow is trained with the policy."""
@@ -47,15 +70,8 @@ class Objective(Protocol):
         """
         ...
 
-    def advantages(self, residuals: Tensor, residual_scale: Tensor, running_mean: Tensor) -> Tensor | None:
-        """(N, T) advantages from the residuals (N, T) of all trajectories of an update, or None.
-
-        One pass knows less: it calls this for each step of a micro-batch, with T = 1 and the micro-batch's rows.
-
-        Args:
-            residual_scale: (T,) what the residuals of each step are divided by.
-            running_mean:   (T,) running means of the residuals of earlier rollouts.
-        """
+    def advantages(self, update: UpdateScalars) -> Tensor | None:
+        """(N, T) advantages of an update's transitions, or None; called before each update, in one pass for each step."""
         ...
 
     def state_dict(self) -> dict[str, Any]: ...
@@ -63,13 +79,24 @@ class Objective(Protocol):
     def load_state_dict(self, state: dict[str, Any]) -> None: ...
 
 
-class BatchFree:
-    """The base of an objective that forms no advantages from a rollout or an update, and keeps no state."""
+class Plain(Generic[Config]):
+    """The base of an objective that forms no advantages from a rollout or an update, and keeps no state.
+
+    Args:
+        config:    the recipe's section `objective`.
+        kernels:   compute the balance of a flow that learns values.
+        per_group: trajectories of a group, which share their prompt and are neighbours (`prompts.per_group`).
+    """
+
+    uses_flow = False
+
+    def __init__(self, config: Config, kernels: Kernels = PLAIN, per_group: int = 1) -> None:
+        self.config, self.kernels, self.per_group = config, kernels, per_group
 
     def observe(self, reward: Tensor, prompt_id: Tensor) -> Tensor | None:
         return None
 
-    def advantages(self, residuals: Tensor, residual_scale: Tensor, running_mean: Tensor) -> Tensor | None:
+    def advantages(self, update: UpdateScalars) -> Tensor | None:
         return None
 
     def state_dict(self) -> dict[str, Any]:
@@ -130,3 +157,12 @@ def clipped_surrogate(advantage: Tensor, log_ratio: Tensor, clip_range: float) -
     ratio = log_ratio.exp()
     clipped = ratio.clamp(1 - clip_range, 1 + clip_range)
     return torch.maximum(-advantage * ratio, -advantage * clipped), (ratio - 1).abs() > clip_range
+
+
+def surrogate_output(transition: Transition, clip_range: float) -> ObjectiveOutput:
+    """The output of an objective whose loss is the clipped surrogate of the transition's advantage, and no more."""
+    assert transition.advantage is not None
+    loss, clipped = clipped_surrogate(transition.advantage, log_ratio(transition), clip_range)
+    if transition.policy_weight is not None:
+        loss = transition.policy_weight * loss
+    return ObjectiveOutput(loss=loss, ratio=log_ratio(transition).detach().exp(), clipped=clipped)

@@ -12,6 +12,8 @@ from dag.recipe.objective_sections import (
     ObjectiveTerm,
     PolicyGradient,
     ScalarBalance,
+    Target,
+    TrajectoryBalance,
     is_scored,
 )
 from dag.recipe.reward_sections import RewardTerm, Tower
@@ -51,8 +53,10 @@ __all__ = [
     "RewardTerm",
     "Sampler",
     "ScalarBalance",
+    "Target",
     "Tower",
     "Train",
+    "TrajectoryBalance",
     "is_scored",
     "validate",
 ]

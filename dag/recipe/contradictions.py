@@ -13,11 +13,17 @@ def validate(recipe: Recipe) -> list[str]:
         problems.append("reward: give at least one")
     if train.trajectories % train.updates:
         problems.append(f"train.updates={train.updates} must divide train.trajectories={train.trajectories}")
+    group = recipe.prompts.per_group
+    if train.trajectories // train.updates % group:
+        problems.append(
+            f"prompts.per_group={group} must divide the trajectories of an update, {train.trajectories // train.updates}"
+        )
     problems += recipe.objective.problems(
         Around(
             is_one_pass=train.rollout == "one_pass",
             keeps_pretrained=adapter.kind == "lora",
-            group=train.trajectories // train.updates,
+            per_update=train.trajectories // train.updates,
+            per_group=group,
             black_boxes=tuple(term.name for term in recipe.reward if not term.has_gradient),
         )
     )
@@ -75,11 +81,15 @@ def _gradient_problems(recipe: Recipe) -> list[str]:
 
 
 def _step_choice_problems(recipe: Recipe) -> list[str]:
-    """Keys that contradict `train.step_choice: informative`, or leave it without effect."""
-    train = recipe.train
+    """Steps that do not exist; keys that contradict `train.step_choice: informative`, or leave it without effect."""
+    train, T, problems = recipe.train, recipe.sampler.steps, []
+    first, end = train.step_window or (0, T)
+    if not first < end <= T:
+        problems.append(
+            f"train.step_window=[{first}, {end}]: give the first step and the one after the last, within 0 and sampler.steps={T}"
+        )
     if train.step_choice == "uniform":
-        return []
-    problems = []
+        return problems
     if recipe.forward_looking is None:
         problems.append(
             "train.step_choice=informative is measured on the rewards of x0_hat, which this recipe does not have"

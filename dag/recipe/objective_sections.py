@@ -54,8 +54,10 @@ class Around:
     """`train.rollout: one_pass`."""
     keeps_pretrained: bool
     """The pretrained weights are still there (`adapter.kind: lora`)."""
-    group: int
+    per_update: int
     """Trajectories per update."""
+    per_group: int
+    """`prompts.per_group`."""
     black_boxes: tuple[str, ...]
     """Names of the rewards that have no gradient."""
 
@@ -71,13 +73,23 @@ class _Objective(Section):
         return []
 
 
-class Balance(_Objective):
-    """An objective with a target distribution, whose flow log F balances log F + log P_F against log P_B + log F'."""
+class Target(_Objective):
+    """An objective with a target distribution."""
 
     beta: Beta
     prior: Literal["none", "pretrained"] = "none"
     """The distribution to sample from: exp(beta r) (`none`, published), or p_pretrained exp(beta r). With `pretrained` the
     pretrained model's log P_F takes the place of log P_B, at one more UNet forward pass per sampled transition."""
+
+    def problems(self, around: Around) -> list[str]:
+        if self.prior == "pretrained" and not around.keeps_pretrained:
+            return ["objective.prior=pretrained needs adapter.kind=lora: a full fine-tune keeps no pretrained copy"]
+        return []
+
+
+class Balance(Target):
+    """An objective whose flow log F balances log F + log P_F against log P_B + log F'."""
+
     forward_looking: ForwardLooking = ForwardLooking()
     reward_gradient: Literal["auto", "exact", "learnt"] = "auto"
     """Where d r / d x0_hat comes from, if the objective takes it: back-propagated through decoder and reward (`exact`), or
@@ -103,15 +115,11 @@ class Balance(_Objective):
         return self.learnt_flow or not self.takes_gradient
 
     def problems(self, around: Around) -> list[str]:
-        problems, section = self._gradient_problems(around), self.forward_looking
+        problems, section = super().problems(around) + self._gradient_problems(around), self.forward_looking
         if section.stride > 1 and section.source != "rollout":
             problems.append(f"objective.forward_looking.stride={section.stride} needs source=rollout")
         if section.decoder_path is not None and section.decoder != "tiny":
             problems.append("objective.forward_looking.decoder_path belongs to decoder=tiny")
-        if self.prior == "pretrained" and not around.keeps_pretrained:
-            problems.append(
-                "objective.prior=pretrained needs adapter.kind=lora: a full fine-tune keeps no pretrained copy"
-            )
         return problems
 
     def _gradient_problems(self, around: Around) -> list[str]:
@@ -222,7 +230,7 @@ class KLDivergence(ScalarBalance):
             problems.append(
                 f"train.rollout=one_pass: objective.baseline={self.baseline} needs the whole update; use running"
             )
-        if around.group < 2:
+        if around.per_update < 2:
             problems.append("train.updates: DAG-KL's leave-one-out baseline needs at least 2 trajectories per update")
         return problems
 
@@ -259,9 +267,43 @@ class PolicyGradient(_Objective):
     """PPO's clip of the ratio."""
     advantage_clip: float = Field(5.0, gt=0)
     """Clip of the normalised advantage."""
+    std: Literal["all", "group", "none"] = "all"
+    """What a reward minus its group's mean is divided by: the sd of the epoch's rewards, that of its group (which gives prompts
+    on which all pictures score alike as much weight as others), or nothing (unbiased). Without groups the epoch is the group."""
+    std_floor: float = Field(1e-6, gt=0)
+    """Added to the sd, so that equal rewards are not divided by their rounding."""
     per_prompt: int | None = Field(None, ge=2)
     """Normalise each reward by its prompt's last rewards, this many, once half as many are known; null takes those of the
     epoch."""
 
+    def problems(self, around: Around) -> list[str]:
+        problems = []
+        if self.std == "group" and around.per_group == 1:
+            problems.append("objective.std=group: there are no groups; set prompts.per_group to 2 or more")
+        if self.per_prompt is not None and around.per_group > 1:
+            problems.append(
+                "objective.per_prompt and prompts.per_group both say what a reward is compared with; use one"
+            )
+        return problems
 
-ObjectiveTerm = Annotated[DetailedBalance | KLDivergence | NablaBalance | PolicyGradient, Field(discriminator="name")]
+
+class TrajectoryBalance(Target):
+    name: Literal["tb"]
+    log_prob_reduction: Literal["sum", "mean"] = "sum"
+    """How log-probs are reduced over the latent; `mean` makes the effective beta as many times larger as it has elements."""
+    clip_range: float = Field(0.2, gt=0)
+    """PPO's clip of the ratio; it acts from the second update of a rollout on."""
+    advantage_clip: float | None = Field(None, gt=0)
+    """Clip of a trajectory's residual minus that of the others, in nats; null does not clip."""
+
+    def problems(self, around: Around) -> list[str]:
+        problems = super().problems(around)
+        if around.per_update < 2:
+            problems.append("train.updates: tb's log Z needs at least 2 trajectories per update")
+        return problems
+
+
+ObjectiveTerm = Annotated[
+    DetailedBalance | KLDivergence | NablaBalance | TrajectoryBalance | PolicyGradient,
+    Field(discriminator="name"),
+]

@@ -50,12 +50,12 @@ def _prompt_of_json(key: str, path: str | Path, number: int, line: str) -> str:
     return prompt
 
 
-def draw(num_prompts: int, count: int, seed: int, epoch: int) -> np.ndarray:
+def draw(num_prompts: int, count: int, seed: int, epoch: int, per_group: int = 1) -> np.ndarray:
     """(count,) int64 indices of the prompts that an epoch samples.
 
-    They are shuffled rounds through the set, so no prompt occurs more than once more often than another. They depend on
-    (seed, epoch) alone, hence are the same after a restart.
+    They are shuffled rounds through the set, each prompt `per_group` times in a row, so no prompt has more than one group more
+    than another. They depend on (seed, epoch) alone, hence are the same after a restart.
     """
     generator = np.random.default_rng([seed, epoch])
-    rounds = [generator.permutation(num_prompts) for _ in range(-(-count // num_prompts))]
-    return np.concatenate(rounds)[:count].astype(np.int64)
+    rounds = [generator.permutation(num_prompts) for _ in range(-(-count // (num_prompts * per_group)))]
+    return np.concatenate(rounds).repeat(per_group)[:count].astype(np.int64)

@@ -14,6 +14,7 @@ from dag.recipe.objective_sections import (
     ForwardLooking,
     ObjectiveTerm,
     ScalarBalance,
+    Target,
 )
 from dag.recipe.reward_sections import RewardTerm
 from dag.recipe.section import Section
@@ -79,6 +80,8 @@ class Prompts(Section):
     """A UTF-8 text file, one prompt a line, or .jsonl with a `prompt` key."""
     texts: tuple[str, ...] | None = None
     """The prompts themselves."""
+    per_group: int = Field(1, ge=1)
+    """Trajectories of a group: they share their prompt and are in one update. Objectives compare rewards within groups."""
 
     @model_validator(mode="after")
     def _one_source(self) -> "Prompts":
@@ -127,6 +130,9 @@ class Train(Section):
     step_choice: Literal["uniform", "informative"] = "uniform"
     """How the trained steps are drawn: `informative` draws those more often in which more of the reward is decided, as measured on
     the rollouts. It takes the place of `keep_terminal`."""
+    step_window: tuple[Annotated[int, Field(ge=0)], int] | None = None
+    """The steps that are trained at all, from the first up to but without the second, counted from the noisiest, 0; null trains
+    all. `[0, steps - 1]` leaves out the last, nearly deterministic step, as DanceGRPO and Flow-GRPO do."""
     max_kl: float | None = Field(None, gt=0)
     """Trust region: an update is scaled back, at most to a hundredth, until the mean KL per transition from the policy before it
     is so many nats. Measured on 8 trajectories of each process, at two forward passes and one more for each time that the update
@@ -231,6 +237,11 @@ class Recipe(Section):
     """Trackers that also get the metrics; metrics.jsonl is always written."""
 
     @property
+    def target(self) -> Target | None:
+        """The objective's section if it has a target distribution; None for one that only maximises the reward."""
+        return self.objective if isinstance(self.objective, Target) else None
+
+    @property
     def balance(self) -> Balance | None:
         """The objective's section if it balances a state flow; None for an objective without one."""
         return self.objective if isinstance(self.objective, Balance) else None
@@ -244,12 +255,13 @@ class Recipe(Section):
     @property
     def has_prior(self) -> bool:
         """Whether log P_F is balanced against the pretrained model's log P_F instead of log P_B."""
-        return self.balance is not None and self.balance.prior == "pretrained"
+        return self.target is not None and self.target.prior == "pretrained"
 
     @property
     def samples_prior(self) -> bool:
-        """Whether the pretrained model's log P_F is computed while sampling, for the residuals that train the flow's values."""
-        return self.has_prior and isinstance(self.balance, ScalarBalance) and self.balance.has_flow
+        """Whether the pretrained model's log P_F is computed while sampling, for residuals of log-probs."""
+        takes_log_probs = self.balance is None or (isinstance(self.balance, ScalarBalance) and self.balance.has_flow)
+        return self.has_prior and takes_log_probs
 
     @property
     def warmup_epochs(self) -> int:

@@ -128,7 +128,7 @@ def learner_of(
         warn: called with one line for each warning.
     """
     train, device = recipe.train, policy.schedule.timesteps.device
-    objective = OBJECTIVES[recipe.objective.name](recipe.objective, kernels)
+    objective = OBJECTIVES[recipe.objective.name](recipe.objective, kernels, recipe.prompts.per_group)
     optimizer = build_optimizer(policy.trainable(), train.learning_rate, train, train.optimizer)
     use_scaler = recipe.model.dtype == "fp16"
     clipped = ClippedOptimizer("policy", optimizer, train.clip_norm, policy.weights, use_scaler)

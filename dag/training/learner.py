@@ -111,7 +111,7 @@ class Learner:
         bad = not_finite(trajectories)
         if self.processes.any((bad is not None,))[0]:
             raise NotFiniteError(bad or "a number of another process is not finite")
-        if self.recipe.balance is None:
+        if self.recipe.target is None:
             return Rollout(trajectories, None, epoch, groups, score)
         if is_new:
             previews = trajectories.x0_hat_reward

@@ -22,6 +22,7 @@ from torch import Tensor
 
 from dag.chain.rollout import Batch, Score, Step, clean_latents, last_latents, walk
 from dag.chain.trajectory import concatenate
+from dag.objectives import UpdateScalars
 from dag.objectives.transition import residual_table
 from dag.recipe import ScalarBalance, is_scored
 from dag.run.meter import PhaseMeter
@@ -283,7 +284,10 @@ class OnePass:
         k, sampled, factor = pending.step.k, pending.step.sampled, self.learner.log_scale.reduction_factor
         log_F = pending.log_F_tilde.detach() + pending.log_looking
         delta, at_k = residual(log_F, factor * sampled.log_pf, factor * sampled.log_pb, end), slice(k, k + 1)
-        advantages = self.learner.objective.advantages(
-            delta[:, None], flow_fit.residual_scale[at_k], flow_fit.baseline[at_k]
+        known = UpdateScalars(
+            residuals=delta[:, None],
+            residual_scale=flow_fit.residual_scale[at_k],
+            running_mean=flow_fit.baseline[at_k],
         )
+        advantages = self.learner.objective.advantages(known)
         return None if advantages is None else advantages[:, 0]

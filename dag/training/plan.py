@@ -51,10 +51,11 @@ def latent_elements(recipe: Recipe) -> tuple[int, bool]:
 
 def make_plan(recipe: Recipe) -> Plan:
     """The plan of a recipe. An epoch's numbers are those after the warm-up."""
-    train, balance, T = recipe.train, recipe.balance, recipe.sampler.steps
+    train, T = recipe.train, recipe.sampler.steps
     D, is_assumed = latent_elements(recipe)
     warmup = min(recipe.warmup_epochs, train.epochs)
-    steps = max(1, math.ceil(train.step_fraction * T))
+    first, end = train.step_window or (0, T)
+    steps = max(1, math.ceil(train.step_fraction * (end - first)))
     branches = 2 if recipe.sampler.guidance_scale > 1 else 1
     trained_rows = train.trajectories * steps * train.inner_epochs
     # In one pass the sampling pass is the training pass.
@@ -73,8 +74,8 @@ def make_plan(recipe: Recipe) -> Plan:
     if any(recipe.exact_rewards):
         previews += trained_rows
     beta_eff = None
-    if balance is not None:
-        beta_eff = balance.beta.value * (D if recipe.objective.log_prob_reduction == "mean" else 1)
+    if recipe.target is not None:
+        beta_eff = recipe.target.beta.value * (D if recipe.objective.log_prob_reduction == "mean" else 1)
     return Plan(
         latent_elements=D,
         is_assumed=is_assumed,
@@ -100,7 +101,7 @@ def _gradient_passes(recipe: Recipe) -> int:
 
 def _target(recipe: Recipe) -> str:
     """The distribution that the objective aims at, in words; "" for one that only maximises the reward."""
-    if recipe.balance is None:
+    if recipe.target is None:
         return ""
     return f" towards {'p_pretrained ' if recipe.has_prior else ''}exp(beta r)"
 
@@ -135,8 +136,8 @@ def describe(recipe: Recipe, num_prompts: int) -> str:
         f"micro-batch {train.micro_batch}",
         f"run           {train.epochs} epochs, {plan.trajectories} trajectories, {plan.updates} policy updates",
     ]
-    if recipe.balance is not None:
-        beta = recipe.balance.beta
+    if recipe.target is not None:
+        beta = recipe.target.beta
         unit = "sd of the first rollout's reward" if beta.unit == "reward_sd" else "unit of reward"
         lines.append(f"beta          {beta.value:g}, effective inverse temperature {plan.beta_eff:g} nats per {unit}")
     if train.micro_batch != sampler.tile and train.rollout == "stored":

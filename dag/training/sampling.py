@@ -29,7 +29,8 @@ class Sampling:
     def batch(self, epoch: int) -> Batch:
         """The prompts and sample ids of this process's share of an epoch."""
         count, updates = self.recipe.train.trajectories, self.recipe.train.updates
-        drawn = prompts.draw(len(self.components.prompts), count, self.recipe.seed, epoch)
+        per_group = self.recipe.prompts.per_group
+        drawn = prompts.draw(len(self.components.prompts), count, self.recipe.seed, epoch, per_group)
         ids = epoch * count + torch.arange(count)
         return Batch(self.processes.mine(torch.from_numpy(drawn), updates), self.processes.mine(ids, updates))
 

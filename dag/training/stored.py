@@ -8,6 +8,7 @@ Legend: N trajectories, T transitions.
 """
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import partial
 
 import torch
@@ -15,6 +16,7 @@ from torch import Tensor
 
 from dag.chain.rollout import Score
 from dag.chain.trajectory import Rows, Trajectories, count, cut, on_cpu
+from dag.objectives import UpdateScalars
 from dag.run.meter import PhaseMeter
 from dag.training.epoch_state import EpochState
 from dag.training.flow_fit import describe_residuals
@@ -141,13 +143,22 @@ class StoredTraining:
         learner = self.learner
         if per_trajectory is not None:
             return per_trajectory.to(learner.device)[:, None].expand(-1, learner.schedule.num_transitions)
-        flow_fit, terms = learner.value_fit, rollout.terms
-        if flow_fit is None or terms is None:
-            return None
-        residuals = self.processes.everyones(flow_fit.residuals(rollout.trajectories, terms, rows))
-        advantages = learner.objective.advantages(residuals, flow_fit.residual_scale, flow_fit.baseline)
+        advantages = learner.objective.advantages(self._scalars(rollout, rows))
         if advantages is None:
             return None
-        table = torch.zeros_like(terms.log_pf)
+        table = torch.zeros_like(rollout.trajectories.log_pf)
         table[rows] = self.processes.mine(advantages)
         return table
+
+    def _scalars(self, rollout: Rollout, rows: Rows) -> UpdateScalars:
+        """What is known of the update whose trajectories in this process are `rows`."""
+        flow_fit, terms, everyones = self.learner.value_fit, rollout.terms, self.processes.everyones
+        if terms is None:
+            return UpdateScalars()
+        known = UpdateScalars(everyones((terms.log_pf - terms.log_pb)[rows]), everyones(terms.log_reward[rows]))
+        if flow_fit is None:
+            return known
+        residuals = everyones(flow_fit.residuals(rollout.trajectories, terms, rows))
+        return replace(
+            known, residuals=residuals, residual_scale=flow_fit.residual_scale, running_mean=flow_fit.baseline
+        )

@@ -95,24 +95,23 @@ class Updates:
     def choose_steps(self) -> list[tuple[int, float]]:
         """[(k, importance weight)] of the steps that an update trains, the same in all processes and micro-batches.
 
-        With `step_fraction` 1 they are all steps, with weight 1. Below 1 they are drawn at random, and weighted so that the
-        expected gradient is that of all steps. With `keep_terminal` the last step, where the final reward enters, is always
-        among them, with weight 1; if it is the only one, the gradient of the others is missing. `informative_steps` are drawn
-        with `step_choice: informative`.
+        With `step_fraction` 1 they are all steps of `step_window`, with weight 1. Below 1 they are drawn at random, and weighted
+        so that the expected gradient is that of all these steps. With `keep_terminal` the last step, where the final reward
+        enters, is always among them, with weight 1; if it is the only one, the gradient of the others is missing.
+        `informative_steps` are drawn with `step_choice: informative`.
         """
-        T, train = self.num_transitions, self.recipe.train
-        count = max(1, math.ceil(train.step_fraction * T))
-        if count == T:
-            return [(k, 1.0) for k in range(T)]
+        train = self.recipe.train
+        first, end = train.step_window or (0, self.num_transitions)
+        size = end - first
+        count = max(1, math.ceil(train.step_fraction * size))
+        if count == size:
+            return [(k, 1.0) for k in range(first, end)]
         generator = torch.Generator().manual_seed(self.recipe.seed * 1_000_003 + self.optimizer_step)
         if train.step_choice == "informative":
-            return informative_steps(self.informativeness(), count, generator)
-        if not train.keep_terminal:
-            return [(k, T / count) for k in sorted(torch.randperm(T, generator=generator)[:count].tolist())]
-        if count == 1:
-            return [(T - 1, 1.0)]
-        others = sorted(torch.randperm(T - 1, generator=generator)[: count - 1].tolist())
-        return [(k, (T - 1) / (count - 1)) for k in others] + [(T - 1, 1.0)]
+            drawn = informative_steps(self.informativeness()[first:end], count, generator)
+        else:
+            drawn = uniform_steps(size, count, generator, train.keep_terminal and end == self.num_transitions)
+        return [(first + k, weight) for k, weight in drawn]
 
     def backward(
         self, output: ObjectiveOutput, regulariser: Tensor, weight: float, num_trajectories: int, sums: UpdateSums
@@ -194,6 +193,16 @@ class Updates:
         self.policy.scaler.scale(torch.zeros((), device=self.device))
         for optimizer in self.optimizers():
             optimizer.skipped = state["skipped"][optimizer.name]
+
+
+def uniform_steps(size: int, count: int, generator: torch.Generator, keeps_last: bool) -> list[tuple[int, float]]:
+    """[(k, weight)] of `count` of `size` steps, drawn with equal probabilities, or the last one and others drawn so."""
+    if not keeps_last:
+        return [(k, size / count) for k in sorted(torch.randperm(size, generator=generator)[:count].tolist())]
+    if count == 1:
+        return [(size - 1, 1.0)]
+    others = sorted(torch.randperm(size - 1, generator=generator)[: count - 1].tolist())
+    return [(k, (size - 1) / (count - 1)) for k in others] + [(size - 1, 1.0)]
 
 
 def informative_steps(informativeness: Tensor, count: int, generator: torch.Generator) -> list[tuple[int, float]]:

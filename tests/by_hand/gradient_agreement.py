@@ -20,7 +20,13 @@ from dag.training.build import build
 from dag.training.trainer import Trainer
 
 _ROLLOUTS = 4
-_ALL_STEPS = ("train.step_fraction=1", "train.step_choice=uniform", "train.max_kl=null", "evaluation.every=1000")
+_ALL_STEPS = (
+    "train.step_fraction=1",
+    "train.step_window=null",
+    "train.step_choice=uniform",
+    "train.max_kl=null",
+    "evaluation.every=1000",
+)
 
 
 def gradients(trainer: Trainer, first: int) -> Tensor:

@@ -12,6 +12,7 @@ from torch.distributions import Normal
 from dag.chain.rollout import SampledTile, generate, generate_beside_pretrained, sample_tile, walk
 from dag.chain.schedule import INITIAL_NOISE
 from dag.recipe import Recipe
+from dag.recipe.prompts import draw
 
 MakeRecipe = Callable[..., Recipe]
 
@@ -88,6 +89,16 @@ def test_how_far_drawn_trajectories_are_from_the_pretrained_models(make_recipe: 
             total += float(ours - theirs)
     assert kl == pytest.approx(total / 2, rel=1e-4)
     assert abs(kl) > 0.1
+
+
+@pytest.mark.parametrize("per_group", [1, 3])
+def test_the_prompts_of_an_epoch_are_shuffled_rounds_of_groups(per_group: int) -> None:
+    drawn = draw(4, 6 * per_group, seed=3, epoch=1, per_group=per_group)
+    groups = drawn.reshape(-1, per_group)
+    assert (groups == groups[:, :1]).all()
+    assert sorted(groups[:4, 0]) == [0, 1, 2, 3], "a complete round"
+    assert len(set(groups[4:, 0])) == 2
+    assert (drawn != draw(4, 6 * per_group, seed=3, epoch=2, per_group=per_group)).any()
 
 
 def test_a_trajectory_does_not_depend_on_its_tile(make_recipe: MakeRecipe) -> None:

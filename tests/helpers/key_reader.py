@@ -107,6 +107,13 @@ class Reader(ast.NodeVisitor):
         if found := self.annotated(node.annotation):
             self.types.setdefault(node.arg, set()).update(found)
 
+    def visit_ClassDef(self, node: ast.ClassDef) -> None:
+        """An objective's base names the section that it keeps: `class DetailedBalance(Plain[Config])`."""
+        for base in node.bases:
+            if isinstance(base, ast.Subscript) and (found := self.annotated(base.slice)):
+                self.types.setdefault("self.config", set()).update(found)
+        self.generic_visit(node)
+
     def visit_FunctionDef(self, node: ast.FunctionDef) -> None:
         if any(isinstance(decorator, ast.Name) and decorator.id == "property" for decorator in node.decorator_list):
             self.types.setdefault(f"self.{node.name}", set()).update(self.annotated(node.returns))
@@ -153,7 +160,7 @@ def properties_of(source: str) -> str:
             if any(ast.unparse(decorator) == "property" for decorator in function.decorator_list):
                 function.args.args[0].annotation = ast.Name(section.name)
                 kept.append(function)
-    sections = f"from dag.recipe import {', '.join(SECTIONS)}, Balance, ScalarBalance"
+    sections = f"from dag.recipe import {', '.join(SECTIONS)}, Balance, ScalarBalance, Target"
     return f"{sections}\n{ast.unparse(ast.Module(kept, []))}"
 
 

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from dag.chain.schedule import Schedule
-from dag.objectives import Objective, pathwise
+from dag.objectives import Objective, UpdateScalars, pathwise
 from dag.objectives.transition import Transition, residual_table
 from dag.recipe import Balance
 
@@ -283,10 +283,13 @@ class ToyGFN:
         if given:
             return torch.cat(given).repeat(T)
         delta = residual_table(log_F_tilde.T, rollout.log_looking.T, log_pf.T, log_pb.T, rollout.log_reward)
-        from_residuals = [
-            objective.advantages(rows, torch.ones(T), torch.zeros(T)) for rows in delta.split(N // self.seeds)
+        tables = (table.split(N // self.seeds) for table in ((log_pf - log_pb).T, rollout.log_reward, delta))
+        one, zero = torch.ones(T), torch.zeros(T)
+        known = [
+            UpdateScalars(log_ratio, reward, rows, one, zero) for log_ratio, reward, rows in zip(*tables, strict=True)
         ]
-        given = [one for one in from_residuals if one is not None]
+        from_scalars = [objective.advantages(scalars) for scalars in known]
+        given = [one for one in from_scalars if one is not None]
         return torch.cat(given).T.flatten() if given else None
 
     def train(self, objective: Objective, settings: Settings) -> None:

@@ -7,7 +7,7 @@ import pytest
 import torch
 from dag_kernels import penalty
 
-from dag.objectives import OBJECTIVES
+from dag.objectives import OBJECTIVES, UpdateScalars
 from dag.objectives.registry import clipped_surrogate
 from dag.objectives.transition import Transition
 from dag.recipe import DetailedBalance, KLDivergence, PolicyGradient
@@ -32,6 +32,13 @@ def transitions() -> Transition:
 
 def dag_db(**options: Any) -> Any:
     return OBJECTIVES["dag_db"](DetailedBalance(name="dag_db", beta={"value": 1.0}, **options))
+
+
+def known(residuals: torch.Tensor, scale: Any = None, mean: Any = None) -> UpdateScalars:
+    """What an objective learns of an update with these residuals (N, T); by default they are not scaled and have had mean 0."""
+    T = residuals.shape[1]
+    scale, mean = (torch.ones(T) if scale is None else scale), (torch.zeros(T) if mean is None else mean)
+    return UpdateScalars(residuals=residuals, residual_scale=scale, running_mean=mean)
 
 
 def dag_kl(**options: Any) -> Any:
@@ -93,7 +100,7 @@ def test_dag_kl_on_policy_gradient_is_the_score_function_form() -> None:
     """d loss / d log P_F = -A = delta - baseline, half of DAG-DB's; the flow is fitted with log P_F as data."""
     objective, t = dag_kl(), transitions()
     residuals = expected_residual(t)[:, None]
-    advantage = objective.advantages(residuals, torch.ones(1), torch.zeros(1))
+    advantage = objective.advantages(known(residuals))
     t = replace(t, advantage=advantage[:, 0])
     objective(t).loss.sum().backward()
     others = (residuals.sum() - residuals) / (B - 1)
@@ -114,7 +121,7 @@ def test_dag_kl_gradient_matches_the_closed_form_kl_of_a_gaussian() -> None:
     t = Transition(
         k=torch.zeros(n, dtype=torch.int64), is_terminal=torch.ones(n, dtype=torch.bool), log_pf=log_pf, log_pf_old=log_pf.detach(),
         log_pb=zeros, log_reward=log_target, log_F_tilde=zeros, log_F_tilde_next=zeros, log_looking=zeros, log_looking_next=zeros,
-        advantage=objective.advantages(delta[:, None], torch.ones(1), torch.zeros(1))[:, 0],
+        advantage=objective.advantages(known(delta[:, None]))[:, 0],
     )  # fmt: skip
     objective(t).loss.mean().backward()
     score = (x - mean) / std**2
@@ -125,9 +132,7 @@ def test_dag_kl_gradient_matches_the_closed_form_kl_of_a_gaussian() -> None:
 
 def test_published_kl_switches() -> None:
     residuals = torch.randn(4, 3, dtype=torch.float64)
-    mixed = dag_kl(baseline="mixed", normalise_advantage=True, advantage_clip=0.5).advantages(
-        residuals, torch.ones(3), torch.zeros(3)
-    )
+    mixed = dag_kl(baseline="mixed", normalise_advantage=True, advantage_clip=0.5).advantages(known(residuals))
     rows = residuals.reshape(-1)
     centred = rows - (rows.sum() - rows) / 11
     spread = ((centred.square().sum() - centred.square()) / 11).sqrt()
@@ -140,9 +145,11 @@ def test_published_kl_switches() -> None:
 
 def test_the_running_baseline_needs_no_other_row() -> None:
     residuals, scale = torch.tensor([[3.0, 8.0]]), torch.tensor([2.0, 4.0])
-    found = dag_kl(baseline="running").advantages(residuals, scale, running_mean=torch.tensor([1.0, -4.0]))
+    found = dag_kl(baseline="running").advantages(known(residuals, scale, torch.tensor([1.0, -4.0])))
     assert found.tolist() == [[-(3.0 - 1.0) / 2, -(8.0 + 4.0) / 4]]
-    clipped = dag_kl(baseline="running", advantage_clip=2.0).advantages(residuals, scale, torch.tensor([1.0, -4.0]))
+    clipped = dag_kl(baseline="running", advantage_clip=2.0).advantages(
+        known(residuals, scale, torch.tensor([1.0, -4.0]))
+    )
     assert clipped.tolist() == [[-1.0, -2.0]]
 
 

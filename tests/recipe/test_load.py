@@ -107,7 +107,7 @@ def test_a_mistake_in_the_file_is_named(file: Path, text: str, message: str) -> 
 
 REFUSED_OVERRIDES = [
     ("objective.name=dag_dbb", "objective.name: unknown name 'dag_dbb'; did you mean 'dag_db'?"),
-    ("objective={name: x}", "known: dag_db, dag_kl, nabla_db, ddpo"),
+    ("objective={name: x}", "known: dag_db, dag_kl, nabla_db, tb, ddpo"),
     ("objective={beta: {value: 1}}", "objective.name: missing"),
     ("objective={name: dag_db}", "objective.beta: missing"),
     ("objective.beta.value=0", "objective.beta.value: input should be greater than 0"),
@@ -236,6 +236,20 @@ CROSS_FIELD = [
     (
         ("train.step_choice=informative", "objective={name: ddpo}"),
         "train.step_choice=informative is measured on the rewards of x0_hat",
+    ),
+    (("train.step_window=[5, 5]",), "train.step_window=[5, 5]: give the first step and the one after the last"),
+    (("train.step_window=[0, 51]", "sampler.steps=50"), "within 0 and sampler.steps=50"),
+    (("prompts.per_group=5",), "prompts.per_group=5 must divide the trajectories of an update"),
+    (("objective={name: ddpo, std: group}",), "objective.std=group: there are no groups"),
+    (
+        ("objective={name: ddpo, per_prompt: 8}", "prompts.per_group=2"),
+        "objective.per_prompt and prompts.per_group both say what a reward is compared with",
+    ),
+    (("objective={name: tb, beta: {value: 1}}", "train.updates=64"), "tb's log Z needs at least 2 trajectories"),
+    (("objective={name: tb, beta: {value: 1}}", "train.rollout=one_pass"), "tb needs the final reward"),
+    (
+        ("objective={name: tb, beta: {value: 1}, prior: pretrained}", "adapter.kind=full"),
+        "objective.prior=pretrained needs adapter.kind=lora",
     ),
 ]
 

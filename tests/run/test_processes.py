@@ -33,6 +33,10 @@ KINDS: dict[str, dict[str, Any]] = {
     },
     "dag_kl": {"objective": {"name": "dag_kl", "normalise_advantage": True}},
     "ddpo": {"objective": {"name": "ddpo", "per_prompt": 2}},
+    "groups": {
+        "objective": {"name": "tb", "prior": "pretrained"},
+        "prompts": {"texts": ["a cat", "a dog"], "per_group": 2},
+    },
     "one_pass": {"train": {"rollout": "one_pass"}, "flow": {"passes": 1, "warmup_epochs": 1}},
     "critic": {
         "objective": {

@@ -80,6 +80,11 @@ KINDS: dict[str, dict[str, Any]] = {
         "train": {"rollout": "one_pass", "max_kl": 0.01},
     },
     "ddpo": {"objective": {"name": "ddpo", "per_prompt": 2}},
+    "tb": {
+        "objective": {"name": "tb", "prior": "pretrained"},
+        "prompts": {"texts": ["a cat", "a dog"], "per_group": 2},
+        "train": {"inner_epochs": 2, "step_window": [0, 3]},
+    },
     "full": {"adapter": {"kind": "full"}, "train": {"learning_rate": 1e-5}},
     "one_pass": {"train": {"rollout": "one_pass"}, "flow": {"passes": 1, "warmup_epochs": 1}},
     "one_pass_slopes": {"train": {"rollout": "one_pass"}, "flow": {"slopes": True, "warmup_epochs": 1}},

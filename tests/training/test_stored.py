@@ -12,6 +12,7 @@ from helpers.building import disturb, learnt, rolled_out, sampled, trainer_of, u
 
 from dag.chain.rollout import Batch
 from dag.chain.trajectory import Trajectories
+from dag.objectives import UpdateScalars
 from dag.recipe import Recipe
 from dag.run.folder import RunFolder
 from dag.training.stored import StoredTraining
@@ -236,6 +237,17 @@ def test_step_subsets_keep_the_terminal_and_are_unbiased(make_recipe: MakeRecipe
     assert float((totals / draws - 1).abs().max()) < 5 * (4.5 * 3.5 / 4.5 / draws) ** 0.5 * 1.5
 
 
+def test_only_the_steps_of_the_window_are_trained(make_recipe: MakeRecipe, run: RunFolder) -> None:
+    updates = rolled_out(make_recipe(sampler={"steps": 10}, train={"step_window": [2, 6]}), run)[
+        0
+    ].components.learner.updates
+    assert updates.choose_steps() == [(k, 1.0) for k in range(2, 6)]
+    updates.recipe = make_recipe(sampler={"steps": 10}, train={"step_window": [2, 6], "step_fraction": 0.5})
+    drawn = updates.choose_steps()
+    assert [weight for _, weight in drawn] == [2.0, 2.0], "the last step is not in the window, so none is kept"
+    assert {k for k, _ in drawn} <= {2, 3, 4, 5}
+
+
 def test_gradient_checkpointing_changes_nothing(
     make_recipe: MakeRecipe, run: RunFolder, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -304,7 +316,10 @@ def test_advantages_belong_to_their_rows(make_recipe: MakeRecipe, run: RunFolder
     assert rollout.terms is not None
     found = StoredTraining(learner, trainer.meter)._advantages(rollout, rows, None)
     residuals = learner.flow_fit.residuals(trajectories, rollout.terms, rows)
-    expected = learner.objective.advantages(residuals, learner.flow_fit.residual_scale, learner.flow_fit.baseline)
+    fit = learner.flow_fit
+    expected = learner.objective.advantages(
+        UpdateScalars(residuals=residuals, residual_scale=fit.residual_scale, running_mean=fit.baseline)
+    )
     assert found is not None and expected is not None
     assert torch.equal(found[rows], expected)
     assert float(expected.abs().min()) > 0
