@@ -176,13 +176,17 @@ def first_state(policy: Policy, sample_id: Tensor, seed: int, sampler: Sampler) 
     return noise.to(CHAIN_DTYPES[sampler.chain_dtype])
 
 
-def last_latents(policy: Policy, x_t: Tensor, text: Tensor) -> Tensor:
-    """The latents to be decoded, (B, C, H, W) float32: the chain's end x_t, or the schedule's deterministic step from it."""
+def last_latents(policy: Policy, x_t: Tensor, text: Tensor, *, pretrained: bool = False) -> Tensor:
+    """The latents to be decoded, (B, C, H, W) float32: the chain's end x_t, or the schedule's deterministic step from it.
+
+    Args:
+        pretrained: the pretrained model takes that step.
+    """
     final = policy.schedule.final
     if final is None:
         return x_t.float()
     last = torch.full((len(x_t),), final.timestep, device=x_t.device)
-    return final(x_t, policy.predict(x_t, last, text).guided)
+    return final(x_t, policy.predict(x_t, last, text, pretrained=pretrained).guided)
 
 
 @torch.no_grad()

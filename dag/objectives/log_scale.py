@@ -125,8 +125,8 @@ class LogScale:
         It is beta w_k / sd, in nats per unit of reward; w_T = 1.
         """
         scale = self._beta(epoch) / self.reward_scale.sd
-        weights = self.weights()
-        return scale * (weights[k] if k < len(weights) else torch.ones_like(weights[0]))
+        is_final = k == len(self.alpha_bar_t)
+        return scale * (torch.ones_like(self.alpha_bar_t[0]) if is_final else self.weights()[k])
 
     def _beta(self, epoch: int) -> float:
         assert self.target is not None

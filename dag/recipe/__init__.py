@@ -1,6 +1,7 @@
 """Recipes: their schema, how a file is read and checked, and their prompts. Imports no torch."""
 
 from dag.recipe.contradictions import validate
+from dag.recipe.first_order_sections import AdjointMatching, Backpropagation, RewardFeedback
 from dag.recipe.network_sections import Flow, OptimizerKind, RewardCritic
 from dag.recipe.objective_sections import (
     Balance,
@@ -9,7 +10,7 @@ from dag.recipe.objective_sections import (
     ForwardLooking,
     KLDivergence,
     NablaBalance,
-    ObjectiveTerm,
+    Objective,
     PolicyGradient,
     ScalarBalance,
     Target,
@@ -23,6 +24,7 @@ from dag.recipe.schema import (
     Evaluation,
     Memory,
     Model,
+    ObjectiveTerm,
     Prompts,
     Recipe,
     Regulariser,
@@ -32,6 +34,8 @@ from dag.recipe.schema import (
 
 __all__ = [
     "Adapter",
+    "AdjointMatching",
+    "Backpropagation",
     "Balance",
     "Beta",
     "Checkpoint",
@@ -43,6 +47,7 @@ __all__ = [
     "Memory",
     "Model",
     "NablaBalance",
+    "Objective",
     "ObjectiveTerm",
     "OptimizerKind",
     "PolicyGradient",
@@ -50,6 +55,7 @@ __all__ = [
     "Recipe",
     "Regulariser",
     "RewardCritic",
+    "RewardFeedback",
     "RewardTerm",
     "Sampler",
     "ScalarBalance",

@@ -25,6 +25,8 @@ def validate(recipe: Recipe) -> list[str]:
             per_update=train.trajectories // train.updates,
             per_group=group,
             black_boxes=tuple(term.name for term in recipe.reward if not term.has_gradient),
+            steps=recipe.sampler.steps,
+            chooses_steps=train.step_fraction < 1 or train.step_window is not None,
         )
     )
     if train.rollout == "one_pass":
@@ -125,7 +127,7 @@ def _one_pass_problems(recipe: Recipe) -> list[str]:
     train, balance = recipe.train, recipe.balance
     if balance is None:
         name = recipe.objective.name
-        return [f"train.rollout=one_pass: {name} needs the final reward before its first gradient; use stored"]
+        return [f"train.rollout=one_pass: {name} trains on complete trajectories; use stored"]
     problems = []
     if balance.forward_looking.source == "current":
         problems.append(

@@ -1,7 +1,7 @@
 """The recipe's sections for objectives: every objective's name and options. Imports no torch."""
 
 from dataclasses import dataclass
-from typing import Annotated, Literal
+from typing import Literal
 
 from pydantic import Field
 
@@ -60,20 +60,34 @@ class Around:
     """`prompts.per_group`."""
     black_boxes: tuple[str, ...]
     """Names of the rewards that have no gradient."""
+    steps: int
+    """`sampler.steps`."""
+    chooses_steps: bool
+    """An update trains some of the steps: `train.step_fraction` below 1, or a `step_window`."""
 
 
-class _Objective(Section):
+class Objective(Section):
     """What the sections of all objectives have in common."""
 
     step_weight: Literal["one", "balanced"] = "one"
     """Weight of a step's policy gradient; `balanced` reduces it in the last, nearly deterministic steps."""
+
+    @property
+    def takes_gradient(self) -> bool:
+        """Whether the policy is trained with the gradient of the reward."""
+        return False
+
+    @property
+    def learns_gradient(self) -> bool:
+        """Whether gradients of rewards are learnt that could be computed."""
+        return False
 
     def problems(self, around: Around) -> list[str]:
         """Mistakes that involve this section and others of its recipe, in words; empty if there are none."""
         return []
 
 
-class Target(_Objective):
+class Target(Objective):
     """An objective with a target distribution."""
 
     beta: Beta
@@ -105,9 +119,8 @@ class Balance(Target):
     whole flow: no flow is trained, and with `prior: pretrained` the pretrained model is run for trained transitions alone."""
 
     @property
-    def takes_gradient(self) -> bool:
-        """Whether the policy is trained with d log F / d x_next."""
-        return False
+    def learns_gradient(self) -> bool:
+        return self.reward_gradient == "learnt"
 
     @property
     def has_flow(self) -> bool:
@@ -259,7 +272,7 @@ class NablaBalance(Balance):
         return problems
 
 
-class PolicyGradient(_Objective):
+class PolicyGradient(Objective):
     name: Literal["ddpo"]
     log_prob_reduction: Literal["sum", "mean"] = "mean"
     """How log-probs are reduced over the latent; `mean` is that of ddpo-pytorch, and the default clip range assumes it."""
@@ -301,9 +314,3 @@ class TrajectoryBalance(Target):
         if around.per_update < 2:
             problems.append("train.updates: tb's log Z needs at least 2 trajectories per update")
         return problems
-
-
-ObjectiveTerm = Annotated[
-    DetailedBalance | KLDivergence | NablaBalance | TrajectoryBalance | PolicyGradient,
-    Field(discriminator="name"),
-]

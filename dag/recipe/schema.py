@@ -8,13 +8,18 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 
+from dag.recipe.first_order_sections import AdjointMatching, Backpropagation, RewardFeedback
 from dag.recipe.network_sections import Flow, OptimizerKind, RewardCritic
 from dag.recipe.objective_sections import (
     Balance,
+    DetailedBalance,
     ForwardLooking,
-    ObjectiveTerm,
+    KLDivergence,
+    NablaBalance,
+    PolicyGradient,
     ScalarBalance,
     Target,
+    TrajectoryBalance,
 )
 from dag.recipe.reward_sections import RewardTerm
 from dag.recipe.section import Section
@@ -210,6 +215,19 @@ class Checkpoint(Section):
     """How many checkpoints are kept, the newest ones."""
 
 
+ObjectiveTerm = Annotated[
+    DetailedBalance
+    | KLDivergence
+    | NablaBalance
+    | TrajectoryBalance
+    | PolicyGradient
+    | Backpropagation
+    | RewardFeedback
+    | AdjointMatching,
+    Field(discriminator="name"),
+]
+
+
 class Recipe(Section):
     seed: int = Field(0, ge=0, lt=2**63)
     """Seed of the noise, of the prompt order and of every initialisation."""
@@ -260,8 +278,9 @@ class Recipe(Section):
     @property
     def samples_prior(self) -> bool:
         """Whether the pretrained model's log P_F is computed while sampling, for residuals of log-probs."""
-        takes_log_probs = self.balance is None or (isinstance(self.balance, ScalarBalance) and self.balance.has_flow)
-        return self.has_prior and takes_log_probs
+        objective = self.objective
+        learns_values = isinstance(objective, ScalarBalance) and objective.has_flow
+        return self.has_prior and (learns_values or isinstance(objective, TrajectoryBalance))
 
     @property
     def warmup_epochs(self) -> int:
@@ -276,22 +295,19 @@ class Recipe(Section):
     @property
     def learnt_rewards(self) -> tuple[bool, ...]:
         """For each reward, whether the critic learns it because its gradient is needed and cannot be computed, or shall not."""
-        balance = self.balance
-        if balance is None or not balance.takes_gradient:
+        if not self.objective.takes_gradient:
             return tuple(False for _ in self.reward)
-        return tuple(balance.reward_gradient == "learnt" or not term.has_gradient for term in self.reward)
+        return tuple(self.objective.learns_gradient or not term.has_gradient for term in self.reward)
 
     @property
     def exact_rewards(self) -> tuple[bool, ...]:
         """For each reward, whether its exact gradient is taken."""
-        takes_gradient = self.balance is not None and self.balance.takes_gradient
-        return tuple(takes_gradient and not is_learnt for is_learnt in self.learnt_rewards)
+        return tuple(self.objective.takes_gradient and not is_learnt for is_learnt in self.learnt_rewards)
 
     @property
     def differentiates_rewards(self) -> bool:
         """Whether training back-propagates through the decoder and at least one reward, for the policy or to check the critic."""
-        balance = self.balance
-        return balance is not None and balance.takes_gradient and any(term.has_gradient for term in self.reward)
+        return self.objective.takes_gradient and any(term.has_gradient for term in self.reward)
 
     @property
     def scores_in_training(self) -> bool:

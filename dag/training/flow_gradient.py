@@ -21,6 +21,7 @@ from dag.recipe import Balance, Recipe
 from dag.training.critic_fit import CriticFit
 from dag.training.embeddings import Embeddings
 from dag.training.flow_fit import FlowFit
+from dag.training.jacobian import backwards
 
 
 @dataclass(frozen=True)
@@ -118,10 +119,7 @@ class FlowGradient:
         if clean is x:
             return Look(vector, log_looking)
         if clean.grad_fn is not None and (is_final or self.section.jacobian != "none"):
-            # Scaled to order one, so that a denoiser in half precision neither overflows nor rounds to zero.
-            size = vector.abs().amax().clamp(min=torch.finfo(torch.float32).tiny)
-            (y,) = torch.autograd.grad(clean, x, vector / size, retain_graph=keeps_graph)
-            y = size * y.float()
+            y = backwards(clean, x, vector, keeps_graph=keeps_graph)
         else:
             y = self.schedule.alpha_bar_t[k].sqrt() * vector
         if has_flow and self.flow_fit is not None and not is_final:

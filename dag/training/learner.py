@@ -19,8 +19,9 @@ from dag.chain.rollout import Score, last_latents
 from dag.chain.trajectory import Trajectories, cut, on_cpu
 from dag.objectives import Objective
 from dag.objectives.log_scale import LogScale, RewardScale
-from dag.recipe import Recipe, ScalarBalance
+from dag.recipe import Balance, Recipe, ScalarBalance
 from dag.run.processes import ALONE, Processes
+from dag.training.ascent import Ascent
 from dag.training.critic_fit import CriticFit, preview_steps
 from dag.training.embeddings import Embeddings
 from dag.training.faults import NotFiniteError, not_finite
@@ -81,10 +82,13 @@ class Learner:
         self.policy, self.schedule, self.processes = policy, policy.schedule, processes
         self.device = self.schedule.timesteps.device
         self.log_scale = LogScale(recipe, self.schedule, policy.latent_shape)
-        takes_gradient = recipe.balance is not None and recipe.balance.takes_gradient
+        section = recipe.objective
+        takes_gradient = isinstance(section, Balance) and section.takes_gradient
         parts = recipe, policy, flow_fit, critic_fit, text, self.log_scale
         pulls = Pulls(recipe, policy, FlowGradient(*parts), self.log_scale) if takes_gradient else None
         self.loss = Loss(recipe, policy, objective, flow_fit, pulls, text, self.log_scale)
+        ascends = section.takes_gradient and not takes_gradient
+        self.ascent = Ascent(recipe, policy, self.loss, self.log_scale) if ascends else None
         flow, T = None if flow_fit is None else flow_fit.optimizer, self.schedule.num_transitions
         region = TrustRegion(recipe.train.max_kl, policy, text, optimizer, processes)
         self.updates = Updates(recipe, optimizer, flow, T, self.device, warn, processes, self._informativeness, region)

@@ -188,53 +188,69 @@ class Loss:
             advantages: (N, T) for objectives that form advantages.
         """
         # First, so that its graph is gone before the policy's own is made.
-        trajectories, look = rollout.trajectories, None
+        look, terms = None, rollout.terms
         if self.pulls is not None:
-            look = self.pulls.flow_gradient.at(trajectories.states(k + 1, rows), k + 1, self._whose(rollout, rows))
-        states = self._states(rollout, rows, k)
-        old, flows, pull = None, None, None
+            x_next = rollout.trajectories.states(k + 1, rows)
+            look = self.pulls.flow_gradient.at(x_next, k + 1, self.whose(rollout, rows))
+        states = self.states(rollout, rows, k, needs_gradient=self.pulls is not None and self.pulls.has_reverse)
+        flows, pull = None, None
+        if self.flow_fit is not None and terms is not None and self.has_residual:
+            flows = self._flows(self.flow_fit, terms, rollout, rows, k, states.prediction)
+        if self.pulls is not None and look is not None and terms is not None:
+            is_final = k == self.schedule.num_transitions - 1
+            log_F_next = terms.log_reward[rows] if is_final else terms.log_looking[rows, k + 1]
+            pull = self.pulls(states, look, log_F_next)
+        return self.finished(rollout, rows, states, flows, advantages, pull)
+
+    def finished(
+        self,
+        rollout: Rollout,
+        rows: Rows,
+        states: States,
+        flows: FlowTerms | None = None,
+        advantages: Tensor | None = None,
+        pull: Pull | None = None,
+    ) -> tuple[ObjectiveOutput, Tensor]:
+        """(the objective's output, regulariser (B,)) of one step of the trajectories `rows`, once all terms are known."""
+        trajectories, k, old = rollout.trajectories, states.k, None
         if self.regularisers.sampling > 0:
             with torch.no_grad():
                 old = trajectories.output_old(self.schedule, rows, k)
         now = self.log_probs(states.x_t, states.x_next, states.prediction, k, states.pretrained, old)
-        if self.flow_fit is not None and rollout.terms is not None and self.has_residual:
-            flows = self._flows(self.flow_fit, rollout.terms, rollout, rows, k, states.prediction)
-        if self.pulls is not None and look is not None and rollout.terms is not None:
-            is_final, terms = k == self.schedule.num_transitions - 1, rollout.terms
-            log_F_next = terms.log_reward[rows] if is_final else terms.log_looking[rows, k + 1]
-            pull = self.pulls(states, look, log_F_next)
-        transition = self.transition(
-            k,
-            now,
-            trajectories.log_pf[rows, k],
-            trajectories.log_pb[rows, k],
-            flows,
-            None if advantages is None else advantages[rows, k],
-            pull,
-        )
+        advantage = None if advantages is None else advantages[rows, k]
+        log_pf, log_pb = trajectories.log_pf[rows, k], trajectories.log_pb[rows, k]
+        transition = self.transition(k, now, log_pf, log_pb, flows, advantage, pull)
         return self.output(transition, k, pull), self.regulariser(now)
 
-    def _states(self, rollout: Rollout, rows: Rows, k: int) -> States:
-        """The transitions of step k of the trajectories `rows`, with the policy's predictions."""
-        trajectories, text = rollout.trajectories, self._text(rollout, rows)
-        x_t = trajectories.states(k, rows)
-        if self.pulls is not None and self.pulls.has_reverse:
+    def states(
+        self, rollout: Rollout, rows: Rows, k: int, *, needs_gradient: bool = False, pretrained: Tensor | None = None
+    ) -> States:
+        """The transitions of step k of the trajectories `rows`, with the policy's predictions.
+
+        Args:
+            needs_gradient: predictions are to be differentiated with respect to the states too.
+            pretrained:     (B, C, H, W) the pretrained network's output at x_t, if it is known.
+        """
+        text, x_t = self.text_of(rollout, rows), rollout.trajectories.states(k, rows)
+        if needs_gradient:
             x_t = x_t.float().requires_grad_(True)
         prediction = self.policy.predict(x_t, self.schedule.timesteps[k].expand(len(x_t)), text)
-        x_next, pretrained = trajectories.states(k + 1, rows), self.pretrained(x_t, k, text)
-        return States(k, x_t, x_next, prediction, pretrained, text, self._whose(rollout, rows))
+        pretrained = self.pretrained(x_t, k, text) if pretrained is None else pretrained
+        x_next, whose = rollout.trajectories.states(k + 1, rows), self.whose(rollout, rows)
+        return States(k, x_t, x_next, prediction, pretrained, text, whose)
 
-    def _whose(self, rollout: Rollout, rows: Rows) -> Rewarded:
+    def whose(self, rollout: Rollout, rows: Rows) -> Rewarded:
         """The trajectories `rows`, with what rewards them."""
         prompt_id = rollout.trajectories.prompt_id[on_cpu(rows)]
         return Rewarded(prompt_id, rollout.score, as_index(rows), rollout.epoch)
 
-    def _text(self, rollout: Rollout, rows: Rows) -> Tensor:
+    def text_of(self, rollout: Rollout, rows: Rows) -> Tensor:
+        """(B, S, D) embeddings of the prompts of the trajectories `rows`."""
         return self.text.rows(rollout.trajectories.prompt_id[on_cpu(rows)])
 
     def _predict(self, rollout: Rollout, rows: Rows, k: int, **switches: bool) -> Prediction:
         t = self.schedule.timesteps[k].expand(count(rows))
-        return self.policy.predict(rollout.trajectories.states(k, rows), t, self._text(rollout, rows), **switches)
+        return self.policy.predict(rollout.trajectories.states(k, rows), t, self.text_of(rollout, rows), **switches)
 
     def _flows(
         self, flow_fit: FlowFit, terms: LogTerms, rollout: Rollout, rows: Rows, k: int, prediction: Prediction

@@ -5,7 +5,7 @@ import math
 from dataclasses import dataclass
 
 from dag.models.source import local_folder
-from dag.recipe import NablaBalance, Recipe, is_scored
+from dag.recipe import AdjointMatching, Backpropagation, NablaBalance, Recipe, is_scored
 
 # Assumed if the model's files are not on this machine: those of SD 1.x, whose VAE divides the side by 8.
 _ASSUMED_CHANNELS, _ASSUMED_FACTOR, _ASSUMED_RESOLUTION = 4, 8, 512
@@ -56,6 +56,8 @@ def make_plan(recipe: Recipe) -> Plan:
     warmup = min(recipe.warmup_epochs, train.epochs)
     first, end = train.step_window or (0, T)
     steps = max(1, math.ceil(train.step_fraction * (end - first)))
+    if isinstance(recipe.objective, Backpropagation):
+        steps = recipe.objective.most_steps
     branches = 2 if recipe.sampler.guidance_scale > 1 else 1
     trained_rows = train.trajectories * steps * train.inner_epochs
     # In one pass the sampling pass is the training pass.
@@ -91,6 +93,8 @@ def make_plan(recipe: Recipe) -> Plan:
 def _gradient_passes(recipe: Recipe) -> int:
     """UNet forward passes of a trained transition for the gradient of log F, besides those of sampling and training."""
     balance, is_stored = recipe.balance, recipe.train.rollout == "stored"
+    if isinstance(recipe.objective, AdjointMatching):
+        return 1
     if balance is None or not balance.takes_gradient:
         return 0
     at_the_next_state = is_stored or balance.jacobian == "pretrained"
@@ -108,7 +112,7 @@ def _target(recipe: Recipe) -> str:
 
 def _gradients(recipe: Recipe) -> str:
     """Where the gradients of the rewards come from, in words; "" for an objective that does not take them."""
-    if recipe.balance is None or not recipe.balance.takes_gradient:
+    if not recipe.objective.takes_gradient:
         return ""
     kinds = ["learnt" if is_learnt else "exact" for is_learnt in recipe.learnt_rewards]
     return f"; gradient {' + '.join(kinds)}"

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from dag.chain.policy import Policy, Prediction
+from dag.chain.schedule import Schedule
 from dag.objectives import pathwise
 from dag.objectives.log_scale import LogScale
 from dag.recipe import NablaBalance, Recipe, ScalarBalance
@@ -48,6 +49,15 @@ class Pull:
     """For the metrics: the norm of d log F / d x_next, and the KL to the pretrained policy where that is run, in nats."""
 
 
+def kl_to(schedule: Schedule, states: States, target: pathwise.Target) -> Tensor:
+    """(B,) the weighted KL of the policy's step to the target, in nats, with the policy's gradient."""
+    ks = torch.full((len(states.x_t),), states.k, device=states.x_t.device)
+    branches, scale = states.prediction.branches, states.prediction.guidance_scale
+    kl = schedule.transition_log_probs(states.x_t, states.x_next, branches, ks, scale, target.output).kl
+    assert kl is not None
+    return target.weight * kl
+
+
 class Pulls:
     """Forms the pulls of a recipe's objective, one that takes d log F / d x_next."""
 
@@ -80,17 +90,14 @@ class Pulls:
         factor, unexplained = self.log_scale.reduction_factor, None
         # The reduction scales log-probs but not log F; the closed form has the sum of log-probs, so y is scaled instead.
         target = self._target(states, look.y / factor)
-        ks = torch.full((len(states.x_t),), states.k, device=states.x_t.device)
-        branches, scale = states.prediction.branches, states.prediction.guidance_scale
-        kl = self.schedule.transition_log_probs(states.x_t, states.x_next, branches, ks, scale, target.output).kl
-        assert kl is not None
+        kl = kl_to(self.schedule, states, target)
         if self.is_mean:
             kl = 2 / (self.schedule.sigma[states.k].square() * self.latent_elements) * kl
         if self.is_corrected:
             unexplained = (log_F_next - look.log_looking).detach()
         reverse = self._reverse(states) if self.has_reverse else None
         # Squared, since a score function's gradient is a residual times that of the reduced log-prob.
-        return Pull(factor**2 * target.weight * kl, unexplained, reverse, self._measured(states, look))
+        return Pull(factor**2 * kl, unexplained, reverse, self._measured(states, look))
 
     @torch.no_grad()
     def _measured(self, states: States, look: Look) -> dict[str, Tensor]:

@@ -7,7 +7,7 @@ not depend on how the update is cut into micro-batches.
 Legend: N trajectories, T transitions.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from functools import partial
 
@@ -18,6 +18,7 @@ from dag.chain.rollout import Score
 from dag.chain.trajectory import Rows, Trajectories, count, cut, on_cpu
 from dag.objectives import UpdateScalars
 from dag.run.meter import PhaseMeter
+from dag.training.ascent import StepOutput
 from dag.training.epoch_state import EpochState
 from dag.training.flow_fit import describe_residuals
 from dag.training.learner import Learner, Lesson
@@ -98,15 +99,18 @@ class StoredTraining:
             self.updates.begin(state)
         self.updates.suspects.trajectories = rollout.trajectories
         steps, num_trajectories = self.updates.choose_steps(), self.processes.size * count(rows)
-        work = [(tile, k, weight) for tile in cut(rows, self.updates.micro_batch) for k, weight in steps]
-        for tile, k, weight in work[state.micro_batches :]:
+        ascent = self.learner.ascent
+        # A sweep takes all steps of a micro-batch at once.
+        together = [steps] if ascent is not None and ascent.is_sweep else [[step] for step in steps]
+        work = [(tile, chosen) for tile in cut(rows, self.updates.micro_batch) for chosen in together]
+        for tile, chosen in work[state.micro_batches :]:
             with self.meter.phase("update"):
                 agreed(
                     self.processes,
-                    partial(self._micro_batch, rollout, tile, k, weight, advantages, num_trajectories, state),
+                    partial(self._micro_batch, rollout, tile, chosen, advantages, num_trajectories, state),
                 )
             state.micro_batches += 1
-            on_rows(count(tile))
+            on_rows(count(tile) * len(chosen))
             yield
         with self.meter.phase("update"):
             self.updates.step(state, self._probes(rollout.trajectories, rows, [k for k, _ in steps]))
@@ -124,16 +128,25 @@ class StoredTraining:
         self,
         rollout: Rollout,
         rows: Rows,
-        k: int,
-        weight: float,
+        chosen: Sequence[tuple[int, float]],
         advantages: Tensor | None,
         num_trajectories: int,
         state: EpochState,
     ) -> None:
-        """Back-propagate step k of `rows`; `num_trajectories` are those of the update in all processes together."""
-        output, regulariser = self.learner.loss.of_step(rollout, rows, k, advantages)
-        self.updates.suspects.add(k, rollout.trajectories.sample_id[rows], output)
-        self.updates.backward(output, regulariser, weight, num_trajectories, state.share)
+        """Back-propagate the chosen steps of `rows`; `num_trajectories` are those of the update in all processes together."""
+        for step in self._outputs(rollout, rows, chosen, advantages):
+            self.updates.suspects.add(step.k, rollout.trajectories.sample_id[rows], step.output)
+            self.updates.backward(step.output, step.regulariser, step.weight, num_trajectories, state.share)
+
+    def _outputs(
+        self, rollout: Rollout, rows: Rows, chosen: Sequence[tuple[int, float]], advantages: Tensor | None
+    ) -> Iterator[StepOutput]:
+        """The chosen steps of `rows`, each to be back-propagated before the next is asked for."""
+        if self.learner.ascent is not None:
+            yield from self.learner.ascent.steps(rollout, rows, chosen)
+            return
+        for k, weight in chosen:
+            yield StepOutput(k, weight, *self.learner.loss.of_step(rollout, rows, k, advantages))
 
     def _advantages(self, rollout: Rollout, rows: Rows, per_trajectory: Tensor | None) -> Tensor | None:
         """(N, T) advantages, of which those of `rows` are set, or None if the objective forms none.

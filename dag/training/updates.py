@@ -9,7 +9,7 @@ from torch import Tensor
 
 from dag.errors import RunError
 from dag.objectives import ObjectiveOutput
-from dag.recipe import Recipe
+from dag.recipe import Backpropagation, Recipe
 from dag.run.gpu import free_memory
 from dag.run.processes import Processes
 from dag.training.epoch_state import EpochState, UpdateSums
@@ -100,13 +100,15 @@ class Updates:
         enters, is always among them, with weight 1; if it is the only one, the gradient of the others is missing.
         `informative_steps` are drawn with `step_choice: informative`.
         """
-        train = self.recipe.train
+        train, objective = self.recipe.train, self.recipe.objective
+        generator = torch.Generator().manual_seed(self.recipe.seed * 1_000_003 + self.optimizer_step)
+        if isinstance(objective, Backpropagation):
+            return last_steps(objective.last, self.num_transitions, generator)
         first, end = train.step_window or (0, self.num_transitions)
         size = end - first
         count = max(1, math.ceil(train.step_fraction * size))
         if count == size:
             return [(k, 1.0) for k in range(first, end)]
-        generator = torch.Generator().manual_seed(self.recipe.seed * 1_000_003 + self.optimizer_step)
         if train.step_choice == "informative":
             drawn = informative_steps(self.informativeness()[first:end], count, generator)
         else:
@@ -193,6 +195,15 @@ class Updates:
         self.policy.scaler.scale(torch.zeros((), device=self.device))
         for optimizer in self.optimizers():
             optimizer.skipped = state["skipped"][optimizer.name]
+
+
+def last_steps(
+    last: int | tuple[int, int], num_transitions: int, generator: torch.Generator
+) -> list[tuple[int, float]]:
+    """[(k, 1)] of the last steps, whose number is given, or drawn between the two given."""
+    low, high = (last, last) if isinstance(last, int) else last
+    count = int(torch.randint(low, high + 1, (), generator=generator))
+    return [(k, 1.0) for k in range(num_transitions - count, num_transitions)]
 
 
 def uniform_steps(size: int, count: int, generator: torch.Generator, keeps_last: bool) -> list[tuple[int, float]]:

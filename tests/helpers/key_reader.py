@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from dag import recipe
-from dag.recipe import network_sections, objective_sections, reward_sections, schema
+from dag.recipe import first_order_sections, network_sections, objective_sections, reward_sections, schema
 from dag.recipe.section import Section
 
 SCHEMAS = {
@@ -14,6 +14,7 @@ SCHEMAS = {
     "dag.recipe.schema": schema,
     "dag.recipe.network_sections": network_sections,
     "dag.recipe.objective_sections": objective_sections,
+    "dag.recipe.first_order_sections": first_order_sections,
     "dag.recipe.reward_sections": reward_sections,
 }
 

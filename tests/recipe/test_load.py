@@ -107,7 +107,7 @@ def test_a_mistake_in_the_file_is_named(file: Path, text: str, message: str) -> 
 
 REFUSED_OVERRIDES = [
     ("objective.name=dag_dbb", "objective.name: unknown name 'dag_dbb'; did you mean 'dag_db'?"),
-    ("objective={name: x}", "known: dag_db, dag_kl, nabla_db, tb, ddpo"),
+    ("objective={name: x}", "known: dag_db, dag_kl, nabla_db, tb, ddpo, backprop, refl, adjoint"),
     ("objective={beta: {value: 1}}", "objective.name: missing"),
     ("objective={name: dag_db}", "objective.beta: missing"),
     ("objective.beta.value=0", "objective.beta.value: input should be greater than 0"),
@@ -246,7 +246,7 @@ CROSS_FIELD = [
         "objective.per_prompt and prompts.per_group both say what a reward is compared with",
     ),
     (("objective={name: tb, beta: {value: 1}}", "train.updates=64"), "tb's log Z needs at least 2 trajectories"),
-    (("objective={name: tb, beta: {value: 1}}", "train.rollout=one_pass"), "tb needs the final reward"),
+    (("objective={name: tb, beta: {value: 1}}", "train.rollout=one_pass"), "tb trains on complete trajectories"),
     (
         ("objective={name: tb, beta: {value: 1}, prior: pretrained}", "adapter.kind=full"),
         "objective.prior=pretrained needs adapter.kind=lora",
