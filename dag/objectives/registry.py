@@ -43,9 +43,11 @@ class UpdateScalars:
     """
 
     log_ratio: Tensor | None = None
-    """(N, T) log P_F - log P_B at sampling time, or minus the prior's log-prob; None for an objective without a target."""
+    """(N, T) log P_F - log P_B at sampling time, or minus the pretrained model's log P_F."""
     log_reward: Tensor | None = None
     """(N,) beta r(x_0); None for an objective without a target."""
+    reward: Tensor | None = None
+    """(N,) r(x_0) as it was scored."""
     residuals: Tensor | None = None
     """(N, T) detailed-balance residuals; None without a state flow that learns values."""
     residual_scale: Tensor | None = None
@@ -74,6 +76,11 @@ class Objective(Protocol):
         """(N, T) advantages of an update's transitions, or None; called before each update, in one pass for each step."""
         ...
 
+    def flow_slopes(self, update: UpdateScalars) -> Tensor | None:
+        """(N, T) derivatives of the loss with respect to log F~ at the states before each transition, or None if the loss has
+        them itself; called before each update of a stored rollout."""
+        ...
+
     def state_dict(self) -> dict[str, Any]: ...
 
     def load_state_dict(self, state: dict[str, Any]) -> None: ...
@@ -97,6 +104,9 @@ class Plain(Generic[Config]):
         return None
 
     def advantages(self, update: UpdateScalars) -> Tensor | None:
+        return None
+
+    def flow_slopes(self, update: UpdateScalars) -> Tensor | None:
         return None
 
     def state_dict(self) -> dict[str, Any]:

@@ -49,6 +49,8 @@ class Transition:
     """(B,) what residuals are divided by; None is 1."""
     advantage: Tensor | None = None
     """(B,) for an objective that forms advantages, by `observe` or `advantages`."""
+    flow_slope: Tensor | None = None
+    """(B,) derivative of the loss with respect to log F~ at x_t, for an objective that forms it by `flow_slopes`."""
     policy_weight: Tensor | None = None
     """(B,) weight of the policy's gradient; None is 1."""
     residual_weight: Tensor | None = None

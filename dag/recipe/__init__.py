@@ -11,10 +11,9 @@ from dag.recipe.objective_sections import (
     KLDivergence,
     NablaBalance,
     Objective,
-    PolicyGradient,
     ScalarBalance,
     Target,
-    TrajectoryBalance,
+    ValueBalance,
     is_scored,
 )
 from dag.recipe.reward_sections import RewardTerm, Tower
@@ -31,6 +30,13 @@ from dag.recipe.schema import (
     Sampler,
     Train,
 )
+from dag.recipe.table_sections import (
+    DirectPreference,
+    PolicyGradient,
+    Regression,
+    SubTrajectoryBalance,
+    TrajectoryBalance,
+)
 
 __all__ = [
     "Adapter",
@@ -40,6 +46,7 @@ __all__ = [
     "Beta",
     "Checkpoint",
     "DetailedBalance",
+    "DirectPreference",
     "Evaluation",
     "Flow",
     "ForwardLooking",
@@ -53,16 +60,19 @@ __all__ = [
     "PolicyGradient",
     "Prompts",
     "Recipe",
+    "Regression",
     "Regulariser",
     "RewardCritic",
     "RewardFeedback",
     "RewardTerm",
     "Sampler",
     "ScalarBalance",
+    "SubTrajectoryBalance",
     "Target",
     "Tower",
     "Train",
     "TrajectoryBalance",
+    "ValueBalance",
     "is_scored",
     "validate",
 ]

@@ -1,4 +1,4 @@
-"""The recipe's sections for objectives: every objective's name and options. Imports no torch."""
+"""The recipe's sections for objectives that balance a flow, and what all sections of objectives share. Imports no torch."""
 
 from dataclasses import dataclass
 from typing import Literal
@@ -78,6 +78,11 @@ class Objective(Section):
         return False
 
     @property
+    def has_prior(self) -> bool:
+        """Whether log P_F is compared with the pretrained model's log P_F instead of log P_B."""
+        return False
+
+    @property
     def learns_gradient(self) -> bool:
         """Whether gradients of rewards are learnt that could be computed."""
         return False
@@ -94,6 +99,10 @@ class Target(Objective):
     prior: Literal["none", "pretrained"] = "none"
     """The distribution to sample from: exp(beta r) (`none`, published), or p_pretrained exp(beta r). With `pretrained` the
     pretrained model's log P_F takes the place of log P_B, at one more UNet forward pass per sampled transition."""
+
+    @property
+    def has_prior(self) -> bool:
+        return self.prior == "pretrained"
 
     def problems(self, around: Around) -> list[str]:
         if self.prior == "pretrained" and not around.keeps_pretrained:
@@ -161,14 +170,19 @@ class Balance(Target):
         return f"objective.name={self.name}"  # type: ignore[attr-defined]
 
 
-class ScalarBalance(Balance):
-    """An objective that learns a state flow from the squared residual of detailed balance."""
+class ValueBalance(Balance):
+    """An objective that learns the values of a state flow, from residuals of log-probs."""
 
     log_prob_reduction: Literal["sum", "mean"] = "sum"
     """How log-probs are reduced over the D elements of the latent: `sum` is the log-density; `mean` is published, and makes
     the effective beta D times as large."""
     detach_next: bool = True
     """Stop the gradient through log F of the next state. False is published; its gradient is biased."""
+
+
+class ScalarBalance(ValueBalance):
+    """An objective that learns a state flow from the squared residual of detailed balance."""
+
     huber: float | None = Field(None, gt=0)
     """Residuals beyond this many nats (after `residual_scale`) count linearly; null squares them all (published)."""
     residual_scale: Literal["none", "running"] = "none"
@@ -269,48 +283,4 @@ class NablaBalance(Balance):
         problems = super().problems(around)
         if not self.learnt_flow:
             problems += [f"objective.{key} has no effect with learnt_flow=false" for key in self.changed("reverse")]
-        return problems
-
-
-class PolicyGradient(Objective):
-    name: Literal["ddpo"]
-    log_prob_reduction: Literal["sum", "mean"] = "mean"
-    """How log-probs are reduced over the latent; `mean` is that of ddpo-pytorch, and the default clip range assumes it."""
-    clip_range: float = Field(1e-4, gt=0)
-    """PPO's clip of the ratio."""
-    advantage_clip: float = Field(5.0, gt=0)
-    """Clip of the normalised advantage."""
-    std: Literal["all", "group", "none"] = "all"
-    """What a reward minus its group's mean is divided by: the sd of the epoch's rewards, that of its group (which gives prompts
-    on which all pictures score alike as much weight as others), or nothing (unbiased). Without groups the epoch is the group."""
-    std_floor: float = Field(1e-6, gt=0)
-    """Added to the sd, so that equal rewards are not divided by their rounding."""
-    per_prompt: int | None = Field(None, ge=2)
-    """Normalise each reward by its prompt's last rewards, this many, once half as many are known; null takes those of the
-    epoch."""
-
-    def problems(self, around: Around) -> list[str]:
-        problems = []
-        if self.std == "group" and around.per_group == 1:
-            problems.append("objective.std=group: there are no groups; set prompts.per_group to 2 or more")
-        if self.per_prompt is not None and around.per_group > 1:
-            problems.append(
-                "objective.per_prompt and prompts.per_group both say what a reward is compared with; use one"
-            )
-        return problems
-
-
-class TrajectoryBalance(Target):
-    name: Literal["tb"]
-    log_prob_reduction: Literal["sum", "mean"] = "sum"
-    """How log-probs are reduced over the latent; `mean` makes the effective beta as many times larger as it has elements."""
-    clip_range: float = Field(0.2, gt=0)
-    """PPO's clip of the ratio; it acts from the second update of a rollout on."""
-    advantage_clip: float | None = Field(None, gt=0)
-    """Clip of a trajectory's residual minus that of the others, in nats; null does not clip."""
-
-    def problems(self, around: Around) -> list[str]:
-        problems = super().problems(around)
-        if around.per_update < 2:
-            problems.append("train.updates: tb's log Z needs at least 2 trajectories per update")
         return problems

@@ -16,13 +16,18 @@ from dag.recipe.objective_sections import (
     ForwardLooking,
     KLDivergence,
     NablaBalance,
-    PolicyGradient,
-    ScalarBalance,
     Target,
-    TrajectoryBalance,
+    ValueBalance,
 )
 from dag.recipe.reward_sections import RewardTerm
 from dag.recipe.section import Section
+from dag.recipe.table_sections import (
+    DirectPreference,
+    PolicyGradient,
+    Regression,
+    SubTrajectoryBalance,
+    TrajectoryBalance,
+)
 
 
 class Model(Section):
@@ -220,7 +225,10 @@ ObjectiveTerm = Annotated[
     | KLDivergence
     | NablaBalance
     | TrajectoryBalance
+    | SubTrajectoryBalance
     | PolicyGradient
+    | DirectPreference
+    | Regression
     | Backpropagation
     | RewardFeedback
     | AdjointMatching,
@@ -272,15 +280,15 @@ class Recipe(Section):
 
     @property
     def has_prior(self) -> bool:
-        """Whether log P_F is balanced against the pretrained model's log P_F instead of log P_B."""
-        return self.target is not None and self.target.prior == "pretrained"
+        """Whether log P_F is compared with the pretrained model's log P_F instead of log P_B."""
+        return self.objective.has_prior
 
     @property
     def samples_prior(self) -> bool:
         """Whether the pretrained model's log P_F is computed while sampling, for residuals of log-probs."""
         objective = self.objective
-        learns_values = isinstance(objective, ScalarBalance) and objective.has_flow
-        return self.has_prior and (learns_values or isinstance(objective, TrajectoryBalance))
+        learns_values = isinstance(objective, ValueBalance) and objective.has_flow
+        return self.has_prior and (learns_values or isinstance(objective, TrajectoryBalance | DirectPreference))
 
     @property
     def warmup_epochs(self) -> int:
@@ -288,7 +296,7 @@ class Recipe(Section):
         balance = self.balance
         if balance is None:
             return 0
-        learns_values = isinstance(balance, ScalarBalance) and balance.has_flow
+        learns_values = isinstance(balance, ValueBalance) and balance.has_flow
         is_first = self.train.rollout == "one_pass" or self.has_critic
         return self.flow.warmup_epochs if learns_values or is_first else 0
 

@@ -19,7 +19,7 @@ from dag.chain.rollout import Score, last_latents
 from dag.chain.trajectory import Trajectories, cut, on_cpu
 from dag.objectives import Objective
 from dag.objectives.log_scale import LogScale, RewardScale
-from dag.recipe import Balance, Recipe, ScalarBalance
+from dag.recipe import Balance, Recipe, ScalarBalance, ValueBalance
 from dag.run.processes import ALONE, Processes
 from dag.training.ascent import Ascent
 from dag.training.critic_fit import CriticFit, preview_steps
@@ -126,13 +126,13 @@ class Learner:
     @property
     def value_fit(self) -> FlowFit | None:
         """The state flow if it is trained by the residuals of its values; None without a flow, or if its gradients are."""
-        return self.flow_fit if isinstance(self.recipe.objective, ScalarBalance) else None
+        return self.flow_fit if isinstance(self.recipe.objective, ValueBalance) else None
 
     def fit_flow(self, rollout: Rollout) -> None:
         """Train the flow alone on a rollout, `flow.passes` times, each with its own shuffle."""
-        section = self.recipe.objective
-        assert isinstance(section, ScalarBalance) and self.flow_fit is not None and rollout.terms is not None
-        huber, batch = section.huber, _FLOW_BATCHES * self.recipe.train.micro_batch
+        section, batch = self.recipe.objective, _FLOW_BATCHES * self.recipe.train.micro_batch
+        assert self.flow_fit is not None and rollout.terms is not None
+        huber = section.huber if isinstance(section, ScalarBalance) else None
         for number in range(self.recipe.flow.passes):
             shuffle = Generator().manual_seed((self.recipe.seed * 1_000_003 + rollout.epoch) * 101 + number)
             self.flow_fit.fit(

@@ -16,7 +16,7 @@ from dag.chain.trajectory import Rows, Trajectories, as_index, count, on_cpu
 from dag.objectives import Objective, ObjectiveOutput
 from dag.objectives.log_scale import LogScale, LogTerms
 from dag.objectives.transition import Transition
-from dag.recipe import Recipe, ScalarBalance
+from dag.recipe import Recipe, ValueBalance
 from dag.training.embeddings import Embeddings
 from dag.training.flow_fit import FlowFit
 from dag.training.flow_gradient import Rewarded
@@ -35,6 +35,14 @@ class Rollout:
     """The number of updates that share the trajectories."""
     score: Score | None = None
     """Computes the rewards of images of these trajectories, for `forward_looking.source: current`, and their gradients."""
+
+
+@dataclass(frozen=True)
+class Tables:
+    """(N, T) numbers of an update's transitions that its objective forms before the gradient; None where it forms none."""
+
+    advantage: Tensor | None = None
+    flow_slope: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -76,7 +84,7 @@ class Loss:
         self.regularisers, self.forward_looking = recipe.regulariser, recipe.forward_looking
         self.policy, self.objective, self.pulls = policy, objective, pulls
         self.flow_fit, self.text, self.log_scale = flow_fit, text, log_scale
-        self.has_residual = isinstance(recipe.objective, ScalarBalance)
+        self.has_residual = isinstance(recipe.objective, ValueBalance)
         self.pulls_to_pretrained = pulls is not None and recipe.has_prior
         self.schedule, self.device = policy.schedule, policy.schedule.timesteps.device
         is_balanced = recipe.objective.step_weight == "balanced"
@@ -126,6 +134,7 @@ class Loss:
         flows: FlowTerms | None = None,
         advantage: Tensor | None = None,
         pull: Pull | None = None,
+        flow_slope: Tensor | None = None,
     ) -> Transition:
         """B transitions of step k in the form that the objective takes.
 
@@ -135,6 +144,7 @@ class Loss:
             log_pb:     (B,) log P_B, or the log-prob of the prior, sums over latent dims.
             flows:      terms of the state flow; None for objectives without one.
             advantage:  (B,) for objectives that form advantages.
+            flow_slope: (B,) for objectives that form it.
             pull:       of the flow's gradient, for objectives that take it.
         """
         factor, ks = self.log_scale.reduction_factor, torch.full((len(log_pb),), k, device=self.device)
@@ -146,6 +156,7 @@ class Loss:
             log_pb=factor * log_pb,
             log_reward=torch.zeros_like(log_pb),
             advantage=advantage,
+            flow_slope=flow_slope,
             policy_weight=self.policy_weight[ks],
             pathwise=None if pull is None else pull.pathwise,
             reverse=None if pull is None else pull.reverse,
@@ -180,13 +191,9 @@ class Loss:
     # -- transitions of a stored rollout -------------------------------------------------------------------------
 
     def of_step(
-        self, rollout: Rollout, rows: Rows, k: int, advantages: Tensor | None = None
+        self, rollout: Rollout, rows: Rows, k: int, tables: Tables = Tables()
     ) -> tuple[ObjectiveOutput, Tensor]:
-        """(the objective's output, regulariser (B,)) of step k of the trajectories `rows`, with gradients.
-
-        Args:
-            advantages: (N, T) for objectives that form advantages.
-        """
+        """(the objective's output, regulariser (B,)) of step k of the trajectories `rows`, with gradients."""
         # First, so that its graph is gone before the policy's own is made.
         look, terms = None, rollout.terms
         if self.pulls is not None:
@@ -200,7 +207,7 @@ class Loss:
             is_final = k == self.schedule.num_transitions - 1
             log_F_next = terms.log_reward[rows] if is_final else terms.log_looking[rows, k + 1]
             pull = self.pulls(states, look, log_F_next)
-        return self.finished(rollout, rows, states, flows, advantages, pull)
+        return self.finished(rollout, rows, states, flows, tables, pull)
 
     def finished(
         self,
@@ -208,7 +215,7 @@ class Loss:
         rows: Rows,
         states: States,
         flows: FlowTerms | None = None,
-        advantages: Tensor | None = None,
+        tables: Tables = Tables(),
         pull: Pull | None = None,
     ) -> tuple[ObjectiveOutput, Tensor]:
         """(the objective's output, regulariser (B,)) of one step of the trajectories `rows`, once all terms are known."""
@@ -217,9 +224,11 @@ class Loss:
             with torch.no_grad():
                 old = trajectories.output_old(self.schedule, rows, k)
         now = self.log_probs(states.x_t, states.x_next, states.prediction, k, states.pretrained, old)
-        advantage = None if advantages is None else advantages[rows, k]
+        advantage, slope = (
+            None if table is None else table[rows, k] for table in (tables.advantage, tables.flow_slope)
+        )
         log_pf, log_pb = trajectories.log_pf[rows, k], trajectories.log_pb[rows, k]
-        transition = self.transition(k, now, log_pf, log_pb, flows, advantage, pull)
+        transition = self.transition(k, now, log_pf, log_pb, flows, advantage, pull, slope)
         return self.output(transition, k, pull), self.regulariser(now)
 
     def states(

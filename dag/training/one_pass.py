@@ -24,7 +24,7 @@ from dag.chain.rollout import Batch, Score, Step, clean_latents, last_latents, w
 from dag.chain.trajectory import concatenate
 from dag.objectives import UpdateScalars
 from dag.objectives.transition import residual_table
-from dag.recipe import ScalarBalance, is_scored
+from dag.recipe import ValueBalance, is_scored
 from dag.run.meter import PhaseMeter
 from dag.training.critic_fit import preview_steps
 from dag.training.epoch_state import EpochState
@@ -57,7 +57,7 @@ class OnePass:
         self.recipe, self.loss, self.updates = learner.recipe, learner.loss, learner.updates
         self.policy, self.schedule, self.device = learner.policy, learner.schedule, learner.device
         section = learner.recipe.objective
-        self.detaches_next = not isinstance(section, ScalarBalance) or section.detach_next
+        self.detaches_next = not isinstance(section, ValueBalance) or section.detach_next
         self.keeps_chain = learner.recipe.flow.passes > 0
         self.has_slopes = self.flow_fit is not None and self.flow_fit.flow.slopes is not None
         looking = learner.recipe.forward_looking

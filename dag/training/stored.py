@@ -22,7 +22,7 @@ from dag.training.ascent import StepOutput
 from dag.training.epoch_state import EpochState
 from dag.training.flow_fit import describe_residuals
 from dag.training.learner import Learner, Lesson
-from dag.training.loss import Rollout
+from dag.training.loss import Rollout, Tables
 from dag.training.safe_points import Steps, agreed
 from dag.training.trust_region import PROBED, Probe
 
@@ -95,7 +95,7 @@ class StoredTraining:
     def _update(self, rollout: Rollout, rows: Rows, state: EpochState, on_rows: Callable[[int], object]) -> Steps:
         """One optimizer step on the transitions of `rows` in this process and their counterparts in the others."""
         with self.meter.phase("update"):
-            advantages = self._advantages(rollout, rows, state.advantages)
+            tables = self._tables(rollout, rows, state.advantages)
             self.updates.begin(state)
         self.updates.suspects.trajectories = rollout.trajectories
         steps, num_trajectories = self.updates.choose_steps(), self.processes.size * count(rows)
@@ -107,7 +107,7 @@ class StoredTraining:
             with self.meter.phase("update"):
                 agreed(
                     self.processes,
-                    partial(self._micro_batch, rollout, tile, chosen, advantages, num_trajectories, state),
+                    partial(self._micro_batch, rollout, tile, chosen, tables, num_trajectories, state),
                 )
             state.micro_batches += 1
             on_rows(count(tile) * len(chosen))
@@ -129,47 +129,54 @@ class StoredTraining:
         rollout: Rollout,
         rows: Rows,
         chosen: Sequence[tuple[int, float]],
-        advantages: Tensor | None,
+        tables: Tables,
         num_trajectories: int,
         state: EpochState,
     ) -> None:
         """Back-propagate the chosen steps of `rows`; `num_trajectories` are those of the update in all processes together."""
-        for step in self._outputs(rollout, rows, chosen, advantages):
+        for step in self._outputs(rollout, rows, chosen, tables):
             self.updates.suspects.add(step.k, rollout.trajectories.sample_id[rows], step.output)
             self.updates.backward(step.output, step.regulariser, step.weight, num_trajectories, state.share)
 
     def _outputs(
-        self, rollout: Rollout, rows: Rows, chosen: Sequence[tuple[int, float]], advantages: Tensor | None
+        self, rollout: Rollout, rows: Rows, chosen: Sequence[tuple[int, float]], tables: Tables
     ) -> Iterator[StepOutput]:
         """The chosen steps of `rows`, each to be back-propagated before the next is asked for."""
         if self.learner.ascent is not None:
             yield from self.learner.ascent.steps(rollout, rows, chosen)
             return
         for k, weight in chosen:
-            yield StepOutput(k, weight, *self.learner.loss.of_step(rollout, rows, k, advantages))
+            yield StepOutput(k, weight, *self.learner.loss.of_step(rollout, rows, k, tables))
 
-    def _advantages(self, rollout: Rollout, rows: Rows, per_trajectory: Tensor | None) -> Tensor | None:
-        """(N, T) advantages, of which those of `rows` are set, or None if the objective forms none.
+    def _tables(self, rollout: Rollout, rows: Rows, per_trajectory: Tensor | None) -> Tables:
+        """What the objective forms of an update, set for `rows`: from the rows of all processes.
 
-        They are formed from the rows of all processes, or are those `per_trajectory` (N,) if they are given.
+        Args:
+            per_trajectory: (N,) advantages that were formed from the complete rollout, or None.
         """
         learner = self.learner
         if per_trajectory is not None:
-            return per_trajectory.to(learner.device)[:, None].expand(-1, learner.schedule.num_transitions)
-        advantages = learner.objective.advantages(self._scalars(rollout, rows))
-        if advantages is None:
-            return None
-        table = torch.zeros_like(rollout.trajectories.log_pf)
-        table[rows] = self.processes.mine(advantages)
-        return table
+            return Tables(per_trajectory.to(learner.device)[:, None].expand(-1, learner.schedule.num_transitions))
+        scalars = self._scalars(rollout, rows)
+        formed = learner.objective.advantages(scalars), learner.objective.flow_slopes(scalars)
+        return Tables(*(None if table is None else self._placed(table, rollout, rows) for table in formed))
+
+    def _placed(self, table: Tensor, rollout: Rollout, rows: Rows) -> Tensor:
+        """(N, T) this process's share of an update's table, at the rows of its trajectories; zeros elsewhere."""
+        placed = torch.zeros_like(rollout.trajectories.log_pf)
+        placed[rows] = self.processes.mine(table)
+        return placed
 
     def _scalars(self, rollout: Rollout, rows: Rows) -> UpdateScalars:
         """What is known of the update whose trajectories in this process are `rows`."""
-        flow_fit, terms, everyones = self.learner.value_fit, rollout.terms, self.processes.everyones
-        if terms is None:
-            return UpdateScalars()
-        known = UpdateScalars(everyones((terms.log_pf - terms.log_pb)[rows]), everyones(terms.log_reward[rows]))
-        if flow_fit is None:
+        learner, everyones, trajectories = self.learner, self.processes.everyones, rollout.trajectories
+        factor, terms, flow_fit = learner.log_scale.reduction_factor, rollout.terms, learner.value_fit
+        known = UpdateScalars(
+            log_ratio=everyones(factor * (trajectories.log_pf - trajectories.log_pb)[rows]),
+            log_reward=None if terms is None else everyones(terms.log_reward[rows]),
+            reward=everyones(trajectories.reward[rows]),
+        )
+        if flow_fit is None or terms is None:
             return known
         residuals = everyones(flow_fit.residuals(rollout.trajectories, terms, rows))
         return replace(

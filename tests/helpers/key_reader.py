@@ -6,7 +6,14 @@ from collections.abc import Iterator
 from typing import Any
 
 from dag import recipe
-from dag.recipe import first_order_sections, network_sections, objective_sections, reward_sections, schema
+from dag.recipe import (
+    first_order_sections,
+    network_sections,
+    objective_sections,
+    reward_sections,
+    schema,
+    table_sections,
+)
 from dag.recipe.section import Section
 
 SCHEMAS = {
@@ -15,6 +22,7 @@ SCHEMAS = {
     "dag.recipe.network_sections": network_sections,
     "dag.recipe.objective_sections": objective_sections,
     "dag.recipe.first_order_sections": first_order_sections,
+    "dag.recipe.table_sections": table_sections,
     "dag.recipe.reward_sections": reward_sections,
 }
 
@@ -161,7 +169,7 @@ def properties_of(source: str) -> str:
             if any(ast.unparse(decorator) == "property" for decorator in function.decorator_list):
                 function.args.args[0].annotation = ast.Name(section.name)
                 kept.append(function)
-    sections = f"from dag.recipe import {', '.join(SECTIONS)}, Balance, ScalarBalance, Target"
+    sections = f"from dag.recipe import {', '.join(SECTIONS)}, Balance, ScalarBalance, Target, ValueBalance"
     return f"{sections}\n{ast.unparse(ast.Module(kept, []))}"
 
 

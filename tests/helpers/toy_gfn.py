@@ -218,7 +218,7 @@ class ToyGFN:
             log_F_tilde_next=torch.cat([log_F_tilde[1:], past_the_end]).flatten(),
             log_looking=rollout.log_looking.flatten(),
             log_looking_next=torch.cat([rollout.log_looking[1:], past_the_end]).flatten(),
-            advantage=self._advantage(objective, rollout, log_F_tilde, log_pf.view(T, N), log_pb.view(T, N)),
+            **self._tables(objective, rollout, log_F_tilde, log_pf.view(T, N), log_pb.view(T, N)),
             **pulls,
         )
         return objective(transition).loss.view(T, S, N // S).mean((0, 2)).sum()
@@ -272,25 +272,28 @@ class ToyGFN:
         return gradient, value.detach()
 
     @torch.no_grad()
-    def _advantage(
+    def _tables(
         self, objective: Objective, rollout: Rollout, log_F_tilde: Tensor, log_pf: Tensor, log_pb: Tensor
-    ) -> Tensor | None:
-        """Advantages (T * N,), from rewards or residuals as the objective defines them, separately for each seed."""
+    ) -> dict[str, Tensor]:
+        """The fields (T * N,) of transitions that the objective forms of an update, separately for each seed."""
         T, N = log_pf.shape
         rewards = rollout.log_reward.split(N // self.seeds)
         from_rewards = [objective.observe(reward, torch.zeros(len(reward))) for reward in rewards]
         given = [one for one in from_rewards if one is not None]
         if given:
-            return torch.cat(given).repeat(T)
+            return {"advantage": torch.cat(given).repeat(T)}
         delta = residual_table(log_F_tilde.T, rollout.log_looking.T, log_pf.T, log_pb.T, rollout.log_reward)
         tables = (table.split(N // self.seeds) for table in ((log_pf - log_pb).T, rollout.log_reward, delta))
-        one, zero = torch.ones(T), torch.zeros(T)
         known = [
-            UpdateScalars(log_ratio, reward, rows, one, zero) for log_ratio, reward, rows in zip(*tables, strict=True)
-        ]
-        from_scalars = [objective.advantages(scalars) for scalars in known]
-        given = [one for one in from_scalars if one is not None]
-        return torch.cat(given).T.flatten() if given else None
+            UpdateScalars(
+                log_ratio=log_ratio, log_reward=reward, reward=reward, residuals=rows, residual_scale=torch.ones(T),
+                running_mean=torch.zeros(T),
+            )
+            for log_ratio, reward, rows in zip(*tables, strict=True)
+        ]  # fmt: skip
+        found = {"advantage": map(objective.advantages, known), "flow_slope": map(objective.flow_slopes, known)}
+        formed = {name: [one for one in tables if one is not None] for name, tables in found.items()}
+        return {name: torch.cat(tables).T.flatten() for name, tables in formed.items() if tables}
 
     def train(self, objective: Objective, settings: Settings) -> None:
         """Train on-policy: each rollout gives one update from all its transitions."""

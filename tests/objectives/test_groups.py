@@ -1,4 +1,4 @@
-"""Advantages of whole trajectories: trajectory balance, groups of a prompt, and how they agree."""
+"""Objectives whose gradient is a table of advantages: identities between them, and laws that they reach."""
 
 from typing import Any
 
@@ -10,7 +10,16 @@ from torch import Tensor
 from dag.objectives import OBJECTIVES, Objective, UpdateScalars
 from dag.objectives.groups import centred
 from dag.objectives.registry import clipped_surrogate
-from dag.recipe import Beta, PolicyGradient, TrajectoryBalance
+from dag.objectives.transition import Transition, residual_table
+from dag.recipe import (
+    Beta,
+    DirectPreference,
+    ForwardLooking,
+    PolicyGradient,
+    Regression,
+    SubTrajectoryBalance,
+    TrajectoryBalance,
+)
 
 N, T = 12, 5
 
@@ -102,6 +111,116 @@ def test_a_floor_keeps_the_rounding_of_equal_rewards_small() -> None:
     assert float(floored.abs().max()) < 1e-3
 
 
+# -- sub-trajectory balance ---------------------------------------------------------------------------------------
+
+
+def subtb(decay: float, **options: Any) -> Objective:
+    return OBJECTIVES["subtb"](SubTrajectoryBalance(name="subtb", beta=Beta(value=1), decay=decay, **options))
+
+
+def slopes_of_pieces(decay: float, *, detach_next: bool) -> tuple[Tensor, Tensor]:
+    """(d loss / d log P_F, d loss / d log F), (N, T) each, by autograd of the sum over all pieces."""
+    log_pf, log_F = values(N, T).requires_grad_(), values(N, T, seed=3).requires_grad_()
+    ends = torch.cat([log_F, torch.zeros(N, 1, dtype=torch.float64)], 1)  # the last state has the reward and no flow
+    step, total, loss = log_pf - values(N, T, seed=1), 0.0, torch.zeros((), dtype=torch.float64)
+    log_reward = torch.cat([torch.zeros(N, T, dtype=torch.float64), values(N, 1, seed=2)], 1)
+    for i in range(T):
+        for j in range(i + 1, T + 1):
+            end = ends[:, j].detach() if detach_next else ends[:, j]
+            delta = ends[:, i] + step[:, i:j].sum(1) - end - log_reward[:, j]
+            loss, total = loss + decay ** (j - i) * delta.square().sum(), total + decay ** (j - i)
+    found = torch.autograd.grad(T * loss / total, (log_pf, log_F))
+    return found[0], found[1]
+
+
+def scalars_of_pieces() -> UpdateScalars:
+    log_pf, log_pb, log_F = values(N, T), values(N, T, seed=1), values(N, T, seed=3)
+    zeros = torch.zeros(N, T, dtype=torch.float64)
+    return UpdateScalars(residuals=residual_table(log_F, zeros, log_pf, log_pb, values(N, 1, seed=2)[:, 0]))
+
+
+@pytest.mark.parametrize("decay", [0.9, 2.0])
+@pytest.mark.parametrize("detach_next", [True, False])
+def test_subtbs_slopes_are_those_of_the_sum_over_all_pieces(decay: float, detach_next: bool) -> None:
+    policy, flow = slopes_of_pieces(decay, detach_next=detach_next)
+    objective, known = subtb(decay, detach_next=detach_next), scalars_of_pieces()
+    advantage, slope = objective.advantages(known), objective.flow_slopes(known)
+    assert advantage is not None and slope is not None
+    torch.testing.assert_close(-advantage.double(), policy, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(slope.double(), flow, rtol=1e-5, atol=1e-5)
+
+
+def test_subtb_is_detailed_balance_and_trajectory_balance_at_its_ends() -> None:
+    known = scalars_of_pieces()
+    assert known.residuals is not None
+    short, long = subtb(1e-9).advantages(known), subtb(1e9).advantages(known)
+    assert short is not None and long is not None
+    torch.testing.assert_close(short.double(), -2 * known.residuals, rtol=1e-5, atol=1e-5)
+    whole = -2 * T * known.residuals.sum(1, keepdim=True).expand(N, T)
+    torch.testing.assert_close(long.double(), whole, rtol=1e-5, atol=1e-5)
+
+
+def test_subtbs_loss_has_these_slopes() -> None:
+    log_pf, log_F = torch.zeros(3, requires_grad=True), torch.ones(3, requires_grad=True)
+    k = torch.arange(3)
+    transition = Transition(
+        k=k, is_terminal=k == 2, log_pf=log_pf, log_pf_old=torch.zeros(3), log_pb=torch.zeros(3), log_reward=torch.zeros(3),
+        log_F_tilde=log_F, advantage=torch.tensor([1.0, -2.0, 3.0]), flow_slope=torch.tensor([4.0, 5.0, -6.0]),
+    )  # fmt: skip
+    subtb(0.9)(transition).loss.sum().backward()
+    assert log_pf.grad is not None and log_F.grad is not None
+    assert log_pf.grad.tolist() == [-1.0, 2.0, -3.0]
+    assert log_F.grad.tolist() == [4.0, 5.0, -6.0]
+
+
+# -- preferences and regression -----------------------------------------------------------------------------------
+
+
+def dpo(strength: float, per_group: int = 2) -> Objective:
+    return OBJECTIVES["dpo"](DirectPreference(name="dpo", strength=strength), per_group=per_group)
+
+
+def test_dpos_gradient_is_that_of_the_logistic_loss_of_pairs() -> None:
+    reward, strength = values(N, seed=2), 0.7
+    rho = values(N, T).requires_grad_()
+    loss = torch.zeros((), dtype=torch.float64)
+    for pair in range(N // 2):
+        a, b = 2 * pair, 2 * pair + 1
+        best, worst = (a, b) if reward[a] > reward[b] else (b, a)
+        loss = loss - torch.nn.functional.logsigmoid(strength * (rho[best] - rho[worst])).sum()
+    (expected,) = torch.autograd.grad(loss, rho)
+    advantage = dpo(strength).advantages(UpdateScalars(log_ratio=rho.detach(), reward=reward))
+    torch.testing.assert_close(advantage, -expected)
+
+
+def test_only_the_best_and_the_worst_of_a_group_are_compared() -> None:
+    reward = torch.tensor([0.0, 3.0, 1.0, 2.0, 5.0, 5.0, 5.0, 5.0])
+    advantage = dpo(0.5, per_group=4).advantages(UpdateScalars(log_ratio=torch.zeros(8, 1), reward=reward))
+    assert advantage is not None
+    assert advantage[:, 0].tolist() == [-0.25, 0.25, 0, 0, 0, 0, 0, 0], "half of the strength at the pretrained model"
+
+
+def regression(per_group: int = 1, **options: Any) -> Objective:
+    return OBJECTIVES["regression"](Regression(name="regression", **options), per_group=per_group)
+
+
+def test_regression_imitates_the_best_or_all_by_their_weight() -> None:
+    reward = torch.tensor([1.0, 4.0, 2.0, 3.0, 7.0, 7.0, 7.0, 7.0])
+    known = UpdateScalars(log_ratio=torch.zeros(8, 2), reward=reward)
+    top = regression(4, weights="top", keep=2).advantages(known)
+    assert top is not None
+    assert top[:4, 0].tolist() == [-1, 1, -1, 1]
+    assert float(top.view(2, 4, 2).sum(1).abs().max()) == 0, "the mean weight is subtracted"
+    soft = regression(4, weights="softmax", beta=2.0).advantages(known)
+    expected = 4 * torch.softmax(2 * reward[:4] / reward.std(correction=0), 0) - 1
+    assert soft is not None
+    torch.testing.assert_close(soft[:4, 1], expected)
+    assert float(soft[4:].abs().max()) < 1e-6, "equal rewards have nothing to teach"
+
+
+# -- laws ---------------------------------------------------------------------------------------------------------
+
+
 @pytest.mark.parametrize(("has_prior", "mass"), [(True, 0.274), (False, 0.257)])
 def test_tb_reaches_the_tilted_law_of_a_toy(has_prior: bool, mass: float) -> None:
     """Left mass of the best Gaussian steps, with the pretrained model in the target and for a density (whose own is .300)."""
@@ -113,3 +232,13 @@ def test_tb_reaches_the_tilted_law_of_a_toy(has_prior: bool, mass: float) -> Non
     found = [float((samples < 0).float().mean()) for samples in made.samples(20_000)]
     print(f"\ntb, {'prior' if has_prior else 'density'}: left mass {' '.join(f'{one:.3f}' for one in found)}", end="")
     assert found == pytest.approx([mass, mass], abs=0.012)
+
+
+def test_subtb_reaches_the_tilted_law_of_a_toy() -> None:
+    data = Mixture(torch.tensor([0.5, 0.5]), torch.tensor([[-1.0], [1.0]]), 0.25)
+    made = ToyGFN(data, Bowl(slope=0.45, centre=0.2), torch.linspace(-3.5, 3.5, 29), 2, has_prior=True)
+    section = {"prior": "pretrained", "forward_looking": ForwardLooking(weight="alpha_bar")}
+    made.train(subtb(0.9, **section), Settings(iterations=400, warmup=100, policy_lr=0.03, flow_lr=0.3))
+    found = [float((samples < 0).float().mean()) for samples in made.samples(20_000)]
+    print(f"\nsubtb: left mass {' '.join(f'{one:.3f}' for one in found)}", end="")
+    assert found == pytest.approx([0.274, 0.274], abs=0.015)

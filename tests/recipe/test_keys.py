@@ -125,7 +125,7 @@ def test_every_key_of_the_schema_is_read_somewhere() -> None:
     schema_files = {ROOT / f"dag/recipe/{name}.py" for name in names}
     paths = [*(ROOT / "dag").rglob("*.py"), ROOT / "train_dag.py"]
     sources = [path.read_text(encoding="utf-8") for path in paths if path not in schema_files]
-    for name in ("schema", "objective_sections", "first_order_sections"):
+    for name in ("schema", "objective_sections", "first_order_sections", "table_sections"):
         sources.append(properties_of((ROOT / f"dag/recipe/{name}.py").read_text(encoding="utf-8")))
     read = set().union(*map(fields_read, sources))
     unread = sorted(f"{section}.{field}" for section, field in FIELDS - read)

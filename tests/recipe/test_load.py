@@ -107,7 +107,10 @@ def test_a_mistake_in_the_file_is_named(file: Path, text: str, message: str) -> 
 
 REFUSED_OVERRIDES = [
     ("objective.name=dag_dbb", "objective.name: unknown name 'dag_dbb'; did you mean 'dag_db'?"),
-    ("objective={name: x}", "known: dag_db, dag_kl, nabla_db, tb, ddpo, backprop, refl, adjoint"),
+    (
+        "objective={name: x}",
+        "known: dag_db, dag_kl, nabla_db, tb, subtb, ddpo, dpo, regression, backprop, refl, adjoint",
+    ),
     ("objective={beta: {value: 1}}", "objective.name: missing"),
     ("objective={name: dag_db}", "objective.beta: missing"),
     ("objective.beta.value=0", "objective.beta.value: input should be greater than 0"),
@@ -237,6 +240,24 @@ CROSS_FIELD = [
         ("train.step_choice=informative", "objective={name: ddpo}"),
         "train.step_choice=informative is measured on the rewards of x0_hat",
     ),
+    (("objective={name: backprop}", JPEG), "objective.name=backprop: compressibility has no gradient"),
+    (("objective={name: backprop, step_weight: balanced}",), "step_weight=balanced changes the gradient of backprop"),
+    (("objective={name: backprop, last: [3, 2]}",), "objective.last=[3, 2]: the first must not be larger"),
+    (("objective={name: backprop, last: 60}",), "objective.last=60 is more than sampler.steps=50"),
+    (("objective={name: backprop}", "train.step_fraction=0.5"), "backprop trains its last steps"),
+    (("objective={name: refl}", JPEG), "objective.name=refl: compressibility has no gradient"),
+    (("objective={name: adjoint, beta: {value: 1}}", JPEG), "objective.name=adjoint: compressibility has no gradient"),
+    (("objective={name: subtb, beta: {value: 1}}", "train.rollout=one_pass"), "subtb needs whole trajectories"),
+    (("objective={name: dpo}",), "dpo compares pictures of a prompt; set prompts.per_group to 2"),
+    (
+        ("objective={name: dpo}", "prompts.per_group=2", "adapter.kind=full"),
+        "objective.name=dpo needs adapter.kind=lora",
+    ),
+    (
+        ("objective={name: regression, weights: top, keep: 2}", "prompts.per_group=2"),
+        "objective.keep=2 of 2 pictures of a group",
+    ),
+    (("objective={name: regression, keep: 2}",), "objective.keep has no effect with weights=softmax"),
     (("train.step_window=[5, 5]",), "train.step_window=[5, 5]: give the first step and the one after the last"),
     (("train.step_window=[0, 51]", "sampler.steps=50"), "within 0 and sampler.steps=50"),
     (("prompts.per_group=5",), "prompts.per_group=5 must divide the trajectories of an update"),

@@ -85,6 +85,8 @@ KINDS: dict[str, dict[str, Any]] = {
         "prompts": {"texts": ["a cat", "a dog"], "per_group": 2},
         "train": {"inner_epochs": 2, "step_window": [0, 3]},
     },
+    "subtb": {"objective": {"name": "subtb"}, "flow": {"passes": 1}, "train": {"step_fraction": 0.5}},
+    "backprop": {"objective": {"name": "backprop", "last": [1, 3]}, "regulariser": {"pretrained_kl": 0.1}},
     "full": {"adapter": {"kind": "full"}, "train": {"learning_rate": 1e-5}},
     "one_pass": {"train": {"rollout": "one_pass"}, "flow": {"passes": 1, "warmup_epochs": 1}},
     "one_pass_slopes": {"train": {"rollout": "one_pass"}, "flow": {"slopes": True, "warmup_epochs": 1}},
@@ -106,7 +108,9 @@ def test_a_run_in_pieces_is_the_undisturbed_one(make_recipe: MakeRecipe, tmp_pat
     undisturbed, parted = (RunFolder.create(tmp_path / name) for name in ("undisturbed", "parted"))
     trained(recipe, undisturbed)
     # Not a divisor of the safe points of an epoch, so that stops fall on tiles, micro-batches, ends of updates and evaluations.
-    points = {"critic_in_one_pass": 3, "critic": 5}.get(kind, 3 if kind.startswith("one_pass") else 11)
+    points = {"critic_in_one_pass": 3, "critic": 5, "subtb": 5, "backprop": 3}.get(
+        kind, 3 if kind.startswith("one_pass") else 11
+    )
     names = trained_in_pieces(recipe, parted, points)
     assert len(names) > 4
     assert rows(undisturbed.path) == rows(parted.path)

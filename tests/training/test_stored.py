@@ -314,7 +314,7 @@ def test_advantages_belong_to_their_rows(make_recipe: MakeRecipe, run: RunFolder
     assert learner.flow_fit is not None
     rollout = learner.rollout(trajectories, 0)
     assert rollout.terms is not None
-    found = StoredTraining(learner, trainer.meter)._advantages(rollout, rows, None)
+    found = StoredTraining(learner, trainer.meter)._tables(rollout, rows, None).advantage
     residuals = learner.flow_fit.residuals(trajectories, rollout.terms, rows)
     fit = learner.flow_fit
     expected = learner.objective.advantages(

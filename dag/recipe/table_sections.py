@@ -1,0 +1,111 @@
+"""The recipe's sections for objectives whose gradient is an advantage for each transition. Imports no torch."""
+
+from typing import Literal
+
+from pydantic import Field
+
+from dag.recipe.objective_sections import Around, Objective, Target, ValueBalance
+
+
+class PolicyGradient(Objective):
+    name: Literal["ddpo"]
+    log_prob_reduction: Literal["sum", "mean"] = "mean"
+    """How log-probs are reduced over the latent; `mean` is that of ddpo-pytorch, and the default clip range assumes it."""
+    clip_range: float = Field(1e-4, gt=0)
+    """PPO's clip of the ratio."""
+    advantage_clip: float = Field(5.0, gt=0)
+    """Clip of the normalised advantage."""
+    std: Literal["all", "group", "none"] = "all"
+    """What a reward minus its group's mean is divided by: the sd of the epoch's rewards, that of its group (which gives prompts
+    on which all pictures score alike as much weight as others), or nothing (unbiased). Without groups the epoch is the group."""
+    std_floor: float = Field(1e-6, gt=0)
+    """Added to the sd, so that equal rewards are not divided by their rounding."""
+    per_prompt: int | None = Field(None, ge=2)
+    """Normalise each reward by its prompt's last rewards, this many, once half as many are known; null takes those of the
+    epoch."""
+
+    def problems(self, around: Around) -> list[str]:
+        problems = []
+        if self.std == "group" and around.per_group == 1:
+            problems.append("objective.std=group: there are no groups; set prompts.per_group to 2 or more")
+        if self.per_prompt is not None and around.per_group > 1:
+            problems.append(
+                "objective.per_prompt and prompts.per_group both say what a reward is compared with; use one"
+            )
+        return problems
+
+
+class TrajectoryBalance(Target):
+    name: Literal["tb"]
+    log_prob_reduction: Literal["sum", "mean"] = "sum"
+    """How log-probs are reduced over the latent; `mean` makes the effective beta as many times larger as it has elements."""
+    clip_range: float = Field(0.2, gt=0)
+    """PPO's clip of the ratio; it acts from the second update of a rollout on."""
+    advantage_clip: float | None = Field(None, gt=0)
+    """Clip of a trajectory's residual minus that of the others, in nats; null does not clip."""
+
+    def problems(self, around: Around) -> list[str]:
+        problems = super().problems(around)
+        if around.per_update < 2:
+            problems.append("train.updates: tb's log Z needs at least 2 trajectories per update")
+        return problems
+
+
+class SubTrajectoryBalance(ValueBalance):
+    name: Literal["subtb"]
+    decay: float = Field(0.9, gt=0)
+    """lambda: a piece of n steps has weight lambda^n. Towards 0 it is detailed balance, towards infinity trajectory balance."""
+    clip_range: float = Field(0.2, gt=0)
+    """PPO's clip of the ratio; it acts from the second update of a rollout on."""
+
+    def problems(self, around: Around) -> list[str]:
+        problems = super().problems(around)
+        if around.is_one_pass:
+            problems.append("train.rollout=one_pass: subtb needs whole trajectories; use stored")
+        return problems
+
+
+class DirectPreference(Objective):
+    name: Literal["dpo"]
+    strength: float = Field(0.1, gt=0)
+    """DPO's beta: how many nats of preference a nat of log P_F - log p_pretrained is, in the recipe's reduction."""
+    log_prob_reduction: Literal["sum", "mean"] = "mean"
+    """How log-probs are reduced over the latent; `mean` is published (D3PO)."""
+    clip_range: float = Field(0.2, gt=0)
+    """PPO's clip of the ratio; it acts from the second update of a rollout on."""
+
+    @property
+    def has_prior(self) -> bool:
+        return True
+
+    def problems(self, around: Around) -> list[str]:
+        problems = []
+        if around.per_group < 2:
+            problems.append("objective.name=dpo compares pictures of a prompt; set prompts.per_group to 2 or more")
+        if not around.keeps_pretrained:
+            problems.append("objective.name=dpo needs adapter.kind=lora: a full fine-tune keeps no pretrained copy")
+        return problems
+
+
+class Regression(Objective):
+    name: Literal["regression"]
+    weights: Literal["top", "softmax"] = "softmax"
+    """`top` imitates the best pictures of each group (RAFT), `softmax` all, with weights softmax(beta r) in the group (RWR)."""
+    keep: int = Field(1, ge=1)
+    """With `top`: how many pictures of a group are imitated."""
+    beta: float = Field(1.0, gt=0)
+    """With `softmax`: in 1 per sd of the update's rewards."""
+    log_prob_reduction: Literal["sum", "mean"] = "sum"
+    """How log-probs are reduced over the latent."""
+    clip_range: float = Field(0.2, gt=0)
+    """PPO's clip of the ratio; it acts from the second update of a rollout on."""
+
+    def problems(self, around: Around) -> list[str]:
+        size = around.per_group if around.per_group > 1 else around.per_update
+        problems = [f"objective.{key} has no effect with weights={self.weights}" for key in self._unused()]
+        if self.weights == "top" and self.keep >= size:
+            problems.append(f"objective.keep={self.keep} of {size} pictures of a group: keep fewer")
+        return problems
+
+    def _unused(self) -> list[str]:
+        return self.changed("beta") if self.weights == "top" else self.changed("keep")
