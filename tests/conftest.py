@@ -91,7 +91,7 @@ def make_recipe(tiny_model: Path) -> Callable[..., Recipe]:
             name: section if isinstance(section, list) else {**base.get(name, {}), **section}
             for name, section in {**base, **sections}.items()
         }
-        if merged["objective"]["name"] in ("ddpo", "backprop", "refl"):
+        if merged["objective"]["name"] in ("ddpo", "backprop", "refl", "dpo", "regression"):
             merged["objective"].pop("beta", None)
         return parse(merged, "test recipe")
 

@@ -1,6 +1,6 @@
 """The studies of `python -m dag.reproduce`: the methods, recipes and settings behind each figure."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 from dag.evaluation.study import Method, Setting, Study
@@ -80,20 +80,44 @@ _BY_SCORE = {
     "ddpo": (Setting(0.005, 1e-6), Setting(0.01, 1e-6), Setting(0.01, 1e-5)),
 }
 
+_CHOSEN = {
+    "dag_db": Setting(0.005, 1e-5),
+    "ddpo": Setting(0.005, 1e-6),
+    "exact": Setting(beta=30.0),
+    "learnt": Setting(beta=30.0),
+}
 
-def _gradients(reward: str, kinds: Sequence[str]) -> Study:
-    """Score functions against the reward's gradient, exact or learnt, on one reward."""
-    by_score = [Method(one.name, one.recipe, _SHORT, tried=_BY_SCORE[one.name]) for one in _TINY]
-    by_gradient = [replace(_BY_GRADIENT[kind], tried=_BETAS) for kind in kinds]
+
+def _gradients(reward: str, kinds: Sequence[str], chosen: Mapping[str, Setting] | None = None, seeds: int = 1) -> Study:
+    """Score functions against the reward's gradient, exact or learnt, on one reward.
+
+    Args:
+        kinds:  names of methods, of `_TINY` and `_BY_GRADIENT`.
+        chosen: what each method runs with; None lets it choose among its settings.
+    """
+    named = {one.name: replace(one, overrides=_SHORT, tried=_BY_SCORE[one.name]) for one in _TINY}
+    named |= {kind: replace(method, tried=_BETAS) for kind, method in _BY_GRADIENT.items()}
+    methods = [named[kind] for kind in kinds]
+    how = f"the best of three settings for each: {_CHOICE}."
+    if chosen is not None:
+        methods = [_with(method, chosen[kind]) for kind, method in zip(kinds, methods, strict=True)]
+        how = "the settings that each chose on colourfulness."
     return Study(
         title=f"Score functions and the reward's gradient, {reward}",
-        question=f"320 trajectories and at most 20 updates for every method, the best of three settings for each: {_CHOICE}."
+        question=f"320 trajectories and at most 20 updates for every method, {how}"
         + (_SAME_NETWORK if reward == "image_text" else ""),
-        methods=(*by_score, *by_gradient),
+        methods=tuple(methods),
         overrides=(f"reward={{name: {reward}}}",),
         sizes=("train.epochs=5", "evaluation.every=5"),
         images_per_prompt=4,
+        seeds=seeds,
     )
+
+
+def _with(method: Method, setting: Setting) -> Method:
+    """The method with one setting, and none to try."""
+    given = [f"{key}={value}" for key, value in setting.overrides.items()]
+    return replace(method, overrides=(*method.overrides, *given), tried=())
 
 
 def _reward(name: str, title: str, scale: str) -> Study:
@@ -161,7 +185,15 @@ STUDIES: dict[str, dict[str, dict[str, Study]]] = {
                 sizes=("evaluation.every=4",),
             )
         },
-        "gradients": {"colourfulness": _gradients("colourfulness", tuple(_BY_GRADIENT))},
+        "gradients": {
+            "colourfulness": _gradients(
+                "colourfulness", ("dag_db", "dag_kl", "ddpo", "exact", "learnt", "control_variate"), seeds=3
+            ),
+            "incompressibility": _gradients("incompressibility", ("dag_db", "ddpo", "learnt"), _CHOSEN),
+            "compressibility": _gradients("compressibility", ("dag_db", "ddpo", "learnt"), _CHOSEN),
+            "image_text": _gradients("image_text", ("dag_db", "ddpo", "exact", "learnt"), _CHOSEN),
+            "nabla": _gradients("colourfulness", ("nabla_exact", "nabla_learnt")),
+        },
         "ablations": {
             "colourfulness": Study(
                 title="One choice at a time",

@@ -6,7 +6,8 @@ For the best and the worst picture w, l of a group, with rho = log P_F - log p_p
 
 in every step k. Its gradient is that of the policy with advantages +-strength sigmoid(-strength (rho_w - rho_l)), which are taken
 at the policy that sampled: exact in the first update of a rollout, and bounded by the clipped ratio in later ones. Pictures
-between best and worst, and groups in which all score alike, have no gradient.
+between best and worst, and groups in which all score alike, have no gradient. With `form: denoise` the sign of the advantage says
+which picture is preferred, and `dag.training.denoising` has the loss.
 """
 
 import torch
@@ -29,7 +30,8 @@ class DirectPreference(Plain[Config]):
         best, worst = reward.argmax(0), reward.argmin(0)
         columns = torch.arange(reward.shape[1], device=reward.device)
         margin = rho[best, columns] - rho[worst, columns]
-        pull = self.config.strength * torch.sigmoid(-self.config.strength * margin)
+        strength = self.config.strength
+        pull = torch.ones_like(margin) if self.config.num_draws else strength * torch.sigmoid(-strength * margin)
         pull = pull * (reward[best, columns] > reward[worst, columns])[:, None]
         advantage = torch.zeros_like(rho)
         advantage[best, columns] += pull

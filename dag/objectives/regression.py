@@ -4,7 +4,8 @@
 
 with w one over the number of kept pictures for the best of each group and zero for the others (RAFT; Dong et al. 2023), or
 softmax(beta r) within the group (reward-weighted regression; Lee et al. 2023). The mean weight 1 / n is subtracted: on-policy it
-adds nothing to the expected gradient, and it takes away the noise of imitating an average picture.
+adds nothing to the expected gradient, and it takes away the noise of imitating an average picture. With `form: denoise` the loss
+is that of predicting noise, weighted by n w_n (`dag.training.denoising`).
 """
 
 import torch

@@ -32,6 +32,7 @@ from dag.recipe.schema import (
 )
 from dag.recipe.table_sections import (
     DirectPreference,
+    OnPictures,
     PolicyGradient,
     Regression,
     SubTrajectoryBalance,
@@ -56,6 +57,7 @@ __all__ = [
     "NablaBalance",
     "Objective",
     "ObjectiveTerm",
+    "OnPictures",
     "OptimizerKind",
     "PolicyGradient",
     "Prompts",

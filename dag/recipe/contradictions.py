@@ -24,6 +24,7 @@ def validate(recipe: Recipe) -> list[str]:
             keeps_pretrained=adapter.kind == "lora",
             per_update=train.trajectories // train.updates,
             per_group=group,
+            micro_batch=train.micro_batch,
             black_boxes=tuple(term.name for term in recipe.reward if not term.has_gradient),
             steps=recipe.sampler.steps,
             chooses_steps=train.step_fraction < 1 or train.step_window is not None,
@@ -45,6 +46,16 @@ def validate(recipe: Recipe) -> list[str]:
         problems.append("flow.channels: name at least one width")
     if recipe.flow.slopes and recipe.flow.calibration == 0:
         problems.append("flow.slopes=true: flow.calibration=0 never moves the slopes; use 0.5")
+    if recipe.objective.num_draws:
+        inert = {
+            "regulariser": recipe.regulariser.changed("sampling", "pretrained_kl"),
+            "train": train.changed("max_kl"),
+        }
+        problems += [
+            f"{section}.{key} has no effect with objective.form=denoise"
+            for section, keys in inert.items()
+            for key in keys
+        ]
     problems += _deterministic_problems(recipe)
     if recipe.evaluation.held_out and recipe.prompts.set not in ("drawbench", "hpdv2"):
         problems.append("evaluation.held_out: only prompts.set=drawbench and hpdv2 keep prompts back")

@@ -58,6 +58,8 @@ class Around:
     """Trajectories per update."""
     per_group: int
     """`prompts.per_group`."""
+    micro_batch: int
+    """`train.micro_batch`."""
     black_boxes: tuple[str, ...]
     """Names of the rewards that have no gradient."""
     steps: int
@@ -76,6 +78,11 @@ class Objective(Section):
     def takes_gradient(self) -> bool:
         """Whether the policy is trained with the gradient of the reward."""
         return False
+
+    @property
+    def num_draws(self) -> int:
+        """How often an update noises each picture anew to train on it; 0 if it trains on the chain that was sampled."""
+        return 0
 
     @property
     def has_prior(self) -> bool:

@@ -288,7 +288,8 @@ class Recipe(Section):
         """Whether the pretrained model's log P_F is computed while sampling, for residuals of log-probs."""
         objective = self.objective
         learns_values = isinstance(objective, ValueBalance) and objective.has_flow
-        return self.has_prior and (learns_values or isinstance(objective, TrajectoryBalance | DirectPreference))
+        is_table = isinstance(objective, TrajectoryBalance | DirectPreference) and objective.num_draws == 0
+        return self.has_prior and (learns_values or is_table)
 
     @property
     def warmup_epochs(self) -> int:

@@ -65,21 +65,48 @@ class SubTrajectoryBalance(ValueBalance):
         return problems
 
 
-class DirectPreference(Objective):
+class OnPictures(Objective):
+    """An objective that can train on the sampled chain, or on its last picture noised anew."""
+
+    form: Literal["chain", "denoise"] = "chain"
+    """`chain` takes log P_F of the chain that was sampled; `denoise` the error of predicting fresh noise on its last picture, of
+    the conditional branch alone."""
+    draws: int = Field(4, ge=1)
+    """With `denoise`: how often an update noises each picture."""
+    log_prob_reduction: Literal["sum", "mean"] = "mean"
+    """How log-probs of a chain are reduced over the latent."""
+    clip_range: float = Field(0.2, gt=0)
+    """With `chain`: PPO's clip of the ratio; it acts from the second update of a rollout on."""
+
+    @property
+    def num_draws(self) -> int:
+        return self.draws if self.form == "denoise" else 0
+
+    def problems(self, around: Around) -> list[str]:
+        keys = ("draws",) if self.form == "chain" else ("clip_range", "log_prob_reduction", "step_weight")
+        problems = [f"objective.{key} has no effect with form={self.form}" for key in self.changed(*keys)]
+        if self.form == "denoise" and around.chooses_steps:
+            problems.append("objective.form=denoise has no steps: train.step_fraction and step_window have no effect")
+        return problems
+
+
+class DirectPreference(OnPictures):
     name: Literal["dpo"]
     strength: float = Field(0.1, gt=0)
-    """DPO's beta: how many nats of preference a nat of log P_F - log p_pretrained is, in the recipe's reduction."""
-    log_prob_reduction: Literal["sum", "mean"] = "mean"
-    """How log-probs are reduced over the latent; `mean` is published (D3PO)."""
-    clip_range: float = Field(0.2, gt=0)
-    """PPO's clip of the ratio; it acts from the second update of a rollout on."""
+    """DPO's beta: the weight of log P_F - log p_pretrained against a preference, in the recipe's reduction (D3PO: 0.1 with means),
+    or of the squared errors of noise prediction (published: 100 to 5000)."""
 
     @property
     def has_prior(self) -> bool:
         return True
 
     def problems(self, around: Around) -> list[str]:
-        problems = []
+        problems = super().problems(around)
+        if self.form == "denoise" and around.micro_batch % around.per_group:
+            problems.append(
+                f"train.micro_batch={around.micro_batch} must be a multiple of prompts.per_group={around.per_group}: a group's "
+                "pictures are compared"
+            )
         if around.per_group < 2:
             problems.append("objective.name=dpo compares pictures of a prompt; set prompts.per_group to 2 or more")
         if not around.keeps_pretrained:
@@ -87,7 +114,7 @@ class DirectPreference(Objective):
         return problems
 
 
-class Regression(Objective):
+class Regression(OnPictures):
     name: Literal["regression"]
     weights: Literal["top", "softmax"] = "softmax"
     """`top` imitates the best pictures of each group (RAFT), `softmax` all, with weights softmax(beta r) in the group (RWR)."""
@@ -95,14 +122,11 @@ class Regression(Objective):
     """With `top`: how many pictures of a group are imitated."""
     beta: float = Field(1.0, gt=0)
     """With `softmax`: in 1 per sd of the update's rewards."""
-    log_prob_reduction: Literal["sum", "mean"] = "sum"
-    """How log-probs are reduced over the latent."""
-    clip_range: float = Field(0.2, gt=0)
-    """PPO's clip of the ratio; it acts from the second update of a rollout on."""
 
     def problems(self, around: Around) -> list[str]:
         size = around.per_group if around.per_group > 1 else around.per_update
-        problems = [f"objective.{key} has no effect with weights={self.weights}" for key in self._unused()]
+        problems = super().problems(around)
+        problems += [f"objective.{key} has no effect with weights={self.weights}" for key in self._unused()]
         if self.weights == "top" and self.keep >= size:
             problems.append(f"objective.keep={self.keep} of {size} pictures of a group: keep fewer")
         return problems

@@ -10,7 +10,6 @@ Legend: B trajectories of a micro-batch, T transitions.
 """
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -23,20 +22,8 @@ from dag.objectives.log_scale import LogScale
 from dag.recipe import AdjointMatching, Backpropagation, Recipe, RewardFeedback
 from dag.training.flow_gradient import Rewarded
 from dag.training.jacobian import backwards
-from dag.training.loss import Loss, Rollout
+from dag.training.loss import Loss, Rollout, StepOutput
 from dag.training.pull import Pull, kl_to
-
-
-@dataclass(frozen=True)
-class StepOutput:
-    """A trained step of a micro-batch."""
-
-    k: int
-    weight: float
-    """Importance weight of the step."""
-    output: ObjectiveOutput
-    regulariser: Tensor
-    """(B,)."""
 
 
 class Ascent:

@@ -23,6 +23,7 @@ from dag.recipe import Balance, Recipe, ScalarBalance, ValueBalance
 from dag.run.processes import ALONE, Processes
 from dag.training.ascent import Ascent
 from dag.training.critic_fit import CriticFit, preview_steps
+from dag.training.denoising import Denoising
 from dag.training.embeddings import Embeddings
 from dag.training.faults import NotFiniteError, not_finite
 from dag.training.flow_fit import FlowFit
@@ -89,6 +90,7 @@ class Learner:
         self.loss = Loss(recipe, policy, objective, flow_fit, pulls, text, self.log_scale)
         ascends = section.takes_gradient and not takes_gradient
         self.ascent = Ascent(recipe, policy, self.loss, self.log_scale) if ascends else None
+        self.denoising = Denoising(recipe, policy, self.loss) if section.num_draws else None
         flow, T = None if flow_fit is None else flow_fit.optimizer, self.schedule.num_transitions
         region = TrustRegion(recipe.train.max_kl, policy, text, optimizer, processes)
         self.updates = Updates(recipe, optimizer, flow, T, self.device, warn, processes, self._informativeness, region)

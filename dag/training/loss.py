@@ -38,6 +38,19 @@ class Rollout:
 
 
 @dataclass(frozen=True)
+class StepOutput:
+    """A trained step of a micro-batch."""
+
+    k: int
+    """The step; of an objective that noises pictures anew, the number of the draw."""
+    weight: float
+    """Importance weight of the step."""
+    output: ObjectiveOutput
+    regulariser: Tensor
+    """(B,)."""
+
+
+@dataclass(frozen=True)
 class Tables:
     """(N, T) numbers of an update's transitions that its objective forms before the gradient; None where it forms none."""
 

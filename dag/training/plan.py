@@ -58,6 +58,7 @@ def make_plan(recipe: Recipe) -> Plan:
     steps = max(1, math.ceil(train.step_fraction * (end - first)))
     if isinstance(recipe.objective, Backpropagation):
         steps = recipe.objective.most_steps
+    steps = recipe.objective.num_draws or steps
     branches = 2 if recipe.sampler.guidance_scale > 1 else 1
     trained_rows = train.trajectories * steps * train.inner_epochs
     # In one pass the sampling pass is the training pass.

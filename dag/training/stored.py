@@ -18,11 +18,10 @@ from dag.chain.rollout import Score
 from dag.chain.trajectory import Rows, Trajectories, count, cut, on_cpu
 from dag.objectives import UpdateScalars
 from dag.run.meter import PhaseMeter
-from dag.training.ascent import StepOutput
 from dag.training.epoch_state import EpochState
 from dag.training.flow_fit import describe_residuals
 from dag.training.learner import Learner, Lesson
-from dag.training.loss import Rollout, Tables
+from dag.training.loss import Rollout, StepOutput, Tables
 from dag.training.safe_points import Steps, agreed
 from dag.training.trust_region import PROBED, Probe
 
@@ -144,6 +143,9 @@ class StoredTraining:
         """The chosen steps of `rows`, each to be back-propagated before the next is asked for."""
         if self.learner.ascent is not None:
             yield from self.learner.ascent.steps(rollout, rows, chosen)
+            return
+        if self.learner.denoising is not None:
+            yield from self.learner.denoising.steps(rollout, rows, chosen, tables, self.updates.optimizer_step)
             return
         for k, weight in chosen:
             yield StepOutput(k, weight, *self.learner.loss.of_step(rollout, rows, k, tables))

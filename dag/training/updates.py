@@ -104,6 +104,8 @@ class Updates:
         generator = torch.Generator().manual_seed(self.recipe.seed * 1_000_003 + self.optimizer_step)
         if isinstance(objective, Backpropagation):
             return last_steps(objective.last, self.num_transitions, generator)
+        if objective.num_draws:
+            return [(number, 1.0) for number in range(objective.num_draws)]
         first, end = train.step_window or (0, self.num_transitions)
         size = end - first
         count = max(1, math.ceil(train.step_fraction * size))

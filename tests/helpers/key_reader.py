@@ -169,7 +169,7 @@ def properties_of(source: str) -> str:
             if any(ast.unparse(decorator) == "property" for decorator in function.decorator_list):
                 function.args.args[0].annotation = ast.Name(section.name)
                 kept.append(function)
-    sections = f"from dag.recipe import {', '.join(SECTIONS)}, Balance, ScalarBalance, Target, ValueBalance"
+    sections = f"from dag.recipe import {', '.join(SECTIONS)}, Balance, OnPictures, ScalarBalance, Target, ValueBalance"
     return f"{sections}\n{ast.unparse(ast.Module(kept, []))}"
 
 

@@ -257,6 +257,27 @@ CROSS_FIELD = [
         ("objective={name: regression, weights: top, keep: 2}", "prompts.per_group=2"),
         "objective.keep=2 of 2 pictures of a group",
     ),
+    (("objective={name: dpo, draws: 2}", "prompts.per_group=2"), "objective.draws has no effect with form=chain"),
+    (
+        ("objective={name: dpo, form: denoise, clip_range: 0.1}", "prompts.per_group=2"),
+        "objective.clip_range has no effect with form=denoise",
+    ),
+    (
+        ("objective={name: dpo, form: denoise}", "prompts.per_group=2", "train.micro_batch=1"),
+        "train.micro_batch=1 must be a multiple of prompts.per_group=2",
+    ),
+    (
+        ("objective={name: regression, form: denoise}", "train.step_fraction=0.5"),
+        "objective.form=denoise has no steps",
+    ),
+    (
+        ("objective={name: regression, form: denoise}", "regulariser.pretrained_kl=1e-4"),
+        "regulariser.pretrained_kl has no effect with objective.form=denoise",
+    ),
+    (
+        ("objective={name: regression, form: denoise}", "train.max_kl=0.01"),
+        "train.max_kl has no effect with objective.form=denoise",
+    ),
     (("objective={name: regression, keep: 2}",), "objective.keep has no effect with weights=softmax"),
     (("train.step_window=[5, 5]",), "train.step_window=[5, 5]: give the first step and the one after the last"),
     (("train.step_window=[0, 51]", "sampler.steps=50"), "within 0 and sampler.steps=50"),

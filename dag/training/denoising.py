@@ -1,0 +1,104 @@
+"""Noise prediction on pictures of the rollout that are noised anew, for objectives that weigh or compare pictures by their reward.
+
+    m(x_0) = mean over the latent of |o_theta(x_k) - o*|^2,    x_k = sqrt(alpha_bar_k) x_0 + sqrt(1 - alpha_bar_k) epsilon
+
+with o* the output that predicts this noise exactly, k one of the sampler's own noise levels, and the conditional branch alone.
+
+    regression   n w_n m(x_0^n)                                                                  (RAFT, reward-weighted regression)
+    dpo          -log sigmoid(-strength / 2 [(m_w - m_w,pretrained) - (m_l - m_l,pretrained)])   (Wallace et al. 2024)
+
+Only x_0 is needed of a trajectory, so any sampler could have drawn it. Level and noise depend on the group, the update and the
+number of the draw alone; the pictures of a group share them.
+
+Legend: B pictures of a micro-batch, K of a group.
+"""
+
+from collections.abc import Iterator, Sequence
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from dag.chain.policy import Policy
+from dag.chain.rollout import last_latents
+from dag.chain.trajectory import Rows, draw_noise
+from dag.errors import RunError
+from dag.objectives import ObjectiveOutput
+from dag.recipe import DirectPreference, Recipe, Regression
+from dag.training.loss import Loss, Rollout, StepOutput, Tables
+
+# Steps of the counter-based noise above those of any chain.
+_DRAWS = 1 << 31
+
+
+class Denoising:
+    """Computes the losses of a recipe's objective, one with `form: denoise`."""
+
+    def __init__(self, recipe: Recipe, policy: Policy, loss: Loss) -> None:
+        assert isinstance(recipe.objective, DirectPreference | Regression)
+        self.recipe, self.section, self.loss = recipe, recipe.objective, loss
+        self.policy, self.schedule, self.per_group = policy, policy.schedule, recipe.prompts.per_group
+
+    def steps(
+        self, rollout: Rollout, rows: Rows, chosen: Sequence[tuple[int, float]], tables: Tables, update: int
+    ) -> Iterator[StepOutput]:
+        """The draws of the trajectories `rows`; each is to be back-propagated before the next is asked for.
+
+        Args:
+            chosen: [(number of the draw, weight)].
+            tables: with the advantages, whose sign or size says which pictures to imitate.
+            update: number of the update in the run.
+        """
+        assert tables.advantage is not None
+        advantage = tables.advantage[rows, 0]
+        for number, weight in chosen:
+            if isinstance(self.section, Regression):
+                loss = (1 + advantage) * self._error(rollout, rows, update, number)
+            else:
+                loss = self._preference(rollout, rows, advantage.sign(), update, number)
+            zero = torch.zeros_like(loss.detach())
+            yield StepOutput(number, weight, ObjectiveOutput(loss=loss, ratio=zero + 1), zero)
+
+    def _preference(self, rollout: Rollout, rows: Rows, sign: Tensor, update: int, number: int) -> Tensor:
+        """(B,) the loss of each group, at its preferred picture; zero for the others and for groups without a preference."""
+        assert isinstance(self.section, DirectPreference)
+        if len(sign) % self.per_group:
+            raise RunError(
+                f"micro-batch {len(sign)} is smaller than a group; set prompts.per_group or train.micro_batch"
+            )
+        with torch.no_grad():
+            pretrained = self._error(rollout, rows, update, number, pretrained=True)
+        worse = sign * (self._error(rollout, rows, update, number) - pretrained)
+        margin = worse.view(-1, self.per_group).sum(1).repeat_interleave(self.per_group)
+        return (sign > 0) * -functional.logsigmoid(-0.5 * self.section.strength * margin)
+
+    def _error(self, rollout: Rollout, rows: Rows, update: int, number: int, *, pretrained: bool = False) -> Tensor:
+        """(B,) m of the pictures at the level and noise of a draw."""
+        x_k, k, wanted = self._noised(rollout, rows, update, number)
+        text = self.loss.text_of(rollout, rows)
+        found = self.policy.predict(x_k, self.schedule.timesteps[k], text, pretrained=pretrained, unguided=True)
+        return (found.conditional.float() - wanted).square().flatten(1).mean(1)
+
+    @torch.no_grad()
+    def _noised(self, rollout: Rollout, rows: Rows, update: int, number: int) -> tuple[Tensor, Tensor, Tensor]:
+        """(noised latents (B, C, H, W), their levels (B,), the exact outputs (B, C, H, W))."""
+        trajectories, schedule, text = rollout.trajectories, self.schedule, self.loss.text_of(rollout, rows)
+        x_0 = last_latents(self.policy, trajectories.states(schedule.num_transitions, rows), text)
+        first = trajectories.sample_id[rows] // self.per_group * self.per_group
+        draw = update * self.section.draws + number
+        k = self._levels(first, draw)
+        shape = tuple(x_0.shape[1:])
+        noise = draw_noise(trajectories.seed, first, _DRAWS + draw % _DRAWS, shape, torch.float32)
+        alpha_bar, x0_x, x0_output = (
+            column[k][:, None, None, None].float()
+            for column in (schedule.alpha_bar_t, schedule.x0_x, schedule.x0_output)
+        )
+        x_k = alpha_bar.sqrt() * x_0 + (1 - alpha_bar).sqrt() * noise
+        return x_k, k, (x_0 - x0_x * x_k) / x0_output
+
+    def _levels(self, first: Tensor, draw: int) -> Tensor:
+        """(B,) int64 the level of each row, from the first sample id (B,) of its group."""
+        groups = self.recipe.train.trajectories // self.per_group
+        generator = torch.Generator().manual_seed(self.recipe.seed * 1_000_003 + draw)
+        levels = torch.randint(self.schedule.num_transitions, (groups,), generator=generator).to(first.device)
+        return levels[first // self.per_group % groups]
