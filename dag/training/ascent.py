@@ -22,7 +22,7 @@ from dag.objectives.log_scale import LogScale
 from dag.recipe import AdjointMatching, Backpropagation, Recipe, RewardFeedback
 from dag.training.flow_gradient import Rewarded
 from dag.training.jacobian import backwards
-from dag.training.loss import Loss, Rollout, StepOutput
+from dag.training.loss import Loss, Rollout, StepOutput, Tables
 from dag.training.pull import Pull, kl_to
 
 
@@ -36,15 +36,13 @@ class Ascent:
 
     @property
     def is_sweep(self) -> bool:
-        """Whether the steps of a micro-batch are trained together, since the gradient comes from the end of the chain."""
+        """Whether the gradient comes from the end of the chain."""
         return not isinstance(self.section, RewardFeedback)
 
-    def steps(self, rollout: Rollout, rows: Rows, chosen: Sequence[tuple[int, float]]) -> Iterator[StepOutput]:
-        """The trained steps of the trajectories `rows`; each is to be back-propagated before the next is asked for.
-
-        Args:
-            chosen: [(k, importance weight)] in ascending order.
-        """
+    def steps(
+        self, rollout: Rollout, rows: Rows, chosen: Sequence[tuple[int, float]], tables: Tables, update: int
+    ) -> Iterator[StepOutput]:
+        """The chosen steps, in a sweep from the last to the first; see `Losses`."""
         if isinstance(self.section, RewardFeedback):
             for k, weight in chosen:
                 yield StepOutput(k, weight, *self._feedback(rollout, rows, k))

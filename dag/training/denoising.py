@@ -34,6 +34,8 @@ _DRAWS = 1 << 31
 class Denoising:
     """Computes the losses of a recipe's objective, one with `form: denoise`."""
 
+    is_sweep = False
+
     def __init__(self, recipe: Recipe, policy: Policy, loss: Loss) -> None:
         assert isinstance(recipe.objective, DirectPreference | Regression)
         self.recipe, self.section, self.loss = recipe, recipe.objective, loss
@@ -42,13 +44,7 @@ class Denoising:
     def steps(
         self, rollout: Rollout, rows: Rows, chosen: Sequence[tuple[int, float]], tables: Tables, update: int
     ) -> Iterator[StepOutput]:
-        """The draws of the trajectories `rows`; each is to be back-propagated before the next is asked for.
-
-        Args:
-            chosen: [(number of the draw, weight)].
-            tables: with the advantages, whose sign or size says which pictures to imitate.
-            update: number of the update in the run.
-        """
+        """The draws, whose numbers are in the place of steps; the advantages say which pictures to imitate. See `Losses`."""
         assert tables.advantage is not None
         advantage = tables.advantage[rows, 0]
         for number, weight in chosen:

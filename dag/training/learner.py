@@ -28,7 +28,7 @@ from dag.training.embeddings import Embeddings
 from dag.training.faults import NotFiniteError, not_finite
 from dag.training.flow_fit import FlowFit
 from dag.training.flow_gradient import FlowGradient
-from dag.training.loss import Loss, Rollout
+from dag.training.loss import Loss, Losses, Rollout
 from dag.training.optimizer import ClippedOptimizer
 from dag.training.pull import Pulls
 from dag.training.trust_region import TrustRegion
@@ -88,12 +88,17 @@ class Learner:
         parts = recipe, policy, flow_fit, critic_fit, text, self.log_scale
         pulls = Pulls(recipe, policy, FlowGradient(*parts), self.log_scale) if takes_gradient else None
         self.loss = Loss(recipe, policy, objective, flow_fit, pulls, text, self.log_scale)
-        ascends = section.takes_gradient and not takes_gradient
-        self.ascent = Ascent(recipe, policy, self.loss, self.log_scale) if ascends else None
-        self.denoising = Denoising(recipe, policy, self.loss) if section.num_draws else None
+        self.losses = self._losses()
         flow, T = None if flow_fit is None else flow_fit.optimizer, self.schedule.num_transitions
         region = TrustRegion(recipe.train.max_kl, policy, text, optimizer, processes)
         self.updates = Updates(recipe, optimizer, flow, T, self.device, warn, processes, self._informativeness, region)
+
+    def _losses(self) -> Losses:
+        """What computes the objective's losses on stored rollouts."""
+        section = self.recipe.objective
+        if section.takes_gradient and not isinstance(section, Balance):
+            return Ascent(self.recipe, self.policy, self.loss, self.log_scale)
+        return Denoising(self.recipe, self.policy, self.loss) if section.num_draws else self.loss
 
     def rollout(
         self,

@@ -4,7 +4,9 @@ Legend: N trajectories, B transitions of a micro-batch, T transitions of a traje
 """
 
 import math
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from typing import Protocol
 
 import torch
 from dag_kernels import TransitionLogProbs
@@ -58,6 +60,26 @@ class Tables:
     flow_slope: Tensor | None = None
 
 
+class Losses(Protocol):
+    """Gives the losses of an update's micro-batches: of single steps, or along chains, or of pictures that are noised anew."""
+
+    @property
+    def is_sweep(self) -> bool:
+        """Whether the steps of a micro-batch are computed together, since one needs what the next has found."""
+        ...
+
+    def steps(
+        self, rollout: Rollout, rows: Rows, chosen: Sequence[tuple[int, float]], tables: Tables, update: int
+    ) -> Iterator[StepOutput]:
+        """The chosen steps of the trajectories `rows`; each is to be back-propagated before the next is asked for.
+
+        Args:
+            chosen: [(k, importance weight)] in ascending order.
+            update: number of the update in the run.
+        """
+        ...
+
+
 @dataclass(frozen=True)
 class FlowTerms:
     """The terms of the state flow at both ends of B transitions, (B,) each, in nats."""
@@ -83,6 +105,8 @@ class Loss:
         text:      embeddings of the recipe's prompts.
         log_scale: converts log-probs and rewards to the objective's scale.
     """
+
+    is_sweep = False
 
     def __init__(
         self,
@@ -202,6 +226,13 @@ class Loss:
         return total
 
     # -- transitions of a stored rollout -------------------------------------------------------------------------
+
+    def steps(
+        self, rollout: Rollout, rows: Rows, chosen: Sequence[tuple[int, float]], tables: Tables, update: int
+    ) -> Iterator[StepOutput]:
+        """The chosen steps, each by itself; see `Losses`."""
+        for k, weight in chosen:
+            yield StepOutput(k, weight, *self.of_step(rollout, rows, k, tables))
 
     def of_step(
         self, rollout: Rollout, rows: Rows, k: int, tables: Tables = Tables()

@@ -7,7 +7,7 @@ not depend on how the update is cut into micro-batches.
 Legend: N trajectories, T transitions.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
 
@@ -21,7 +21,7 @@ from dag.run.meter import PhaseMeter
 from dag.training.epoch_state import EpochState
 from dag.training.flow_fit import describe_residuals
 from dag.training.learner import Learner, Lesson
-from dag.training.loss import Rollout, StepOutput, Tables
+from dag.training.loss import Rollout, Tables
 from dag.training.safe_points import Steps, agreed
 from dag.training.trust_region import PROBED, Probe
 
@@ -98,9 +98,7 @@ class StoredTraining:
             self.updates.begin(state)
         self.updates.suspects.trajectories = rollout.trajectories
         steps, num_trajectories = self.updates.choose_steps(), self.processes.size * count(rows)
-        ascent = self.learner.ascent
-        # A sweep takes all steps of a micro-batch at once.
-        together = [steps] if ascent is not None and ascent.is_sweep else [[step] for step in steps]
+        together = [steps] if self.learner.losses.is_sweep else [[step] for step in steps]
         work = [(tile, chosen) for tile in cut(rows, self.updates.micro_batch) for chosen in together]
         for tile, chosen in work[state.micro_batches :]:
             with self.meter.phase("update"):
@@ -133,22 +131,9 @@ class StoredTraining:
         state: EpochState,
     ) -> None:
         """Back-propagate the chosen steps of `rows`; `num_trajectories` are those of the update in all processes together."""
-        for step in self._outputs(rollout, rows, chosen, tables):
+        for step in self.learner.losses.steps(rollout, rows, chosen, tables, self.updates.optimizer_step):
             self.updates.suspects.add(step.k, rollout.trajectories.sample_id[rows], step.output)
             self.updates.backward(step.output, step.regulariser, step.weight, num_trajectories, state.share)
-
-    def _outputs(
-        self, rollout: Rollout, rows: Rows, chosen: Sequence[tuple[int, float]], tables: Tables
-    ) -> Iterator[StepOutput]:
-        """The chosen steps of `rows`, each to be back-propagated before the next is asked for."""
-        if self.learner.ascent is not None:
-            yield from self.learner.ascent.steps(rollout, rows, chosen)
-            return
-        if self.learner.denoising is not None:
-            yield from self.learner.denoising.steps(rollout, rows, chosen, tables, self.updates.optimizer_step)
-            return
-        for k, weight in chosen:
-            yield StepOutput(k, weight, *self.learner.loss.of_step(rollout, rows, k, tables))
 
     def _tables(self, rollout: Rollout, rows: Rows, per_trajectory: Tensor | None) -> Tables:
         """What the objective forms of an update, set for `rows`: from the rows of all processes.

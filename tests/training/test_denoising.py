@@ -33,8 +33,8 @@ def made(
     trainer, trajectories = rolled_out(recipe, run)
     if is_disturbed:
         disturb(trainer.components)
-    denoising = trainer.learner.denoising
-    assert denoising is not None
+    denoising = trainer.learner.losses
+    assert isinstance(denoising, Denoising)
     return trainer, denoising, trainer.learner.rollout(trajectories, 0)
 
 
