@@ -202,9 +202,9 @@ class Updates:
 def last_steps(
     last: int | tuple[int, int], num_transitions: int, generator: torch.Generator
 ) -> list[tuple[int, float]]:
-    """[(k, 1)] of the last steps, whose number is given, or drawn between the two given."""
+    """[(k, 1)] of the last steps, whose number is given, or drawn between the two given; all if there are not so many."""
     low, high = (last, last) if isinstance(last, int) else last
-    count = int(torch.randint(low, high + 1, (), generator=generator))
+    count = min(int(torch.randint(low, high + 1, (), generator=generator)), num_transitions)
     return [(k, 1.0) for k in range(num_transitions - count, num_transitions)]
 
 

@@ -51,7 +51,6 @@ KINDS: dict[str, dict[str, Any]] = {
         "reward_critic": {"width": 8, "passes": 1, "learning_rate": 1e-5},
         "train": {"updates": 1, "step_fraction": 0.5, "step_choice": "informative", "keep_terminal": False},
     },
-    "slopes": {"flow": {"slopes": True}},
     "one_pass_slopes": {"train": {"rollout": "one_pass"}, "flow": {"slopes": True, "warmup_epochs": 1}},
 }
 
