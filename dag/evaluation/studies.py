@@ -186,13 +186,11 @@ STUDIES: dict[str, dict[str, dict[str, Study]]] = {
             )
         },
         "gradients": {
-            "colourfulness": _gradients(
-                "colourfulness", ("dag_db", "dag_kl", "ddpo", "exact", "learnt", "control_variate"), seeds=3
-            ),
+            "colourfulness": _gradients("colourfulness", ("dag_db", "dag_kl", "ddpo", "exact", "learnt"), seeds=3),
             "incompressibility": _gradients("incompressibility", ("dag_db", "ddpo", "learnt"), _CHOSEN),
             "compressibility": _gradients("compressibility", ("dag_db", "ddpo", "learnt"), _CHOSEN),
             "image_text": _gradients("image_text", ("dag_db", "ddpo", "exact", "learnt"), _CHOSEN),
-            "nabla": _gradients("colourfulness", ("nabla_exact", "nabla_learnt")),
+            "other_gradients": _gradients("colourfulness", ("control_variate", "nabla_exact", "nabla_learnt")),
         },
         "ablations": {
             "colourfulness": Study(
