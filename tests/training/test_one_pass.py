@@ -327,7 +327,7 @@ def test_out_of_memory_at_one_row_ends_in_a_sentence(
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"objective": {"name": "ddpo"}}, "ddpo needs the final reward"),
+        ({"objective": {"name": "ddpo"}}, "ddpo trains on complete trajectories"),
         ({"objective": {**KL, "baseline": "per_step"}}, "objective.baseline=per_step"),
         ({"objective": {**DB, "forward_looking": {"source": "current"}}}, "forward_looking.source=rollout"),
         ({"train": {"inner_epochs": 2}}, "train.inner_epochs=2"),
