@@ -176,7 +176,8 @@ def test_every_run_of_every_study_has_a_valid_recipe_and_a_folder_of_its_own(sca
         assert len({recipe.train.trajectories * recipe.train.epochs for recipe in recipes}) == 1
         assert [recipe.seed for recipe in recipes] == [case.seed for case in cases]
         for setting, recipe in ((c.setting, r) for c, r in zip(cases, recipes, strict=True) if c.setting is not None):
-            assert setting.learning_rate == recipe.train.learning_rate
+            assert setting.learning_rate in (None, recipe.train.learning_rate)
+            assert setting.beta is None or setting.beta == recipe.target.beta.value  # type: ignore[union-attr]
             assert setting.pretrained_kl in (None, recipe.regulariser.pretrained_kl)
 
 

@@ -104,8 +104,9 @@ def test_two_processes_are_one(small: dict[str, Recipe], tmp_path: Path) -> None
         assert len(ours) == len(theirs) == 3
         for mine, other in zip(ours, theirs, strict=True):
             assert mine.keys() == other.keys()
-            # The correlation of a critic that has hardly learnt is mostly rounding.
-            compared = [key for key in mine if not key.startswith("critic_correlation")]
+            # The correlation of a critic that has hardly learnt is mostly rounding, and so is a mean loss whose advantages cancel.
+            inexact = ("critic_correlation", "loss") if name == "groups" else ("critic_correlation",)
+            compared = [key for key in mine if not key.startswith(inexact)]
             assert [key for key in compared if not close(mine[key], other[key])] == []
         mine, other = (load_file(path / "lora/pytorch_lora_weights.safetensors") for path in (run.path, two / name))
         # The bound is a tenth of one of Adam's steps, which have the size of the learning rate for any gradient.
