@@ -26,7 +26,7 @@ class _FirstOrder(Objective):
         name = self.name  # type: ignore[attr-defined]
         if around.black_boxes:
             problems.append(f"objective.name={name}: {', '.join(around.black_boxes)} has no gradient")
-        if self.step_weight == "balanced":
+        if self.step_weight == "balanced" and not isinstance(self, Target):
             problems.append(f"objective.step_weight=balanced changes the gradient of {name}; use one")
         return problems
 
@@ -64,22 +64,7 @@ class RewardFeedback(_FirstOrder):
     null maximises the reward of all."""
 
 
-class AdjointMatching(Target):
+class AdjointMatching(_FirstOrder, Target):
     name: Literal["adjoint"]
     prior: Literal["pretrained"] = "pretrained"
     """The target is p_pretrained exp(beta r); there is no other."""
-
-    @property
-    def takes_gradient(self) -> bool:
-        return True
-
-    @property
-    def log_prob_reduction(self) -> Literal["sum"]:
-        """The loss is a KL divergence in closed form."""
-        return "sum"
-
-    def problems(self, around: Around) -> list[str]:
-        problems = super().problems(around)
-        if around.black_boxes:
-            problems.append(f"objective.name=adjoint: {', '.join(around.black_boxes)} has no gradient")
-        return problems
