@@ -240,59 +240,6 @@ CROSS_FIELD = [
         ("train.step_choice=informative", "objective={name: ddpo}"),
         "train.step_choice=informative is measured on the rewards of x0_hat",
     ),
-    (("objective={name: backprop}", JPEG), "objective.name=backprop: compressibility has no gradient"),
-    (("objective={name: backprop, step_weight: balanced}",), "step_weight=balanced changes the gradient of backprop"),
-    (("objective={name: backprop, last: [3, 2]}",), "objective.last=[3, 2]: the first must not be larger"),
-    (("objective={name: backprop, last: 60}",), "objective.last=60 is more than sampler.steps=50"),
-    (("objective={name: backprop}", "train.step_fraction=0.5"), "backprop trains its last steps"),
-    (("objective={name: refl}", JPEG), "objective.name=refl: compressibility has no gradient"),
-    (("objective={name: adjoint, beta: {value: 1}}", JPEG), "objective.name=adjoint: compressibility has no gradient"),
-    (("objective={name: subtb, beta: {value: 1}}", "train.rollout=one_pass"), "subtb needs whole trajectories"),
-    (("objective={name: dpo}",), "dpo compares pictures of a prompt; set prompts.per_group to 2"),
-    (
-        ("objective={name: dpo}", "prompts.per_group=2", "adapter.kind=full"),
-        "objective.name=dpo needs adapter.kind=lora",
-    ),
-    (
-        ("objective={name: regression, weights: top, keep: 2}", "prompts.per_group=2"),
-        "objective.keep=2 of 2 pictures of a group",
-    ),
-    (("objective={name: dpo, draws: 2}", "prompts.per_group=2"), "objective.draws has no effect with form=chain"),
-    (
-        ("objective={name: dpo, form: denoise, clip_range: 0.1}", "prompts.per_group=2"),
-        "objective.clip_range has no effect with form=denoise",
-    ),
-    (
-        ("objective={name: dpo, form: denoise}", "prompts.per_group=2", "train.micro_batch=1"),
-        "train.micro_batch=1 must be a multiple of prompts.per_group=2",
-    ),
-    (
-        ("objective={name: regression, form: denoise}", "train.step_fraction=0.5"),
-        "objective.form=denoise has no steps",
-    ),
-    (
-        ("objective={name: regression, form: denoise}", "regulariser.pretrained_kl=1e-4"),
-        "regulariser.pretrained_kl has no effect with objective.form=denoise",
-    ),
-    (
-        ("objective={name: regression, form: denoise}", "train.max_kl=0.01"),
-        "train.max_kl has no effect with objective.form=denoise",
-    ),
-    (("objective={name: regression, keep: 2}",), "objective.keep has no effect with weights=softmax"),
-    (("train.step_window=[5, 5]",), "train.step_window=[5, 5]: give the first step and the one after the last"),
-    (("train.step_window=[0, 51]", "sampler.steps=50"), "within 0 and sampler.steps=50"),
-    (("prompts.per_group=5",), "prompts.per_group=5 must divide the trajectories of an update"),
-    (("objective={name: ddpo, std: group}",), "objective.std=group: there are no groups"),
-    (
-        ("objective={name: ddpo, per_prompt: 8}", "prompts.per_group=2"),
-        "objective.per_prompt and prompts.per_group both say what a reward is compared with",
-    ),
-    (("objective={name: tb, beta: {value: 1}}", "train.updates=64"), "tb's log Z needs at least 2 trajectories"),
-    (("objective={name: tb, beta: {value: 1}}", "train.rollout=one_pass"), "tb trains on complete trajectories"),
-    (
-        ("objective={name: tb, beta: {value: 1}, prior: pretrained}", "adapter.kind=full"),
-        "objective.prior=pretrained needs adapter.kind=lora",
-    ),
 ]
 
 
