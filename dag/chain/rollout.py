@@ -90,6 +90,7 @@ def walk(
     sampler: Sampler,
     *,
     has_prior: bool = False,
+    start_id: Tensor | None = None,
     trained: Container[int] = (),
     differentiated: Container[int] = (),
 ) -> Iterator[Step]:
@@ -99,11 +100,12 @@ def walk(
         text:      (B, S, D) prompt embeddings on the policy's device.
         sample_id: (B,) int64 on the policy's device.
         has_prior: replace log P_B by the pretrained model's log P_F, see `against_prior`.
+        start_id:  (B,) int64, whose first noise each sample begins with; None takes its own.
         trained:   the steps k whose predictions get gradients with respect to the weights.
         differentiated: the steps k whose predictions get gradients with respect to x_t.
     """
     schedule = policy.schedule
-    x_t = first_state(policy, sample_id, seed, sampler)
+    x_t = first_state(policy, sample_id if start_id is None else start_id, seed, sampler)
     for k in range(schedule.num_transitions):
         if k in differentiated:
             x_t = x_t.detach().float().requires_grad_(True)  # the gradient has its dtype
@@ -141,6 +143,7 @@ def sample_tile(
     sampler: Sampler,
     forward_looking: ForwardLooking | None = None,
     has_prior: bool = False,
+    start_id: Tensor | None = None,
     on_step: Callable[[], object] = lambda: None,
 ) -> SampledTile:
     """Denoise B samples and keep what training needs.
@@ -150,14 +153,16 @@ def sample_tile(
         sample_id: (B,) int64.
         forward_looking: the section that says which x0_hat are kept for scoring; None keeps none.
         has_prior: replace log P_B by the pretrained model's log P_F, see `against_prior`.
+        start_id:  see `walk`; on any device.
         on_step:   called after each transition, for a progress bar.
     """
     schedule, device = policy.schedule, policy.schedule.timesteps.device
     # Copied once for the tile, not in every transition.
     text, sample_id = text.to(device), sample_id.to(device)
+    start_id = None if start_id is None else start_id.to(device)
     states: list[Tensor] = []
     log_pf, log_pb, x0_hat = [], [], {}
-    for step in walk(policy, text, sample_id, seed, sampler, has_prior=has_prior):
+    for step in walk(policy, text, sample_id, seed, sampler, has_prior=has_prior, start_id=start_id):
         if not states:
             states.append(step.x_t)
         states.append(step.x_next)

@@ -4,6 +4,10 @@ The id, the seed and the step determine a picture's noise, so no two purposes sh
 trajectories to reach the next range.
 """
 
+from torch import Tensor
+
+from dag.recipe import Prompts
+
 TRAINING = 0
 """First id of a run's trajectories, which are counted through all epochs."""
 FIXED_EVALUATION = 1 << 40
@@ -14,3 +18,13 @@ COMPARISON = 1 << 42
 """First id of the pictures of `python -m dag.evaluate`; every model has the same ids."""
 COMPARISON_AGAIN = 1 << 43
 """First id of the base model's second set of pictures in `python -m dag.evaluate`, to which distances are measured."""
+
+
+def first_of_group(sample_id: Tensor, per_group: int) -> Tensor:
+    """(N,) the id of the first trajectory in the group of each: an update's groups are `per_group` neighbours."""
+    return sample_id // per_group * per_group
+
+
+def start_ids(prompts: Prompts, sample_id: Tensor) -> Tensor | None:
+    """(N,) the ids whose first noise trajectories begin with, for `prompts.shared_start`; None for their own."""
+    return first_of_group(sample_id, prompts.per_group) if prompts.shared_start else None

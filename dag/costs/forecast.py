@@ -5,6 +5,7 @@ from collections.abc import Iterator
 from dag.costs.memory import Forecast, Simulation
 from dag.errors import UsageError
 from dag.recipe import Recipe
+from dag.recipe.contradictions import validate
 from dag.run.gpu import GIB
 
 # A lever is named if it lowers the peak to less than this share.
@@ -38,12 +39,11 @@ def savings(recipe: Recipe, now: Forecast) -> Iterator[tuple[str, int]]:
     """
     highest, enough = max(now.phases, key=lambda phase: now.phases[phase]), _WORTH_NAMING * now.peak
     for section, key, value in LEVERS:
-        is_kept_from = recipe.train.rollout == "one_pass" and key in ("chains", "offload_vae")
-        if getattr(getattr(recipe, section), key) == value or is_kept_from:
-            continue
-        if key == "base" and recipe.adapter.kind == "full":
+        if getattr(getattr(recipe, section), key) == value:
             continue
         changed = recipe.model_copy(update={section: getattr(recipe, section).model_copy(update={key: value})})
+        if validate(changed):
+            continue
         simulation = Simulation(changed)
         # If the highest phase stays high, the other phases need not be counted.
         if simulation.peak(highest) < enough and (peak := simulation.forecast().peak) < enough:

@@ -133,6 +133,16 @@ def _reward(name: str, title: str, scale: str) -> Study:
     )
 
 
+_BY_NAME = (
+    *("dag_db", "dag_kl", "ddpo", "nabla_db", "tb", "rtb", "subtb", "grpo", "prdp", "d3po", "dpo", "raft", "rwr"),
+    *("draft", "alignprop", "refl", "adjoint"),
+)
+_ZOO = (
+    replace(_BY_GRADIENT["exact"], name="dag_kl_gradient"),
+    replace(_BY_GRADIENT["learnt"], name="dag_kl_learnt_gradient"),
+    *(Method(name, f"tiny/{name}.yaml") for name in _BY_NAME),
+)
+
 _ABLATIONS = (
     Method("dag_db", "tiny_cpu_db.yaml"),
     Method("no_forward_looking", "tiny_cpu_db.yaml", ("objective.forward_looking.source=none",)),
@@ -191,6 +201,17 @@ STUDIES: dict[str, dict[str, dict[str, Study]]] = {
             "compressibility": _gradients("compressibility", ("dag_db", "ddpo", "learnt"), _CHOSEN),
             "image_text": _gradients("image_text", ("dag_db", "ddpo", "exact", "learnt"), _CHOSEN),
             "other_gradients": _gradients("colourfulness", ("control_variate", "nabla_exact", "nabla_learnt")),
+        },
+        "zoo": {
+            "colourfulness": Study(
+                title="Every objective at equal work of the network",
+                question="Reward, diversity and noun_top1 of every objective for about 8,200 guided forward passes of the denoiser, a "
+                "backward pass counted as 1.2. Methods that train fewer steps, or without a second network call, sample more.",
+                methods=_ZOO,
+                overrides=("reward={name: colourfulness}",),
+                images_per_prompt=4,
+                seeds=1,
+            )
         },
         "ablations": {
             "colourfulness": Study(

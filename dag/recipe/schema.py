@@ -92,6 +92,9 @@ class Prompts(Section):
     """The prompts themselves."""
     per_group: int = Field(1, ge=1)
     """Trajectories of a group: they share their prompt and are in one update. Objectives compare rewards within groups."""
+    shared_start: bool = False
+    """The trajectories of a group also begin in the same noise x_T, so that they differ by the noise of their steps alone
+    (published for D3PO and DanceGRPO). Evaluations are not affected."""
 
     @model_validator(mode="after")
     def _one_source(self) -> "Prompts":
@@ -104,6 +107,8 @@ class Prompts(Section):
             raise ValueError("path belongs to set: drawbench and set: hpdv2; for prompts of your own use file")
         if self.style is not None and self.set != "hpdv2":
             raise ValueError("style belongs to set: hpdv2")
+        if self.shared_start and self.per_group == 1:
+            raise ValueError("shared_start needs groups; set per_group to 2 or more")
         return self
 
 

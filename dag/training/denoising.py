@@ -21,6 +21,7 @@ from torch.nn import functional
 
 from dag.chain.policy import Policy
 from dag.chain.rollout import last_latents
+from dag.chain.sample_ids import first_of_group
 from dag.chain.trajectory import Rows, draw_noise
 from dag.errors import RunError
 from dag.objectives import ObjectiveOutput
@@ -80,7 +81,7 @@ class Denoising:
         """(noised latents (B, C, H, W), their levels (B,), the exact outputs (B, C, H, W))."""
         trajectories, schedule, text = rollout.trajectories, self.schedule, self.loss.text_of(rollout, rows)
         x_0 = last_latents(self.policy, trajectories.states(schedule.num_transitions, rows), text)
-        first = trajectories.sample_id[rows] // self.per_group * self.per_group
+        first = first_of_group(trajectories.sample_id[rows], self.per_group)
         draw = update * self.section.draws + number
         k = self._levels(first, draw)
         shape = tuple(x_0.shape[1:])

@@ -21,6 +21,7 @@ from dag_kernels import residual
 from torch import Tensor
 
 from dag.chain.rollout import Batch, Score, Step, clean_latents, last_latents, walk
+from dag.chain.sample_ids import start_ids
 from dag.chain.trajectory import concatenate
 from dag.objectives import UpdateScalars
 from dag.objectives.transition import residual_table
@@ -166,6 +167,7 @@ class OnePass:
             self.recipe.seed,
             self.recipe.sampler,
             has_prior=self.recipe.samples_prior,
+            start_id=start_ids(self.recipe.prompts, tile.sample_id),
             trained=weights,
             differentiated=differentiated,
         )

@@ -1,6 +1,7 @@
 """Writes what a run gives its user: metrics, curves, pictures, weights."""
 
 import shutil
+import time
 from collections.abc import Callable
 from typing import Any
 
@@ -16,6 +17,9 @@ from dag.recipe import Recipe
 from dag.run import durable
 from dag.run.folder import RunFolder
 from dag.training.build import Components
+
+# Seconds at least between two drawings of the curves, each of which takes half a second; the last epoch is always drawn.
+_BETWEEN_CURVES = 10.0
 
 
 class Outputs:
@@ -33,9 +37,11 @@ class Outputs:
         tracker: Callable[[dict[str, Any], int], object] | None,
     ) -> None:
         self.recipe, self.run, self.components, self.tracker = recipe, run, components, tracker
+        self._last_drawn = time.monotonic()
 
     def epoch(self, epoch: int, metrics: dict[str, Any], result: EvaluationResult | None) -> None:
-        """Write the metrics, redraw the curves and print a line; after an evaluation also write its pictures.
+        """Write the metrics, redraw curves that are older than ten seconds, and print a line; after an evaluation also write
+        its pictures.
 
         Args:
             epoch:  the number of completed epochs; 0 for the evaluation before training.
@@ -56,7 +62,9 @@ class Outputs:
             sheet = sheets.grid(result.images, self._captions(result), self.recipe.evaluation.images_per_prompt)
             with durable.replacing(self.run.sheet(epoch)) as temporary:
                 sheet.save(temporary)
-        draw_curves(self.run.metrics.read(), self.run.path / "curves.png")
+        if epoch == self.recipe.train.epochs or time.monotonic() - self._last_drawn > _BETWEEN_CURVES:
+            draw_curves(self.run.metrics.read(), self.run.path / "curves.png")
+            self._last_drawn = time.monotonic()
         tqdm.write(line(row, self.recipe.train.epochs))
 
     def finish(self) -> None:

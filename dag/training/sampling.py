@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from dag.chain.rollout import Batch, Score, assemble, sample_tile, score_tile
+from dag.chain.sample_ids import start_ids
 from dag.chain.trajectory import ChainStore, Trajectories
 from dag.recipe import Recipe, is_scored, prompts
 from dag.run.meter import PhaseMeter
@@ -87,6 +88,7 @@ class Sampling:
                 recipe.sampler,
                 recipe.forward_looking,
                 recipe.samples_prior,
+                start_ids(recipe.prompts, batch.sample_id),
                 on_step=lambda: on_rows(size),
             )
         with self.meter.phase("reward"):
