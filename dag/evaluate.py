@@ -13,6 +13,7 @@ from dag.errors import RunError, UsageError, exit_code, quiet_on_broken_pipe
 from dag.evaluation import verdict
 from dag.evaluation.compare import evaluate
 from dag.evaluation.perceptual import DISTANCES
+from dag.evaluation.searched import SearchFolder
 from dag.recipe import RewardTerm
 from dag.recipe.load import parse_reward
 from dag.recipe.prompts import read_prompt_file
@@ -39,7 +40,9 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
         prog="python -m dag.evaluate", description="Judge trained models by their pictures."
     )
     parser.add_argument("--run", type=Path, required=True, help="run folder")
-    parser.add_argument("--against", type=Path, nargs="+", default=[], metavar="RUN", help="more runs, same base model")
+    parser.add_argument(
+        "--against", type=Path, nargs="+", default=[], metavar="RUN", help="more runs or searches, same base model"
+    )
     parser.add_argument("--prompts", type=int, default=16, metavar="N", help="how many of the run's prompts")
     parser.add_argument("--prompt-file", metavar="FILE", help="prompts of your own instead")
     parser.add_argument("--images", type=int, default=8, metavar="N", help="pictures per prompt")
@@ -68,8 +71,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     device = this_device()
     out = given.out or _free(given.run)
     try:
-        for run in (given.run, *given.against):
-            RunFolder.open(run)
+        RunFolder.open(given.run)
+        for run in given.against:
+            if not SearchFolder(run).is_one():
+                RunFolder.open(run)
         try:
             out.mkdir(parents=True, exist_ok=True)
             is_empty = not any(out.iterdir())

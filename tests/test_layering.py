@@ -16,7 +16,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ("dag.chain", "dag.run"),
     ("dag.models", "dag.rewards", "dag.objectives"),
     ("dag.evaluation",),
-    ("dag.training",),
+    ("dag.training", "dag.steering"),
     ("dag.costs",),
     ("dag.checklist",),
 )
@@ -29,6 +29,7 @@ DOORS = (
     "dag.reproduce",
     "dag.sample",
     "dag.score",
+    "dag.search",
     "dag.assets.build",
 )
 FLOOR = {folder: floor for floor, folders in enumerate((*FLOORS, DOORS)) for folder in folders}

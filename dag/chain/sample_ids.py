@@ -18,6 +18,9 @@ COMPARISON = 1 << 42
 """First id of the pictures of `python -m dag.evaluate`; every model has the same ids."""
 COMPARISON_AGAIN = 1 << 43
 """First id of the base model's second set of pictures in `python -m dag.evaluate`, to which distances are measured."""
+SEARCH = 1 << 44
+"""First id of the particles of `python -m dag.search`; each of its pictures has `PARTICLES` ids."""
+PARTICLES = 1 << 16
 
 
 def first_of_group(sample_id: Tensor, per_group: int) -> Tensor:

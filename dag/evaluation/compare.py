@@ -19,6 +19,7 @@ from dag.chain.sample_ids import COMPARISON, COMPARISON_AGAIN
 from dag.errors import UsageError
 from dag.evaluation.measure import BASE, BASE_AGAIN, Measure, Task
 from dag.evaluation.perceptual import Distance, load_distance
+from dag.evaluation.searched import SearchFolder
 from dag.models import families
 from dag.models.source import EMBEDDED, local_folder
 from dag.recipe import Recipe
@@ -44,9 +45,10 @@ def evaluate(
     features: str | None = None,
     distances: Sequence[str] = (),
 ) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """Draw pictures with trained runs and with their base model, and measure them.
+    """Draw pictures with trained runs and with their base model, and measure them, and those that searches have found.
 
     Args:
+        runs:     folders of runs and, after the first, of searches.
         prompts:  the prompts to draw; None takes the first `num_prompts` of the first run.
         rewards:  rewards to measure besides those that the runs were trained on and those that need no weights.
         features: `embedded` or a CLIP model; None takes `embedded`, which is possible for the embedded model only.
@@ -70,7 +72,10 @@ def evaluate(
     measure = Measure(task, _all_rewards(recipes, rewards), tower, known_distances, device)
     drawn = list(_drawn(judged, chosen, task, device))
     pictures = {one.name: one.images for one in drawn}
-    rows = [{**row, "path_kl": one.path_kl} for row, one in zip(measure.rows(pictures), drawn, strict=True)]
+    rows = [
+        {**row, "path_kl": one.path_kl, "passes": one.passes}
+        for row, one in zip(measure.rows(pictures), drawn, strict=True)
+    ]
     report_data = {
         "features": source,
         "distances": list(known_distances),
@@ -78,7 +83,7 @@ def evaluate(
         "num_prompts": num_prompts,
         "images_per_prompt": images_per_prompt,
         "seed": task.seed,
-        "checkpoints": {one.name: one.checkpoint.name for one in judged},
+        "checkpoints": {one.name: one.what for one in judged},
         "weights": _hashes(judged),
         "trained_on": [[term.name for term in recipe.reward] for recipe in recipes],
         "versions": versions(),
@@ -116,20 +121,45 @@ def instruments(
 
 @dataclass(frozen=True)
 class _Judged:
-    """A run, and the checkpoint of it that is judged."""
+    """A run with the checkpoint of it that is judged, or a search, whose pictures are drawn already."""
 
     name: str
     recipe: Recipe
-    checkpoint: Path
+    checkpoint: Path | None
+    search: SearchFolder | None = None
+
+    @property
+    def what(self) -> str:
+        """What is judged, for the report."""
+        if self.checkpoint is not None:
+            return self.checkpoint.name
+        assert self.search is not None
+        return f"search by {self.search.read_recipe().search.name}"
+
+    @property
+    def sha256(self) -> str:
+        """Of the trained weights, or of the search's results."""
+        if self.checkpoint is not None:
+            return durable.sha256(self.checkpoint / "policy.safetensors")
+        assert self.search is not None
+        return durable.sha256(self.search.results)
 
 
 def _judged(runs: Sequence[Path]) -> list[_Judged]:
-    """The runs, each with its newest checkpoint. Raises UsageError if one is no run, RunError if one has no weights."""
-    folders = [RunFolder.open(path) for path in runs]
-    return [
-        _Judged(name, folder.read_recipe(), checkpoint.chosen(folder.checkpoints))
-        for name, folder in zip(_names(runs), folders, strict=True)
-    ]
+    """The runs, each with its newest checkpoint, and the searches among them.
+
+    Raises UsageError if one is neither, or the first one a search; RunError if a run has no weights.
+    """
+    found: list[_Judged] = []
+    for name, path in zip(_names(runs), runs, strict=True):
+        search = SearchFolder(path)
+        if search.is_one() and found:
+            search.read_results()
+            found.append(_Judged(name, search.read_recipe().as_training(), None, search))
+            continue
+        folder = RunFolder.open(path)
+        found.append(_Judged(name, folder.read_recipe(), checkpoint.chosen(folder.checkpoints)))
+    return found
 
 
 def weights_of(runs: Sequence[Path]) -> dict[str, str]:
@@ -138,7 +168,7 @@ def weights_of(runs: Sequence[Path]) -> dict[str, str]:
 
 
 def _hashes(judged: Sequence[_Judged]) -> dict[str, str]:
-    return {one.name: durable.sha256(one.checkpoint / "policy.safetensors") for one in judged}
+    return {one.name: one.sha256 for one in judged}
 
 
 def _refuse_different(runs: Sequence[Path], recipes: Sequence[Recipe]) -> None:
@@ -190,13 +220,21 @@ class _Drawn:
     name: str
     images: Tensor
     path_kl: float | None
-    """Nats a picture, see `generate_beside_pretrained`; None after a full fine-tune, which keeps no pretrained copy."""
+    """Nats a picture, see `generate_beside_pretrained`; None of a search, and after a full fine-tune, which keeps no pretrained
+    copy."""
+    passes: float
+    """Guided forward passes of the denoiser for a picture, without training."""
 
 
 def _drawn(judged: Sequence[_Judged], chosen: Sequence[str], task: Task, device: torch.device) -> Iterator[_Drawn]:
-    """The base model's pictures, those of other seeds, then each run's."""
+    """The base model's pictures, those of other seeds, then those of each run or search."""
     for one in judged:
-        recipe = one.recipe
+        recipe, steps = one.recipe, float(one.recipe.sampler.steps)
+        if one.search is not None:
+            passes = one.search.read_results()["passes"]
+            yield _Drawn(one.name, one.search.found(chosen, task.images_per_prompt), None, passes)
+            continue
+        assert one.checkpoint is not None
         policy = families.load(recipe, device)
         text = policy.encode(list(chosen)).repeat_interleave(task.images_per_prompt, dim=0)
         policy.free_text_encoder()
@@ -206,13 +244,13 @@ def _drawn(judged: Sequence[_Judged], chosen: Sequence[str], task: Task, device:
         drawn = task.seed, recipe.sampler, tile
         with policy.decoder.at_work():
             if one is judged[0]:
-                yield _Drawn(BASE, generate(policy, text, same, *drawn), 0.0)
-                yield _Drawn(BASE_AGAIN, generate(policy, text, other, *drawn), 0.0)
+                yield _Drawn(BASE, generate(policy, text, same, *drawn), 0.0, steps)
+                yield _Drawn(BASE_AGAIN, generate(policy, text, other, *drawn), 0.0, steps)
             policy.load_state_dict(checkpoint.load_tensors(one.checkpoint, "policy"))
             if recipe.adapter.kind == "lora":
-                yield _Drawn(one.name, *generate_beside_pretrained(policy, text, same, *drawn))
+                yield _Drawn(one.name, *generate_beside_pretrained(policy, text, same, *drawn), steps)
             else:
-                yield _Drawn(one.name, generate(policy, text, same, *drawn), None)
+                yield _Drawn(one.name, generate(policy, text, same, *drawn), None, steps)
         # Freed before the next model is built.
         del policy
 

@@ -205,8 +205,8 @@ STUDIES: dict[str, dict[str, dict[str, Study]]] = {
         "zoo": {
             "colourfulness": Study(
                 title="Every objective at equal work of the network",
-                question="Reward, diversity and noun_top1 of every objective for about 8,200 guided forward passes of the denoiser, a "
-                "backward pass counted as 1.2. Methods that train fewer steps, or without a second network call, sample more.",
+                question="Reward, diversity and noun_top1 of every objective for about 8,200 guided forward passes of the "
+                "denoiser, a backward pass counted as 1.2. Methods that train fewer steps sample more trajectories.",
                 methods=_ZOO,
                 overrides=("reward={name: colourfulness}",),
                 images_per_prompt=4,

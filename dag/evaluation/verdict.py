@@ -17,7 +17,7 @@ _SHOWN_PROMPTS, _SHOWN_IMAGES = 8, 4
 def table(data: dict[str, Any]) -> str:
     """The report in Markdown."""
     rewards = list(data["models"][0]["rewards"])
-    others = ["diversity", "vendi", *data["distances"], "frechet", "kernel", "path_kl", "alignment"]
+    others = ["diversity", "vendi", *data["distances"], "frechet", "kernel", "path_kl", "alignment", "passes"]
     if all("noun_top1" in row for row in data["models"]):
         others.append("noun_top1")
     rows = []
@@ -36,7 +36,8 @@ def table(data: dict[str, Any]) -> str:
         f"features of {data['features']}. Gains are over the base model with the same seeds, ± their standard error over "
         "prompts; vendi is the effective number of different pictures of a prompt; frechet and kernel are distances from "
         "the base model's pictures of other seeds, to be read against those of the base model itself; path_kl is the KL of the "
-        "trajectories to the base model's, in nats a picture. Judged: "
+        "trajectories to the base model's, in nats a picture; passes are guided forward passes of the denoiser for a picture, "
+        "training aside. Judged: "
         + ", ".join(f"{name} at {place}" for name, place in data["checkpoints"].items())
         + "."
     )

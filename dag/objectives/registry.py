@@ -48,6 +48,8 @@ class UpdateScalars:
     """(N,) beta r(x_0); None for an objective without a target."""
     reward: Tensor | None = None
     """(N,) r(x_0) as it was scored."""
+    values: Tensor | None = None
+    """(N, T) the final reward that the reward critic expects from each state; None for an objective that takes none."""
     residuals: Tensor | None = None
     """(N, T) detailed-balance residuals; None without a state flow that learns values."""
     residual_scale: Tensor | None = None

@@ -82,13 +82,11 @@ def _gradient_problems(recipe: Recipe) -> list[str]:
         problems.append(
             "train.updates: in one pass the reward critic needs at least 2 trajectories an update, to hold one out"
         )
-    is_late = recipe.train.rollout == "one_pass" or (
-        isinstance(balance, ScalarBalance) and balance.policy_gradient == "control_variate"
-    )
+    is_late = recipe.train.rollout == "one_pass" or recipe.fits_critic_afterwards
     if recipe.has_critic and is_late and recipe.warmup_epochs == 0:
         problems.append(
-            "reward_critic: in one pass and with control_variate the policy is trained before the critic has seen its rollout; "
-            "set flow.warmup_epochs to 1 or more"
+            "reward_critic: in one pass, with control_variate and with baseline=value the policy is trained before the critic "
+            "has seen its rollout; set flow.warmup_epochs to 1 or more"
         )
     return problems
 

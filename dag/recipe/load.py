@@ -15,7 +15,10 @@ from pydantic import ValidationError
 from dag.errors import UsageError
 from dag.recipe import ObjectiveTerm, Recipe, validate
 from dag.recipe.reward_sections import RewardTerm
+from dag.recipe.search_sections import SEARCHES, SHARED, SearchRecipe, SearchTerm
 from dag.recipe.section import Section
+
+_Schema = typing.TypeVar("_Schema", bound=Section)
 
 
 def load(path: str | Path, overrides: typing.Sequence[str] = ()) -> Recipe:
@@ -28,6 +31,35 @@ def load(path: str | Path, overrides: typing.Sequence[str] = ()) -> Recipe:
     Raises:
         UsageError: naming the file and every mistake in it.
     """
+    data, overridden = read(path, overrides)
+    return parse(data, str(path), overridden)
+
+
+def load_search(path: str | Path, method: str | None = None, overrides: typing.Sequence[str] = ()) -> SearchRecipe:
+    """Read, override and check the recipe of a search, or what a training recipe says of model, sampler, prompts and reward.
+
+    Args:
+        path:      YAML file.
+        method:    takes the place of the file's section `search`; a training recipe has none.
+        overrides: as for `load`.
+
+    Raises:
+        UsageError: naming the file and every mistake in it.
+    """
+    data, _ = read(path, ())
+    if "search" not in data:
+        data = {key: value for key, value in data.items() if key in SHARED}
+        if method is None:
+            raise UsageError(f"{path}: a training recipe; say how to search: --method {', '.join(SEARCHES)}")
+    if method is not None and data.get("search", {}).get("name") != method:
+        data["search"] = {"name": method}
+    for override in overrides:
+        _apply_override(data, override)
+    return checked(SearchRecipe, data, str(path), [override.partition("=")[0].strip() for override in overrides])
+
+
+def read(path: str | Path, overrides: typing.Sequence[str]) -> tuple[dict[str, Any], list[str]]:
+    """(the mapping in a YAML file, with overrides, the overridden keys). Raises UsageError."""
     try:
         text = Path(path).read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
@@ -43,7 +75,7 @@ def load(path: str | Path, overrides: typing.Sequence[str] = ()) -> Recipe:
         raise UsageError(f"{path}: a recipe is a mapping of keys, found {type(data).__name__}")
     for override in overrides:
         _apply_override(data, override)
-    return parse(data, str(path), [override.partition("=")[0].strip() for override in overrides])
+    return data, [override.partition("=")[0].strip() for override in overrides]
 
 
 class _Loader(yaml.SafeLoader):
@@ -66,18 +98,23 @@ def parse(data: dict[str, Any], source: str, overridden: typing.Sequence[str] = 
         source:     names the mapping in error messages.
         overridden: keys that come from `--set`, which is named in the place of `source` for mistakes in them.
     """
-    try:
-        recipe = Recipe.model_validate(data)
-    except ValidationError as error:
-        lines = [
-            f"--set {key}: {mistake}" if _is_in(key, overridden) else f"{source}: {key}: {mistake}"
-            for key, mistake in _explain(error)
-        ]
-        raise UsageError("\n".join(lines)) from None
+    recipe = checked(Recipe, data, source, overridden)
     problems = validate(recipe)
     if problems:
         raise UsageError("\n".join(f"{source}: {problem}" for problem in problems))
     return recipe
+
+
+def checked(schema: type[_Schema], data: dict[str, Any], source: str, overridden: typing.Sequence[str] = ()) -> _Schema:
+    """The sections in a mapping, each key checked by itself. Arguments and errors as for `parse`."""
+    try:
+        return schema.model_validate(data)
+    except ValidationError as error:
+        lines = [
+            f"--set {key}: {mistake}" if _is_in(key, overridden) else f"{source}: {key}: {mistake}"
+            for key, mistake in _explain(error, schema)
+        ]
+        raise UsageError("\n".join(lines)) from None
 
 
 def _is_in(key: str, overridden: typing.Sequence[str]) -> bool:
@@ -142,14 +179,14 @@ def _child(node: Any, name: str, create: bool) -> Any:
     return node.get(name)
 
 
-def _explain(error: ValidationError) -> list[tuple[str, str]]:
+def _explain(error: ValidationError, schema: type[Section]) -> list[tuple[str, str]]:
     """[(key, what is wrong with it)]"""
     mistakes = []
     for item in error.errors(include_url=False):
         location = _without_union_tag(item["loc"])
         key = _shown(".".join(map(str, location))) or "recipe"
         if item["type"] == "extra_forbidden":
-            known = known_keys(item["loc"][:-1])
+            known = known_keys(item["loc"][:-1], schema)
             close = difflib.get_close_matches(str(location[-1]), known, n=1)
             hint = f"; did you mean '{close[0]}'?" if close else f"; known: {', '.join(known)}"
             mistakes.append((key, f"unknown key{hint}"))
@@ -174,7 +211,7 @@ def _explain(error: ValidationError) -> list[tuple[str, str]]:
 
 _UNION_TAGS = {
     name
-    for union in (RewardTerm, ObjectiveTerm)
+    for union in (RewardTerm, ObjectiveTerm, SearchTerm)
     for member in typing.get_args(typing.get_args(union)[0])
     for name in typing.get_args(member.model_fields["name"].annotation)
 }
@@ -191,17 +228,17 @@ _PLAIN = {
 
 
 def _without_union_tag(location: tuple[int | str, ...]) -> list[int | str]:
-    """A mistake's location as keys of the file: without the `name` that pydantic adds for a reward or an objective."""
-    at = {"objective": 1, "reward": 2}.get(str(location[0])) if location else None
+    """A mistake's location as keys of the file: without the `name` that pydantic adds for a reward, an objective or a search."""
+    at = {"objective": 1, "search": 1, "reward": 2}.get(str(location[0])) if location else None
     return [part for index, part in enumerate(location) if index != at or part not in _UNION_TAGS]
 
 
-def known_keys(path: typing.Sequence[int | str]) -> list[str]:
+def known_keys(path: typing.Sequence[int | str], schema: type[Section] = Recipe) -> list[str]:
     """The keys that the section at `path` accepts, sorted; [] is the top level.
 
-    For a section with a `name` (reward, objective): those of that name if the path has it, else those of all names.
+    For a section with a `name` (reward, objective, search): those of that name if the path has it, else those of all names.
     """
-    models: list[type[Section]] = [Recipe]
+    models: list[type[Section]] = [schema]
     for part in path:
         if isinstance(part, int):
             continue

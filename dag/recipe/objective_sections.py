@@ -94,6 +94,11 @@ class Objective(Section):
         """Whether gradients of rewards are learnt that could be computed."""
         return False
 
+    @property
+    def takes_values(self) -> bool:
+        """Whether the reward critic predicts the final reward at every state, to compare it with."""
+        return False
+
     def problems(self, around: Around) -> list[str]:
         """Mistakes that involve this section and others of its recipe, in words; empty if there are none."""
         return []

@@ -16,6 +16,7 @@ from dag.recipe.objective_sections import (
     ForwardLooking,
     KLDivergence,
     NablaBalance,
+    ScalarBalance,
     Target,
     ValueBalance,
 )
@@ -301,7 +302,7 @@ class Recipe(Section):
         """Epochs at the start that do not train the policy: flow, critic or scales learn first, if one of them must."""
         balance = self.balance
         if balance is None:
-            return 0
+            return self.flow.warmup_epochs if self.objective.takes_values else 0
         learns_values = isinstance(balance, ValueBalance) and balance.has_flow
         is_first = self.train.rollout == "one_pass" or self.has_critic
         return self.flow.warmup_epochs if learns_values or is_first else 0
@@ -331,8 +332,16 @@ class Recipe(Section):
 
     @property
     def has_critic(self) -> bool:
-        """Whether a critic learns the gradient of at least one reward."""
-        return any(self.learnt_rewards)
+        """Whether a critic learns the gradient of at least one reward, or the value of every state."""
+        return self.objective.takes_values or any(self.learnt_rewards)
+
+    @property
+    def fits_critic_afterwards(self) -> bool:
+        """Whether the critic is trained on a rollout after the policy's updates. As a control variate or a baseline it must be: a
+        critic that has seen the rollout's own rewards explains part of their noise, and the estimate would be biased."""
+        objective = self.objective
+        is_corrected = isinstance(objective, ScalarBalance) and objective.policy_gradient == "control_variate"
+        return is_corrected or objective.takes_values
 
     @field_validator("reward", mode="before")
     @classmethod

@@ -20,12 +20,21 @@ class PolicyGradient(Objective):
     on which all pictures score alike as much weight as others), or nothing (unbiased). Without groups the epoch is the group."""
     std_floor: float = Field(1e-6, gt=0)
     """Added to the sd, so that equal rewards are not divided by their rounding."""
+    baseline: Literal["group", "value"] = "group"
+    """What a reward is compared with: the mean of its group, or at every state the final reward that the reward critic expects from
+    x0_hat and the prompt (DPOK). The critic learns after the updates, so `flow.warmup_epochs` must be 1 or more."""
     per_prompt: int | None = Field(None, ge=2)
     """Normalise each reward by its prompt's last rewards, this many, once half as many are known; null takes those of the
     epoch."""
 
+    @property
+    def takes_values(self) -> bool:
+        return self.baseline == "value"
+
     def problems(self, around: Around) -> list[str]:
         problems = []
+        if self.takes_values and (self.per_prompt is not None or self.std == "group"):
+            problems.append("objective.baseline=value compares with no group: per_prompt and std=group have no effect")
         if self.std == "group" and around.per_group == 1:
             problems.append("objective.std=group: there are no groups; set prompts.per_group to 2 or more")
         if self.per_prompt is not None and around.per_group > 1:

@@ -14,6 +14,7 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
+from dag.chain.jacobian import backwards
 from dag.chain.policy import Policy
 from dag.chain.rollout import last_latents
 from dag.chain.trajectory import Rows
@@ -21,7 +22,6 @@ from dag.objectives import ObjectiveOutput, pathwise
 from dag.objectives.log_scale import LogScale
 from dag.recipe import AdjointMatching, Backpropagation, Recipe, RewardFeedback
 from dag.training.flow_gradient import Rewarded
-from dag.training.jacobian import backwards
 from dag.training.loss import Loss, Rollout, StepOutput, Tables
 from dag.training.pull import Pull, kl_to
 

@@ -117,6 +117,11 @@ class CriticFit:
             (gradient,) = torch.autograd.grad(value.sum(), x)
         return value.detach(), gradient
 
+    @torch.no_grad()
+    def value(self, latents: Tensor, prompt_id: Tensor) -> Tensor:
+        """(B,) learnt rewards at clean latents. Arguments as for `value_and_gradient`."""
+        return self.mean + self.sd * self.critic(latents.float(), prompt_id.to(self.device))
+
     # -- fitting -------------------------------------------------------------------------------------------------
 
     def learn(self, latents: Tensor, reward: Tensor, prompt_id: Tensor) -> dict[str, float]:

@@ -14,6 +14,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
+from dag.chain.jacobian import backwards
 from dag.chain.policy import Policy, Prediction
 from dag.chain.rollout import Score, last_latents
 from dag.objectives.log_scale import LogScale
@@ -21,7 +22,6 @@ from dag.recipe import Balance, Recipe
 from dag.training.critic_fit import CriticFit
 from dag.training.embeddings import Embeddings
 from dag.training.flow_fit import FlowFit
-from dag.training.jacobian import backwards
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,7 @@ from torch.nn import functional
 
 from dag.chain.policy import Policy
 from dag.chain.rollout import Score, last_latents
-from dag.chain.trajectory import Trajectories, cut, on_cpu
+from dag.chain.trajectory import Rows, Trajectories, cut, on_cpu
 from dag.objectives import Objective
 from dag.objectives.log_scale import LogScale, RewardScale
 from dag.recipe import Balance, Recipe, ScalarBalance, ValueBalance
@@ -47,7 +47,7 @@ class Lesson:
     latents: Tensor
     """(N, S, C, H, W) float16 clean latents."""
     reward: Tensor
-    """(N, S) the learnt part of their rewards."""
+    """(N, S) the learnt part of their rewards; for a baseline, the reward of the final picture."""
     prompt_id: Tensor
     """(N,) int64 on the CPU."""
     cosine: Tensor | None
@@ -152,18 +152,15 @@ class Learner:
                 rollout.groups,
             )
 
-    @property
-    def fits_critic_afterwards(self) -> bool:
-        """Whether the critic is trained on a rollout after the policy's updates. With a control variate it must be: a critic
-        that has seen the rollout's own rewards explains part of their noise, and the estimate would not be unbiased."""
-        section = self.recipe.objective
-        return isinstance(section, ScalarBalance) and section.policy_gradient == "control_variate"
-
     def critic_lesson(self, trajectories: Trajectories, score: Score | None) -> Lesson | None:
         """What the reward critic learns from this process's trajectories, or None without a critic. Nothing is changed yet."""
         section = self.recipe.forward_looking
         if self.critic_fit is None:
             return None
+        if self.recipe.objective.takes_values:
+            steps = preview_steps(self.schedule.num_transitions, 1)
+            reward = trajectories.reward[:, None].expand(-1, len(steps) + 1)
+            return Lesson(self._previews(trajectories, steps), reward, trajectories.prompt_id, None)
         assert section is not None and score is not None and trajectories.x0_hat_reward is not None
         steps = preview_steps(self.schedule.num_transitions, section.stride)
         latents = self._previews(trajectories, steps)
@@ -187,6 +184,15 @@ class Learner:
         if lesson.cosine is not None:
             measured["critic_cosine"] = float(self.processes.sum(lesson.cosine)) / self.processes.size
         return measured
+
+    @torch.no_grad()
+    def state_values(self, trajectories: Trajectories, rows: Rows) -> Tensor | None:
+        """(B, T) the final rewards that the critic expects from x0_hat at every state, or None if the objective takes none."""
+        if self.critic_fit is None or not self.recipe.objective.takes_values:
+            return None
+        prompt_id, T = trajectories.prompt_id[on_cpu(rows)], self.schedule.num_transitions
+        x0_hats = (trajectories.x0_hat_old(self.schedule, rows, k) for k in range(T))
+        return torch.stack([self.critic_fit.value(x0_hat, prompt_id) for x0_hat in x0_hats], dim=1)
 
     def _agreement(self, latents: Tensor, prompt_id: Tensor, score: Score) -> Tensor | None:
         """() the mean cosine of the critic's gradient and the exact one at a few latents (B, C, H, W), as the last updates used it.

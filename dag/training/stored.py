@@ -67,7 +67,7 @@ class StoredTraining:
             for number in range(state.sums.updates, train.inner_epochs * len(groups)):
                 yield from self._update(rollout, groups[number % len(groups)], state, on_rows)
         state.measured |= self.updates.metrics(state.sums)
-        if self.learner.fits_critic_afterwards:
+        if self.recipe.fits_critic_afterwards:
             state.measured |= self.learner.fit_critic(self._lesson(trajectories, score), train.updates)
 
     def _lesson(self, trajectories: Trajectories, score: Score | None) -> Lesson | None:
@@ -83,7 +83,7 @@ class StoredTraining:
             excess = flow_fit.excess(trajectories, slice(0, trajectories.num_trajectories))
             flow_fit.recentre(residuals, None if excess is None else self.processes.everyones(excess, groups))
             self.learner.fit_flow(rollout)
-        if not self.learner.fits_critic_afterwards:
+        if not self.recipe.fits_critic_afterwards:
             state.measured |= self.learner.fit_critic(lesson, groups)
         reward = self.processes.everyones(trajectories.reward.cpu(), groups)
         prompt_id = self.processes.everyones(trajectories.prompt_id, groups)
@@ -162,6 +162,7 @@ class StoredTraining:
             log_ratio=everyones(factor * (trajectories.log_pf - trajectories.log_pb)[rows]),
             log_reward=None if terms is None else everyones(terms.log_reward[rows]),
             reward=everyones(trajectories.reward[rows]),
+            values=None if (values := learner.state_values(trajectories, rows)) is None else everyones(values),
         )
         if flow_fit is None or terms is None:
             return known

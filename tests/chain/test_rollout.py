@@ -6,13 +6,14 @@ from pathlib import Path
 import pytest
 import torch
 from dag_kernels import standard_normal
-from helpers.building import disturb, parts_of
+from helpers.building import disturb, parts_of, rolled_out
 from torch.distributions import Normal
 
 from dag.chain.rollout import SampledTile, generate, generate_beside_pretrained, sample_tile, walk
 from dag.chain.schedule import INITIAL_NOISE
 from dag.recipe import Recipe
 from dag.recipe.prompts import draw
+from dag.run.folder import RunFolder
 
 MakeRecipe = Callable[..., Recipe]
 
@@ -35,6 +36,27 @@ def test_the_stored_state_is_the_state(make_recipe: MakeRecipe) -> None:
         assert torch.equal(tile.chain[k + 1], expected)
         assert torch.equal(tile.log_pf[:, k], schedule.log_pf(tile.chain[k], tile.chain[k + 1], output, k))
         assert torch.equal(tile.log_pb[:, k], schedule.log_pb(tile.chain[k], tile.chain[k + 1], k))
+
+
+def test_trajectories_of_a_group_may_begin_in_the_same_noise(make_recipe: MakeRecipe, tmp_path: Path) -> None:
+    prompts = {"texts": ["a cat", "a dog"], "per_group": 2}
+    apart, shared = (
+        rolled_out(
+            make_recipe(prompts={**prompts, "shared_start": is_shared}), RunFolder.create(tmp_path / str(is_shared))
+        )
+        for is_shared in (False, True)
+    )
+    own, ours = apart[1].chain, shared[1].chain
+    assert torch.equal(ours[0, 0::2], own[0, 0::2])
+    assert torch.equal(ours[0, 1::2], own[0, 0::2])
+    assert not torch.equal(ours[1, 1], ours[1, 0])
+    assert not torch.equal(ours[0, 2], ours[0, 0])
+    # A resumed epoch recomputes outputs from two states and the noise of the step between them.
+    trajectories, schedule = shared[1], shared[0].components.policy.schedule
+    text = shared[0].components.text[trajectories.prompt_id]
+    with torch.no_grad():
+        predicted = shared[0].components.policy.predict(ours[0], schedule.timesteps[0].expand(8), text).guided
+    torch.testing.assert_close(trajectories.output_old(schedule, slice(0, 8), 0), predicted, rtol=1e-3, atol=1e-3)
 
 
 def test_only_trained_steps_keep_a_graph(make_recipe: MakeRecipe) -> None:

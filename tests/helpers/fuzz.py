@@ -21,7 +21,9 @@ from dag.run import checkpoint
 from dag.run.checkpoint import Position
 from dag.training import plan
 
-RECIPES = sorted((Path(__file__).parents[2] / "recipes").rglob("*.yaml"))
+RECIPES = sorted(
+    path for path in (Path(__file__).parents[2] / "recipes").rglob("*.yaml") if path.parent.name != "search"
+)
 # How many tries had which result.
 SEEN: Counter[str] = Counter()
 

@@ -12,6 +12,7 @@ from dag.recipe import (
     objective_sections,
     reward_sections,
     schema,
+    search_sections,
     table_sections,
 )
 from dag.recipe.section import Section
@@ -24,6 +25,7 @@ SCHEMAS = {
     "dag.recipe.first_order_sections": first_order_sections,
     "dag.recipe.table_sections": table_sections,
     "dag.recipe.reward_sections": reward_sections,
+    "dag.recipe.search_sections": search_sections,
 }
 
 
@@ -56,7 +58,11 @@ def names_behind(section: type[Section], attribute: str) -> set[str]:
     return names_in(typing.get_type_hints(found.fget)["return"]) if isinstance(found, property) else set()
 
 
-SECTIONS = {section.__name__: section for section in sections_below(recipe.Recipe)}
+SECTIONS = {
+    section.__name__: section
+    for top in (recipe.Recipe, search_sections.SearchRecipe)
+    for section in sections_below(top)
+}
 FIELDS = {(name, field) for name, section in SECTIONS.items() for field in section.model_fields}
 
 

@@ -66,7 +66,7 @@ def test_at_the_recipes_shapes(name: str, dtype: torch.dtype, shape: tuple[int, 
     compare(OPS[name], OPS[name].make(8, shape, dtype, DEVICE, 0))
 
 
-@pytest.mark.parametrize("B", [1, 40, 300])
+@pytest.mark.parametrize("B", [1, 70])
 def test_one_row_and_many(B: int) -> None:
     for spec in OPS.values():
         compare(spec, spec.make(B, (2, 4, 4), torch.float32, DEVICE, B))

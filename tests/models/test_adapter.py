@@ -73,7 +73,7 @@ def autocast_form(policy: StableDiffusion) -> Any:
 def test_loss_and_gradient_err_at_most_twice_as_far_as_autocasts() -> None:
     """The truth is float64 with the same half-precision frozen weights; on the embedded model, at four steps of the chain.
 
-    Over 24 samples the largest errors of both forms are equal within a fifth; over three samples they are a matter of luck.
+    Over 12 samples the largest errors of both forms are equal within a fifth; over three samples they are a matter of luck.
     """
     recipe = load(ROOT / "recipes/tiny_cpu_db.yaml", ["model.dtype=bf16"])
     policy, text = policy_of(recipe)
@@ -81,10 +81,10 @@ def test_loss_and_gradient_err_at_most_twice_as_far_as_autocasts() -> None:
     exact = copy.deepcopy(plain).double()
     schedule, scale = policy.schedule, recipe.sampler.guidance_scale
     assert policy._uncond is not None
-    both = torch.cat([policy._uncond.expand(24, -1, -1), text.repeat(8, 1, 1)])
+    both = torch.cat([policy._uncond.expand(12, -1, -1), text.repeat(4, 1, 1)])
     generator = torch.Generator().manual_seed(3)
-    x_t, noise = (torch.randn(24, *policy.latent_shape, generator=generator) for _ in range(2))
-    k = torch.tensor([0, 3, 6, 9]).repeat_interleave(6)
+    x_t, noise = (torch.randn(12, *policy.latent_shape, generator=generator) for _ in range(2))
+    k = torch.tensor([0, 3, 6, 9]).repeat_interleave(3)
     t = schedule.timesteps[k].repeat(2)
     # An error of the network enters log P_F divided by this; multiplied by it, the errors of all steps have one size.
     unit = schedule.sigma[k] / schedule.mean_output[k].abs()

@@ -8,7 +8,9 @@ from typing import Any
 import pytest
 import torch
 from helpers.building import disturb, parts_of
+from helpers.tiny_rewards import reward_of
 from safetensors.torch import load_file
+from torch import Tensor
 
 from dag.chain.rollout import generate
 from dag.evaluation import judge
@@ -100,24 +102,26 @@ def test_old_and_new_tokenizer_files_agree() -> None:
     assert len(tokenizer(caption).input_ids) == len(caption.split()) + 2
 
 
-@pytest.mark.slow
-def test_pictures_show_what_was_asked_for(embedded: Recipe) -> None:
-    """By chance 1 in 69 would be right; the model card has the measured shares."""
+@pytest.fixture(scope="module")
+def pictures(embedded: Recipe) -> tuple[Tensor, tuple[str, ...]]:
+    """(a picture of each of the recipe's prompts, the prompts)."""
     parts = parts_of(embedded)
-    images = generate(parts.policy, parts.text, list(range(45)), 0, embedded.sampler)
-    top1, top5 = judge.noun_accuracy(judge.load_judge(), images, parts.prompts)
+    return generate(parts.policy, parts.text, list(range(45)), 0, embedded.sampler), parts.prompts
+
+
+@pytest.mark.slow
+def test_pictures_show_what_was_asked_for(pictures: tuple[Tensor, tuple[str, ...]]) -> None:
+    """By chance 1 in 69 would be right; the model card has the measured shares."""
+    top1, top5 = judge.noun_accuracy(judge.load_judge(), *pictures)
     assert top1 > 0.3
     assert top5 > 0.5
 
 
 @pytest.mark.slow
-def test_the_scorer_prefers_the_right_prompt(embedded: Recipe) -> None:
+def test_the_scorer_prefers_the_right_prompt(pictures: tuple[Tensor, tuple[str, ...]]) -> None:
     """Pictures of the embedded model mostly score higher with their own prompt than with another animal's."""
-    from helpers.tiny_rewards import reward_of
-
-    parts = parts_of(embedded)
-    images = generate(parts.policy, parts.text, list(range(45)), 0, embedded.sampler)
-    reward, prompts = reward_of("image_text"), list(parts.prompts)
+    images, prompts = pictures[0], list(pictures[1])
+    reward = reward_of("image_text")
     right, wrong = reward(images, prompts), reward(images, prompts[7:] + prompts[:7])
     assert float((right > wrong).float().mean()) > 0.75
 

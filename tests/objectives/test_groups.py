@@ -111,6 +111,22 @@ def test_a_floor_keeps_the_rounding_of_equal_rewards_small() -> None:
     assert float(floored.abs().max()) < 1e-3
 
 
+def test_a_reward_is_compared_with_what_was_expected_of_its_state() -> None:
+    """With the mean of the others as the value of every state it is, up to N / (N - 1), the advantage of a group."""
+    reward, values = torch.tensor([1.0, 3.0, 8.0]), torch.tensor([[0.0, 2.0], [3.0, 1.0], [8.0, 9.0]])
+    valued = ddpo(baseline="value", std="none", advantage_clip=1.5)
+    assert valued.observe(reward, torch.zeros(3)) is None
+    found = valued.advantages(UpdateScalars(reward=reward, values=values))
+    assert found is not None
+    assert found.tolist() == [[1, -1], [0, 1.5], [0, -1]]
+    others = ((reward.sum() - reward) / 2)[:, None].expand(3, T)
+    found = ddpo(baseline="value").advantages(UpdateScalars(reward=reward, values=others))
+    expected = ddpo().observe(reward, torch.zeros(3))
+    assert found is not None and expected is not None
+    torch.testing.assert_close(found, 1.5 * expected[:, None].expand(3, T))
+    assert ddpo().advantages(UpdateScalars(reward=reward)) is None
+
+
 # -- sub-trajectory balance ---------------------------------------------------------------------------------------
 
 

@@ -10,14 +10,16 @@ from helpers.key_reader import FIELDS, fields_read, properties_of
 
 from dag import recipe as schema
 from dag.objectives import OBJECTIVES
-from dag.recipe import reward_sections
-from dag.recipe.load import load
+from dag.recipe import reward_sections, search_sections
+from dag.recipe.load import load, load_search
 from dag.recipe.prompt_sets import DOWNLOADED, HPDV2_STYLES, SHIPPED
 from dag.rewards import REWARDS
+from dag.steering.runner import METHODS
 from dag.training.plan import make_plan
 
 ROOT = Path(__file__).parents[2]
-RECIPES = sorted((ROOT / "recipes").rglob("*.yaml"))
+SEARCHES = sorted((ROOT / "recipes/search").glob("*.yaml"))
+RECIPES = sorted({*(ROOT / "recipes").rglob("*.yaml")} - {*SEARCHES})
 
 # -- the recipes of this repository -------------------------------------------------------------------------------
 
@@ -34,7 +36,12 @@ def test_a_shipped_recipe_loads_and_can_be_planned(path: Path) -> None:
     assert plan.unet_rows_per_epoch > 0
 
 
-@pytest.mark.parametrize("path", RECIPES, ids=lambda path: str(path.relative_to(ROOT)))
+@pytest.mark.parametrize("path", SEARCHES, ids=lambda path: str(path.relative_to(ROOT)))
+def test_a_shipped_search_loads(path: Path) -> None:
+    assert load_search(path).as_training().reward == load_search(path).reward
+
+
+@pytest.mark.parametrize("path", [*RECIPES, *SEARCHES], ids=lambda path: str(path.relative_to(ROOT)))
 def test_a_shipped_recipe_says_what_it_is_for(path: Path) -> None:
     lines = path.read_text(encoding="utf-8").splitlines()
     comment = list(itertools.takewhile(lambda line: line.startswith("#"), lines))
@@ -72,6 +79,7 @@ def names_of(union: Any) -> set[str]:
 def test_names_in_recipes_are_the_registered_ones() -> None:
     assert names_of(reward_sections.RewardTerm) == set(REWARDS)
     assert names_of(schema.ObjectiveTerm) == set(OBJECTIVES)
+    assert names_of(search_sections.SearchTerm) == set(METHODS) == set(search_sections.SEARCHES)
     assert literals(schema.Prompts.model_fields["set"].annotation) == {*SHIPPED, *DOWNLOADED}
     assert literals(schema.Prompts.model_fields["style"].annotation) == set(HPDV2_STYLES)
 
@@ -121,11 +129,12 @@ def test_every_key_of_the_schema_is_read_somewhere() -> None:
         "reward_sections",
         "objective_sections",
         "first_order_sections",
+        "search_sections",
     )
     schema_files = {ROOT / f"dag/recipe/{name}.py" for name in names}
     paths = [*(ROOT / "dag").rglob("*.py"), ROOT / "train_dag.py"]
     sources = [path.read_text(encoding="utf-8") for path in paths if path not in schema_files]
-    for name in ("schema", "objective_sections", "first_order_sections", "table_sections"):
+    for name in ("schema", "objective_sections", "first_order_sections", "table_sections", "search_sections"):
         sources.append(properties_of((ROOT / f"dag/recipe/{name}.py").read_text(encoding="utf-8")))
     read = set().union(*map(fields_read, sources))
     unread = sorted(f"{section}.{field}" for section, field in FIELDS - read)

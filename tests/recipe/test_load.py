@@ -192,7 +192,7 @@ CROSS_FIELD = [
     ((gradient("control_variate"),), "control_variate corrects a learnt gradient, and these rewards have an exact one"),
     (
         (gradient("control_variate"), JPEG, "flow.warmup_epochs=0"),
-        "reward_critic: in one pass and with control_variate the policy is trained before",
+        "reward_critic: in one pass, with control_variate and with baseline=value the policy is trained before",
     ),
     (
         (gradient("control_variate", "prior: pretrained, learnt_flow: false, jacobian: pretrained"), JPEG),

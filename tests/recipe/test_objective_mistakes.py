@@ -58,6 +58,12 @@ MISTAKES: list[tuple[tuple[str, ...], str]] = [
     (("train.step_window=[0, 51]", "sampler.steps=50"), "within 0 and sampler.steps=50"),
     (("prompts.per_group=5",), "prompts.per_group=5 must divide the trajectories of an update"),
     (("objective={name: ddpo, std: group}",), "objective.std=group: there are no groups"),
+    (("objective={name: ddpo, baseline: value, per_prompt: 4}",), "objective.baseline=value compares with no group"),
+    (
+        ("objective={name: ddpo, baseline: value}", "flow.warmup_epochs=0"),
+        "with baseline=value the policy is trained before the critic has seen its rollout",
+    ),
+    (("prompts.shared_start=true",), "shared_start needs groups; set per_group to 2 or more"),
     (
         ("objective={name: ddpo, per_prompt: 8}", "prompts.per_group=2"),
         "objective.per_prompt and prompts.per_group both say what a reward is compared with",

@@ -31,7 +31,6 @@ KINDS: dict[str, dict[str, Any]] = {
         "flow": {"passes": 1, "warmup_epochs": 1},
         "train": {"step_fraction": 0.75, "inner_epochs": 2},
     },
-    "dag_kl": {"objective": {"name": "dag_kl", "normalise_advantage": True}},
     "ddpo": {"objective": {"name": "ddpo", "per_prompt": 2}},
     "groups": {
         "objective": {"name": "tb", "prior": "pretrained"},

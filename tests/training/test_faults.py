@@ -107,7 +107,7 @@ def test_a_signal_counts_although_its_message_cannot_be_printed(tmp_path: Path) 
 
 def test_a_run_that_is_killed_again_and_again_is_the_undisturbed_one(tmp_path: Path) -> None:
     """A short form of `tests/by_hand/endurance.py kill`, with SIGKILL at random moments."""
-    script = [sys.executable, str(ROOT / "tests/by_hand/endurance.py"), "kill", "--kills", "2", "--epochs", "2"]
+    script = [sys.executable, str(ROOT / "tests/by_hand/endurance.py"), "kill", "--kills", "1", "--epochs", "2"]
     done = subprocess.run(
         [*script, "--kinds", "dag_db", "--folder", str(tmp_path)],
         env={**os.environ, "OMP_NUM_THREADS": "1"},

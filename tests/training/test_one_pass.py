@@ -115,6 +115,7 @@ CHANGES: list[dict[str, Any]] = [
     {"regulariser": {"pretrained_kl": 0.1}},
     {"train": {"step_fraction": 0.5}},
     {"train": {"micro_batch": 3}, "sampler": {"tile": 3}},
+    {"prompts": {"texts": ["a cat", "a dog"], "per_group": 2, "shared_start": True}},
     {"memory": {"checkpointing": "full"}},
     {"objective": PATHWISE},
     {"objective": {**PATHWISE, "prior": "pretrained", "learnt_flow": False}},
@@ -131,8 +132,12 @@ CHANGES: list[dict[str, Any]] = [
 ]
 
 
-@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
-@pytest.mark.parametrize("change", CHANGES, ids=str)
+# Half precision takes the same way through the code; a few changes show it.
+@pytest.mark.parametrize(
+    ("change", "dtype"),
+    [*((change, "fp32") for change in CHANGES), *((change, "bf16") for change in CHANGES[::4])],
+    ids=str,
+)
 def test_the_gradient_is_that_of_two_passes(
     make_recipe: MakeRecipe, run: RunFolder, monkeypatch: pytest.MonkeyPatch, change: dict[str, Any], dtype: str
 ) -> None:

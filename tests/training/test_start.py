@@ -11,6 +11,9 @@ import tomllib
 from pathlib import Path
 
 import pytest
+import torch
+
+import train_dag
 
 ROOT = Path(__file__).parents[2]
 SMALL = {
@@ -77,22 +80,21 @@ def test_what_libraries_say_when_they_are_imported_is_not_heard(home: str) -> No
     assert (done.returncode, done.stderr, done.stdout) == (0, "", "")
 
 
-MAC = """
-import os, sys, torch
-torch.backends.mps.is_available = torch.backends.mps.is_built = lambda: True
-del os.sched_getaffinity
-os.cpu_count = lambda: 1
-import train_dag
-sys.exit(train_dag.main(sys.argv[1:]))
-"""
-
-
-def test_a_mac_takes_its_cpu_and_says_so(tmp_path: Path) -> None:
+def test_a_mac_takes_its_cpu_and_says_so(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     """PyTorch and the system report a Mac here, under accelerate's launcher, which leaves one thread."""
-    changed = {"ACCELERATE_MIXED_PRECISION": "no", "OMP_NUM_THREADS": "1"}
-    done = start("-c", MAC, *first_command()[2:], *small(tmp_path / "run", "adamw"), **changed)
-    assert (done.returncode, done.stderr) == (0, "")
-    lines = done.stdout.splitlines()
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: True)
+    monkeypatch.setattr(torch.backends.mps, "is_built", lambda: True)
+    monkeypatch.delattr(os, "sched_getaffinity")
+    monkeypatch.setattr(os, "cpu_count", lambda: 1)
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "no")
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    monkeypatch.chdir(ROOT)
+    assert train_dag.main([*first_command()[2:], *small(tmp_path / "run", "adamw")]) == 0
+    said = capsys.readouterr()
+    assert [line for line in said.err.splitlines() if not line.startswith(OURS)] == []
+    lines = said.out.splitlines()
     assert lines[1] == "device: cpu (not the GPU of this Mac, which has no float64: a run's noise is drawn in it)"
     assert lines[2].startswith("1 threads")
     assert json.loads((tmp_path / "run/run.json").read_text())["kernels"]["reason"].endswith("the run is on cpu")

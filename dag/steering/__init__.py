@@ -1,0 +1,1 @@
+"""Better pictures without training: particles, proposals and noise that are chosen by their reward at sampling time."""
