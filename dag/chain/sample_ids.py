@@ -4,6 +4,7 @@ The id, the seed and the step determine a picture's noise, so no two purposes sh
 trajectories to reach the next range.
 """
 
+import torch
 from torch import Tensor
 
 from dag.recipe import Prompts
@@ -19,8 +20,16 @@ COMPARISON = 1 << 42
 COMPARISON_AGAIN = 1 << 43
 """First id of the base model's second set of pictures in `python -m dag.evaluate`, to which distances are measured."""
 SEARCH = 1 << 44
-"""First id of the particles of `python -m dag.search`; each of its pictures has `PARTICLES` ids."""
-PARTICLES = 1 << 16
+"""First id of the particles of `python -m dag.search`; each of its pictures has 2^16 ids, of which the first is not used."""
+
+
+def of_particles(picture: int, count: int) -> Tensor:
+    """(count,) the ids of the particles of a search for one picture.
+
+    The first is that of the picture of this number in `python -m dag.evaluate`: a search begins with the picture that it is
+    compared with.
+    """
+    return torch.cat([torch.tensor([COMPARISON + picture]), SEARCH + (picture << 16) + torch.arange(1, count)])
 
 
 def first_of_group(sample_id: Tensor, per_group: int) -> Tensor:

@@ -20,7 +20,7 @@ import torch
 from torch import Generator, Tensor
 
 from dag.recipe.search_sections import BestOfN, SearchRecipe, Steering
-from dag.steering.found import Found, window_of
+from dag.steering.found import Found, Ids, window_of
 from dag.steering.particles import Ends, Particles
 from dag.steering.weights import drawn, effective_size, log_mean_exp, systematic
 
@@ -75,12 +75,12 @@ class Weighing:
         self.log_weights = self.log_weights + gain
 
 
-def steer(recipe: SearchRecipe, particles: Particles, first: int, generator: Generator) -> Found:
+def steer(recipe: SearchRecipe, particles: Particles, ids_of: Ids, generator: Generator) -> Found:
     """Feynman-Kac steering for one picture; see `Search`."""
     section = recipe.search
     assert isinstance(section, Steering)
     begin, end = window_of(recipe, section)
-    ids, weighing = first + torch.arange(section.particles), Weighing(section)
+    ids, weighing = ids_of(section.particles), Weighing(section)
     x = particles.start(ids)
     for k in range(particles.schedule.num_transitions):
         outputs = particles.outputs(x, k)
@@ -101,10 +101,10 @@ def steer(recipe: SearchRecipe, particles: Particles, first: int, generator: Gen
     return _kept(ends, number, details)
 
 
-def best_of_n(recipe: SearchRecipe, particles: Particles, first: int, generator: Generator) -> Found:
+def best_of_n(recipe: SearchRecipe, particles: Particles, ids_of: Ids, generator: Generator) -> Found:
     """The best of n pictures; see `Search`."""
     assert isinstance(recipe.search, BestOfN)
-    ids = first + torch.arange(recipe.search.particles)
+    ids = ids_of(recipe.search.particles)
     x = particles.start(ids)
     for k in range(particles.schedule.num_transitions):
         x = particles.step(x, particles.outputs(x, k), k, ids)

@@ -21,10 +21,10 @@ class Found:
     """Numbers of the method, for JSON."""
 
 
-Search = Callable[[SearchRecipe, Particles, int, Generator], Found]
-"""A search for one picture: (recipe, particles of its prompt, the id of its noise, a generator for choices) -> what was found.
-
-The ids first, first + 1, ... are the picture's own; the first of them has the noise of the plain picture."""
+Ids = Callable[[int], Tensor]
+"""Gives so many ids of particles (count,) int64 that belong to one picture; the first has the noise of the plain picture."""
+Search = Callable[[SearchRecipe, Particles, Ids, Generator], Found]
+"""A search for one picture: (recipe, particles of its prompt, their ids, a generator for choices) -> what was found."""
 
 
 def window_of(recipe: SearchRecipe, section: Steering | Stepwise) -> tuple[int, int]:

@@ -15,16 +15,16 @@ from torch import Generator, Tensor
 from dag.chain.jacobian import backwards
 from dag.chain.rollout import last_latents
 from dag.recipe.search_sections import NoiseOptimisation, SearchRecipe
-from dag.steering.found import Found
+from dag.steering.found import Found, Ids
 from dag.steering.particles import Ends, Particles
 
 # Guided forward passes that a backward pass costs.
 _BACKWARD = 1.2
 
 
-def optimise_noise(recipe: SearchRecipe, particles: Particles, first: int, generator: Generator) -> Found:
+def optimise_noise(recipe: SearchRecipe, particles: Particles, ids_of: Ids, generator: Generator) -> Found:
     """ReNO for one picture; see `Search`."""
-    section, ids = recipe.search, torch.tensor([first])
+    section, ids = recipe.search, ids_of(1)
     assert isinstance(section, NoiseOptimisation)
     z = particles.start(ids).float()
     z.requires_grad_(True)

@@ -6,6 +6,7 @@
 import json
 import time
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ import torch
 from PIL import Image
 from torch import Generator, Tensor
 
-from dag.chain.sample_ids import PARTICLES, SEARCH
+from dag.chain.sample_ids import of_particles
 from dag.errors import UsageError
 from dag.evaluation import sheets
 from dag.evaluation.searched import SearchFolder, side_by_side
@@ -101,9 +102,9 @@ class Searching:
             self.recipe.sampler.tile,
         )
         with self.reward.at_work(), self.policy.decoder.at_work():
-            plain = [self._plain(particles, first) for first in self._ids(number)]
+            plain = [self._plain(particles, picture) for picture in self._numbers(number)]
             passes, scored, began = particles.work.passes, particles.work.scored, time.monotonic()
-            found = [self._found(particles, number, first) for first in self._ids(number)]
+            found = [self._found(particles, picture) for picture in self._numbers(number)]
         seconds = time.monotonic() - began
         row = {
             "prompt": self.prompts[number],
@@ -128,23 +129,22 @@ class Searching:
         self._draw(rows)
         return means
 
-    def _found(self, particles: Particles, number: int, first: int) -> Found:
+    def _found(self, particles: Particles, picture: int) -> Found:
         """One picture. Its choices depend on the seed and its place alone, so that a search goes on as if undisturbed."""
-        generator = Generator().manual_seed(self.recipe.seed * 1_000_003 + first)
-        return METHODS[self.recipe.search.name](self.recipe, particles, first, generator)
+        generator = Generator().manual_seed(self.recipe.seed * 1_000_003 + picture)
+        return METHODS[self.recipe.search.name](self.recipe, particles, partial(of_particles, picture), generator)
 
-    def _plain(self, particles: Particles, first: int) -> Found:
-        ids = torch.tensor([first])
+    def _plain(self, particles: Particles, picture: int) -> Found:
+        ids = of_particles(picture, 1)
         x = particles.start(ids)
         for k in range(particles.schedule.num_transitions):
             x = particles.step(x, particles.outputs(x, k), k, ids)
         ends = particles.finish(x)
         return Found(ends.images[0], float(ends.reward))
 
-    def _ids(self, number: int) -> Sequence[int]:
-        """The first id of each of a prompt's pictures."""
-        images = self.recipe.images
-        return [SEARCH + (number * images + image) * PARTICLES for image in range(images)]
+    def _numbers(self, number: int) -> range:
+        """The numbers of a prompt's pictures, counted through all prompts."""
+        return range(number * self.recipe.images, (number + 1) * self.recipe.images)
 
     def _write(self, kind: str, number: int, images: Sequence[Tensor]) -> None:
         with durable.replacing(self.folder.pictures(kind, number)) as temporary:

@@ -13,22 +13,21 @@ import torch
 from torch import Generator, Tensor
 
 from dag.recipe.search_sections import SearchRecipe, Stepwise
-from dag.steering.found import Found, window_of
+from dag.steering.found import Found, Ids, window_of
 from dag.steering.particles import Particles
 from dag.steering.weights import drawn
 
 
-def choose_stepwise(recipe: SearchRecipe, particles: Particles, first: int, generator: Generator) -> Found:
+def choose_stepwise(recipe: SearchRecipe, particles: Particles, ids_of: Ids, generator: Generator) -> Found:
     """SVDD, Free2Guide or DSearch for one picture; see `Search`."""
     section, T = recipe.search, particles.schedule.num_transitions
     assert isinstance(section, Stepwise)
     begin, end = window_of(recipe, section)
-    x = particles.start(first + torch.arange(section.beams))
+    x = particles.start(ids_of(section.beams))
     outputs, found = particles.outputs(x, 0), None
     for k in range(T):
         N, M = len(x), _proposals(section, k, T, generator) if begin <= k < end else 1
-        ids = first + torch.arange(N * M)
-        proposed = particles.step(x.repeat_interleave(M, 0), outputs.repeat_interleave(M, 0), k, ids)
+        proposed = particles.step(x.repeat_interleave(M, 0), outputs.repeat_interleave(M, 0), k, ids_of(N * M))
         kept_beams = _beams_after(section.beams, k + 1, T)
         if k == T - 1:
             found = particles.finish(proposed)

@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 import train_dag
-from dag import evaluate
+from dag import evaluate, search
 from dag.evaluation import compare, perceptual
 from dag.run.checkpoint import MANIFEST, chosen
 from dag.run.durable import sha256
@@ -87,6 +87,31 @@ def test_a_run_is_judged_beside_its_base_model(run: Path, tmp_path: Path, capsys
     assert shown.startswith((out / "evaluation.md").read_text())
     with Image.open(out / "pictures.png") as picture:
         assert picture.width > 3 * 2 * 96
+
+
+def test_a_search_is_judged_beside_a_run(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    words = ["--recipe", str(ROOT / "recipes/search/best_of_n.yaml"), "--out", str(tmp_path / "found")]
+    words += ["--set", "sampler.steps=4", "--set", "images=2", "--prompt", "a cat", "a dog"]
+    assert search.main(words) == 0
+    command = ["--run", str(run), "--against", str(tmp_path / "found"), "--out"]
+    assert evaluate.main([*command, str(tmp_path / "out"), *FEW]) == 0
+    base, _, trained, found = report_of(tmp_path / "out")["models"]
+    results = json.loads((tmp_path / "found/results.json").read_text())
+    assert base["rewards"]["colourfulness"]["mean"] == pytest.approx(results["reward_plain"], abs=0.1)
+    assert found["rewards"]["colourfulness"]["mean"] == pytest.approx(results["reward"], abs=0.1), "but for 8 bits"
+    assert found["rewards"]["colourfulness"]["gain"] > 0
+    assert (base["passes"], trained["passes"], found["passes"]) == (4, 4, 16)
+    assert report_of(tmp_path / "out")["checkpoints"]["found"] == "search by best_of_n"
+    capsys.readouterr()
+    for more, message in (
+        (["--images", "3"], "has 2 pictures a prompt; use --images 2"),
+        (["--prompts", "3"], "has no pictures of"),
+    ):
+        assert evaluate.main([*command, str(tmp_path / "other"), *FEW, *more]) == 2
+        assert message in capsys.readouterr().err
+    (tmp_path / "found/results.json").unlink()
+    assert evaluate.main([*command, str(tmp_path / "other"), *FEW]) == 2
+    assert "the search has not ended" in capsys.readouterr().err
 
 
 def test_the_same_command_gives_the_same_figures_and_overwrites_nothing(run: Path) -> None:

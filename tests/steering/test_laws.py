@@ -62,7 +62,9 @@ def recipe(**search: Any) -> SearchRecipe:
 def many(search: Callable[..., Found], count: int, **section: Any) -> list[Found]:
     """The results of so many searches, each with its own noise."""
     made = recipe(**section)
-    return [search(made, Chain(seed), 0, torch.Generator().manual_seed(count + seed)) for seed in range(count)]
+    return [
+        search(made, Chain(seed), torch.arange, torch.Generator().manual_seed(count + seed)) for seed in range(count)
+    ]
 
 
 def mean(found: list[Found]) -> float:

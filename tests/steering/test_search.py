@@ -11,7 +11,7 @@ from torch import Tensor
 
 from dag import search
 from dag.chain.rollout import generate
-from dag.chain.sample_ids import PARTICLES, SEARCH
+from dag.chain.sample_ids import COMPARISON
 from dag.evaluation.searched import side_by_side
 from dag.recipe.load import load_search
 from dag.steering import noise
@@ -54,7 +54,7 @@ def results(folder: Path) -> list[dict[str, Any]]:
 )
 def test_a_search_without_a_choice_draws_the_plain_picture(tiny_model: Path, tmp_path: Path, kind: str) -> None:
     made = searching(written(tmp_path, tiny_model), tmp_path / "out", f"search={{name: {kind}}}")
-    ids = [SEARCH, SEARCH + PARTICLES]
+    ids = [COMPARISON, COMPARISON + 1]
     plain = generate(made.policy, made.text[:1].expand(2, -1, -1), ids, 0, made.recipe.sampler)
     row = made.search(0)
     assert row["reward"] == row["reward_plain"]
