@@ -3,6 +3,7 @@
     figure3      DAG-DB, DAG-KL and DDPO on learned rewards
     figure4      the same on JPEG compressibility and incompressibility
     comparison   the three with the same trajectories and the same budget of tuning, without a regulariser and with it
+    zoo          every objective at equal work of the network
     gradients    score functions against the reward's gradient, exact and learnt: fronts over beta, equal trajectories
     ablations    one choice of DAG-DB at a time
     prior        DAG-DB with the pretrained model as its prior, and without
