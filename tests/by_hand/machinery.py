@@ -21,8 +21,10 @@ import torch
 from safetensors.torch import load_file
 
 ROOT = Path(__file__).parents[2]
-for folder in ("tests/training", "tests", "kernels", ""):
-    sys.path.insert(0, str(ROOT / folder))
+sys.path.insert(0, str(ROOT / "kernels"))
+sys.path.insert(0, str(ROOT / "tests/training"))
+sys.path.insert(0, str(ROOT / "tests"))
+sys.path.insert(0, str(ROOT))
 
 from by_hand.plain_diffusers import pictures
 from helpers.building import parts_of, rows
@@ -53,7 +55,8 @@ def started(count: int, file: Path, overrides: Sequence[str], out: Path) -> Path
 
 def row(file: Path, folder: Path) -> str:
     """What the machinery made of one recipe, as a row of a table."""
-    recipe, whole, parted = load(file, SMALL), *(RunFolder.create(folder / name) for name in ("whole", "parted"))
+    recipe = load(file, SMALL)
+    whole, parted = (RunFolder.create(folder / name) for name in ("whole", "parted"))
     with contextlib.redirect_stdout(io.StringIO()):
         trained(recipe, whole)
         pieces = len(trained_in_pieces(recipe, parted, 7)) + 1
