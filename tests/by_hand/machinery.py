@@ -20,20 +20,18 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file
 
-ROOT = Path(__file__).parents[2]
-sys.path.insert(0, str(ROOT / "kernels"))
-sys.path.insert(0, str(ROOT / "tests/training"))
-sys.path.insert(0, str(ROOT / "tests"))
-sys.path.insert(0, str(ROOT))
+sys.path.insert(0, str(Path(__file__).parents[2] / "kernels"))
+sys.path.insert(0, str(Path(__file__).parents[1]))
+sys.path.insert(0, str(Path(__file__).parents[2]))
 
 from by_hand.plain_diffusers import pictures
-from helpers.building import parts_of, rows
-from test_resume import trained, trained_in_pieces
+from helpers.building import parts_of, rows, trained, trained_in_pieces
 
 from dag.chain.rollout import generate
 from dag.recipe.load import load
 from dag.run.folder import RunFolder
 
+ROOT = Path(__file__).parents[2]
 FILE = "lora/pytorch_lora_weights.safetensors"
 SMALL = (
     *("train.epochs=2", "train.trajectories=8", "train.updates=2", "train.micro_batch=4", "sampler.tile=4"),

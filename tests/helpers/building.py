@@ -13,6 +13,7 @@ import yaml
 
 from dag.chain.rollout import Batch, Score
 from dag.chain.trajectory import ChainStore, Trajectories
+from dag.errors import StoppedError
 from dag.recipe import Recipe
 from dag.run.folder import RunFolder
 from dag.run.meter import PHASES, PhaseMeter
@@ -161,3 +162,26 @@ def poisoned(trainer: Trainer, sample: int, k: int, times: int) -> None:
         return output, regulariser
 
     learner.loss.of_step = spoilt  # type: ignore[method-assign,assignment]
+
+
+def trained(recipe: Recipe, run: RunFolder) -> RunFolder:
+    Trainer(recipe, run, parts_of(recipe)).fit()
+    return run
+
+
+def trained_in_pieces(recipe: Recipe, run: RunFolder, points: int) -> list[str]:
+    """Train a run that stops after every `points` safe points and is built anew each time; returns its checkpoints' names."""
+    names: list[str] = []
+    while (name := piece(recipe, run, points, is_resumed=bool(names))) is not None:
+        assert name not in names, "every piece must come further"
+        names.append(name)
+    return names
+
+
+def piece(recipe: Recipe, run: RunFolder, points: int, is_resumed: bool) -> str | None:
+    """Train until the signal comes; returns the name of the checkpoint that the stop left, None if the run ended."""
+    try:
+        Trainer(recipe, run, parts_of(recipe), interrupt=Soon(points)).fit(is_resumed)
+    except StoppedError as stopped:
+        return stopped.saved
+    return None

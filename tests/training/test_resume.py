@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from helpers.building import NEVER, Soon, micro_batches, parts_of, poisoned, rows, tiles
+from helpers.building import NEVER, Soon, micro_batches, parts_of, poisoned, rows, tiles, trained, trained_in_pieces
 from safetensors.torch import load_file
 
 from dag.errors import RunError, StoppedError
@@ -19,29 +19,6 @@ from dag.training.epoch_state import EpochState
 from dag.training.trainer import Trainer
 
 MakeRecipe = Callable[..., Recipe]
-
-
-def trained(recipe: Recipe, run: RunFolder) -> RunFolder:
-    Trainer(recipe, run, parts_of(recipe)).fit()
-    return run
-
-
-def trained_in_pieces(recipe: Recipe, run: RunFolder, points: int) -> list[str]:
-    """Train a run that stops after every `points` safe points and is built anew each time; returns its checkpoints' names."""
-    names: list[str] = []
-    while (name := piece(recipe, run, points, is_resumed=bool(names))) is not None:
-        assert name not in names, "every piece must come further"
-        names.append(name)
-    return names
-
-
-def piece(recipe: Recipe, run: RunFolder, points: int, is_resumed: bool) -> str | None:
-    """Train until the signal comes; returns the name of the checkpoint that the stop left, None if the run ended."""
-    try:
-        Trainer(recipe, run, parts_of(recipe), interrupt=Soon(points)).fit(is_resumed)
-    except StoppedError as stopped:
-        return stopped.saved
-    return None
 
 
 def weights(run: RunFolder) -> dict[str, torch.Tensor]:
