@@ -153,7 +153,7 @@ def test_plan_reads_the_latent_from_the_models_configs(file: Path) -> None:
         (Path("model") / part).mkdir(parents=True)
         (Path("model") / part / "config.json").write_text(json.dumps(config))
     plan = make_plan(load(file, ["model.path=model"]))
-    assert (plan.latent_elements, plan.is_assumed) == (16 * 8 * 8, False)
+    assert (plan.latent_elements, plan.counted_as) == (16 * 8 * 8, "model")
     assert make_plan(load(file, ["model.path=model", "model.resolution=16"])).latent_elements == 16 * 4 * 4
 
 

@@ -18,7 +18,7 @@ from typing import Any
 from dag.checklist.limited import ends_with_parent
 from dag.errors import RunError
 from dag.evaluation.study import ROOT
-from dag.models.source import local_folder
+from dag.models.source import counted_as, local_folder
 from dag.recipe.load import load
 from dag.recipe.reward_sections import Tower
 from dag.run.folder import RunFolder
@@ -75,7 +75,7 @@ def _without_download(recipe: str, given: Sequence[str]) -> Iterator[str]:
     """Overrides that take random weights where the recipe's weights would have to be fetched."""
     loaded = load(recipe, given)
     if local_folder(loaded.model.path) is None:
-        yield from ("model.path=random-sd15", "model.variant=null")
+        yield from (f"model.path={counted_as(loaded.model.path)}", "model.variant=null")
     if isinstance(loaded.reward[0], Tower) and loaded.reward[0].path is None and len(loaded.reward) == 1:
         yield "reward.path=random"
 

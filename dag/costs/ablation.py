@@ -4,7 +4,7 @@ import argparse
 from collections.abc import Iterator, Sequence
 
 from dag.errors import UsageError
-from dag.models.source import local_folder
+from dag.models.source import counted_as, local_folder
 from dag.recipe import Recipe
 from dag.recipe.load import load
 
@@ -95,7 +95,7 @@ def comparable(path: str, given: Sequence[str], trajectories: int | None) -> lis
     if recipe.objective.name == "dag_kl":
         overrides += ["objective.baseline=running", "objective.normalise_advantage=false"]
     if local_folder(recipe.model.path) is None:
-        overrides += ["model.path=random-sd15", "model.variant=null"]
+        overrides += [f"model.path={counted_as(recipe.model.path)}", "model.variant=null"]
     return [*overrides, f"train.trajectories={trajectories or max(2, recipe.train.micro_batch)}"]
 
 

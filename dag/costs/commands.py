@@ -14,7 +14,7 @@ from dag.costs import flops, lever_error, profiling, rehearsal
 from dag.costs.ablation import STORED, cases, comparable, published, variants
 from dag.costs.train_step import LITERAL, Row, measure, without_download
 from dag.errors import RunError, UsageError
-from dag.models.source import local_folder
+from dag.models.source import counted_as, local_folder
 from dag.recipe import Recipe
 from dag.recipe.load import load
 from dag.rewards import RewardSum
@@ -131,8 +131,9 @@ def profile(given: argparse.Namespace, device: torch.device) -> Iterator[Row]:
 def _rolled_by(given: argparse.Namespace, overrides: list[str], device: torch.device) -> tuple[Trainer, Batch]:
     """A trainer of the recipe with stored chains, and the batch of its first epoch; nothing is downloaded."""
     path, chosen = given.recipe, [*given.set, *overrides, "train.rollout=stored"]
-    if local_folder(load(path, chosen).model.path) is None:
-        chosen += ["model.path=random-sd15", "model.variant=null"]
+    model = load(path, chosen).model.path
+    if local_folder(model) is None:
+        chosen += [f"model.path={counted_as(model)}", "model.variant=null"]
     recipe = load(path, [*chosen, f"train.trajectories={given.trajectories}", "train.updates=1"])
     components = build(
         recipe, device, warn=lambda text: None, reward=RewardSum(recipe.reward, device, without_download)

@@ -55,7 +55,7 @@ def describe(recipe: Recipe) -> Iterator[str]:
     found = forecast(recipe)
     parts = ", ".join(f"{kind} {size / GIB:.2f}" for kind, size in found.standing.items() if size >= 0.005 * GIB)
     yield f"memory        {found.peak / GIB:.2f} GiB at the peak, without the GPU's own context of some hundred MiB" + (
-        " (taken for an SD 1.5)" if found.is_assumed else ""
+        "" if found.counted_as == recipe.model.path else f" (taken for {found.counted_as})"
     )
     yield f"standing      {parts or 'under 0.01'} GiB"
     yield "phases        " + ", ".join(f"{phase} {size / GIB:.2f}" for phase, size in found.phases.items()) + " GiB"

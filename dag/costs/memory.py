@@ -35,8 +35,8 @@ _STEPS = 4
 class Forecast:
     """The predicted memory of a recipe, in bytes."""
 
-    is_assumed: bool
-    """True if an SD 1.5 was counted in place of the model, whose configs are not on this machine."""
+    counted_as: str
+    """The model whose configs were counted; see `dag.models.source.counted_as`."""
     standing: dict[str, int]
     """Bytes that are in memory during every phase, by kind, e.g. "denoiser"."""
     phases: dict[str, int]
@@ -67,7 +67,7 @@ class Simulation:
         """The peaks of all phases."""
         sizes = {kind: sum(_storages(tensors)) for kind, tensors in self.made.standing().items()}
         sizes["denoiser"] -= self.made.quantised_away()
-        return Forecast(self.made.is_assumed, sizes, {name: self.peak(name) for name in self.phases()})
+        return Forecast(self.made.counted_as, sizes, {name: self.peak(name) for name in self.phases()})
 
     def phases(self) -> tuple[str, ...]:
         """Names of the phases, in the order of an epoch."""

@@ -15,15 +15,13 @@ from torch import Tensor, nn
 from dag.chain.rollout import CHAIN_DTYPES, Batch
 from dag.costs.reward_networks import footprint
 from dag.models import families
-from dag.models.source import local_folder
+from dag.models.source import counted_as
 from dag.objectives.state_flow import StateFlow
 from dag.recipe import OptimizerKind, Recipe
 from dag.recipe.load import parse_reward
 from dag.training.build import learner_of
 
 META = torch.device("meta")
-# The model that is counted in place of a hub model whose configs are not on this machine.
-_ASSUMED = "random-sd15"
 # Bytes per weight in bitsandbytes' NF4: 4 bits, one 8-bit scale for 64 weights, one float32 for 256 of these scales.
 _NF4_BYTES = 0.5 + 1 / 64 + 4 / (64 * 256)
 # bitsandbytes keeps the states of smaller tensors in float32.
@@ -38,7 +36,7 @@ class Weightless:
         kernels: the operations for transitions; on the meta device fused ones count as launches and compute nothing.
 
     Attributes:
-        is_assumed: whether an SD 1.5 is used in place of the model, whose configs are not on this machine.
+        counted_as: the model whose configs are used: the recipe's, or the architecture that a hub model is taken for.
         rewards:    memory of each reward network on the policy's device.
         offloaded:  for each of them, whether it is on the device only while a phase scores.
         text:       (1, S, D) embeddings of the one prompt that all trajectories share.
@@ -47,8 +45,8 @@ class Weightless:
 
     def __init__(self, recipe: Recipe, kernels: Kernels = PLAIN) -> None:
         self.recipe = recipe
-        self.is_assumed = local_folder(recipe.model.path) is None
-        self.policy = families.load(_without_levers(recipe, self.is_assumed), META, recipe.forward_looking)
+        self.counted_as = counted_as(recipe.model.path)
+        self.policy = families.load(_without_levers(recipe, self.counted_as), META, recipe.forward_looking)
         self.policy.schedule = replace(self.policy.schedule, kernels=kernels)
         self.policy.blank_prompt()
         if recipe.memory.base == "int8":
@@ -134,9 +132,8 @@ class Weightless:
                 yield module
 
 
-def _without_levers(recipe: Recipe, is_assumed: bool) -> Recipe:
+def _without_levers(recipe: Recipe, path: str) -> Recipe:
     """The recipe without the levers that cannot run on the meta device; their effect on weights is computed instead."""
-    path = _ASSUMED if is_assumed else recipe.model.path
     memory = {"base": "compute", "attention": "auto", "compile": False}
     return recipe.model_copy(
         update={

@@ -20,9 +20,6 @@ from dag.errors import UsageError
 from dag.models.source import EMBEDDED, is_architecture, local_folder
 from dag.models.weights import load_module, random_weights
 
-# TAESD, for the latents of SD 1.x / 2.x.
-_TINY_AT_HUB = "madebyollin/taesd"
-
 
 class Decoder:
     """The VAE, and the tiny autoencoder if the recipe asks for one.
@@ -31,6 +28,7 @@ class Decoder:
         folder:  the model's folder.
         tile:    pictures per call, unless `memory.decode_batch` says otherwise.
         forward_looking: the section that says how previews are decoded; None if there are none.
+        tiny_at_hub: the AutoencoderTiny for the model's latents.
     """
 
     def __init__(
@@ -42,6 +40,7 @@ class Decoder:
         tile: int,
         memory: recipe.Memory,
         forward_looking: recipe.ForwardLooking | None = None,
+        tiny_at_hub: str = "",
     ) -> None:
         self.device, self.batch, self.offloads = device, memory.decode_batch or tile, memory.offload_vae
         self.layout = torch.channels_last if memory.channels_last else torch.contiguous_format
@@ -50,7 +49,7 @@ class Decoder:
         self.kind = "full" if forward_looking is None else forward_looking.decoder
         self.tiny = None
         if forward_looking is not None and forward_looking.decoder == "tiny":
-            self.tiny = _load_tiny(forward_looking.decoder_path, folder, dtype, device)
+            self.tiny = _load_tiny(forward_looking.decoder_path, tiny_at_hub, folder, dtype, device)
             self.tiny.to(memory_format=self.layout)
         if memory.checkpointing != "none":
             for vae in (self.vae, self.tiny):
@@ -104,20 +103,20 @@ class Decoder:
             return torch.cat(images)
 
 
-def _load_tiny(path: str | None, folder: Path, dtype: torch.dtype, device: torch.device) -> Any:
+def _load_tiny(path: str | None, at_hub: str, folder: Path, dtype: torch.dtype, device: torch.device) -> Any:
     """The AutoencoderTiny; for a model without weights, diffusers' default architecture, which is TAESD's."""
     if is_architecture(folder) or (device.type == "meta" and folder != EMBEDDED):
         return random_weights(lambda _: AutoencoderTiny(), None, dtype, device).eval().requires_grad_(False)
-    found = _tiny_folder(path, folder)
+    found = _tiny_folder(path, at_hub, folder)
     return load_module(AutoencoderTiny, found.parent, found.name, dtype, device)
 
 
-def _tiny_folder(path: str | None, folder: Path) -> Path:
+def _tiny_folder(path: str | None, at_hub: str, folder: Path) -> Path:
     """The folder of the AutoencoderTiny, downloaded if need be."""
     key = "objective.forward_looking.decoder_path"
     if path is None and folder == EMBEDDED:
         return EMBEDDED / "vae_tiny"
-    path = path or _TINY_AT_HUB
+    path = path or at_hub
     found = local_folder(path)
     if found is None:
         hint = f"or give a local AutoencoderTiny folder: --set {key}=/path/to/folder"

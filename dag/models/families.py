@@ -8,10 +8,14 @@ import torch
 
 from dag.chain.policy import Policy
 from dag.models.sd import StableDiffusion
+from dag.models.sdxl import StableDiffusionXL
 from dag.models.source import resolve
 from dag.recipe import ForwardLooking, Recipe
 
-FAMILIES: dict[str, Callable[..., Policy]] = {"StableDiffusionPipeline": StableDiffusion}
+FAMILIES: dict[str, Callable[..., Policy]] = {
+    "StableDiffusionPipeline": StableDiffusion,
+    "StableDiffusionXLPipeline": StableDiffusionXL,
+}
 """The class of each family, by the pipeline that a diffusers folder names in its model_index.json.
 
 A folder with another pipeline, or with none, is loaded as Stable Diffusion, which reports what does not fit."""

@@ -9,7 +9,7 @@ Legend: B samples, P prompts, S text tokens, D text width, C H W latent.
 import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from dag_kernels import guided
@@ -50,6 +50,11 @@ class StableDiffusion:
         RunError:   the model cannot be read.
     """
 
+    pipeline: ClassVar[Any] = StableDiffusionPipeline
+    """diffusers' pipeline, which writes and reads the LoRA."""
+    tiny_at_hub: ClassVar[str] = "madebyollin/taesd"
+    """The AutoencoderTiny for these latents."""
+
     def __init__(
         self, recipe: Recipe, folder: Path, device: torch.device, forward_looking: ForwardLooking | None = None
     ) -> None:
@@ -58,11 +63,14 @@ class StableDiffusion:
             raise UsageError("model.dtype=fp16 needs a GPU; on a CPU use bf16 or fp32")
         self.device, self.dtype, self.sampler, self.adapter = device, DTYPES[model.dtype], sampler, recipe.adapter
         self.folder, self._variant, self.source = folder, model.variant, model.path
-        _check_family(folder)
+        self._check(folder)
         self.schedule: Schedule = _schedule(self._load_scheduler(), sampler).to(device)
         self.layout = torch.channels_last if memory.channels_last else torch.contiguous_format
         self.attention, self.denoiser = self._load_unet(memory)
-        self.decoder = Decoder(folder, self._variant, self.dtype, device, sampler.tile, memory, forward_looking)
+        vae_dtype = self._vae_dtype()
+        self.decoder = Decoder(
+            folder, self._variant, vae_dtype, device, sampler.tile, memory, forward_looking, self.tiny_at_hub
+        )
         resolution = model.resolution or self.denoiser.config.sample_size * self.decoder.side
         if resolution % self.decoder.side:
             raise UsageError(f"model.resolution={resolution} must be a multiple of {self.decoder.side} for this VAE")
@@ -73,6 +81,15 @@ class StableDiffusion:
         self.weights = self._train_weights(recipe.seed)
         checkpoint_activations(self.denoiser, memory.checkpointing, self.weights.as_now)
         compile_unet(self.denoiser, memory.compile)
+
+    def _check(self, folder: Path) -> None:
+        """Raises RunError for a model of another family."""
+        unet = read_config(folder, "unet")
+        if unet.get("addition_embed_type") or (folder / "text_encoder_2").is_dir():
+            raise RunError(
+                f"model.path: {folder} has a second text encoder but model_index.json does not name a StableDiffusionXLPipeline"
+            )
+        check_channels(folder, unet)
 
     @property
     def text_shape(self) -> tuple[int, int]:
@@ -148,7 +165,11 @@ class StableDiffusion:
         if pretrained and self.adapter.kind == "full":
             raise RuntimeError("a full fine-tune keeps no pretrained weights to predict with")
         with self.weights.switched(off=pretrained):
-            return self.denoiser(x_t, t, encoder_hidden_states=text, return_dict=False)[0]
+            return self.denoiser(x_t, t, **self._conditioning(text), return_dict=False)[0]
+
+    def _conditioning(self, text: Tensor) -> dict[str, Any]:
+        """The UNet's arguments that depend on the prompts, from their embeddings (B, S, D)."""
+        return {"encoder_hidden_states": text}
 
     def decode(self, x_0: Tensor) -> Tensor:
         """(B, 3, H, W) float32 images in [0, 1]."""
@@ -165,9 +186,7 @@ class StableDiffusion:
 
     def base_weights(self) -> dict[str, list[Tensor]]:
         """The loaded weights by the name of their network, without LoRA factors; the text encoder's only until it is freed."""
-        modules = {"unet": self.denoiser, "vae": self.decoder.vae}
-        if self._text is not None:
-            modules["text encoder"] = self._text[1]
+        modules = {"unet": self.denoiser, "vae": self.decoder.vae, **self._encoders()}
         return {
             key: [
                 weight
@@ -176,6 +195,10 @@ class StableDiffusion:
             ]
             for key, module in modules.items()
         }
+
+    def _encoders(self) -> dict[str, nn.Module]:
+        """The text encoders by name; none once they are freed."""
+        return {} if self._text is None else {"text encoder": self._text[1]}
 
     def trainable(self) -> list[nn.Parameter]:
         return self.weights.masters
@@ -199,7 +222,7 @@ class StableDiffusion:
             unet.load_state_dict(state, assign=True)
             unet.save_pretrained(folder / "unet")
             return
-        StableDiffusionPipeline.save_lora_weights(
+        self.pipeline.save_lora_weights(
             folder,
             # In peft's names: diffusers' older names cover attention layers only, and it loads no file that mixes both.
             unet_lora_layers=state,
@@ -246,6 +269,10 @@ class StableDiffusion:
             )
         return DDIMScheduler.from_config({**config, "clip_sample": False})
 
+    def _vae_dtype(self) -> torch.dtype:
+        """The precision in which pictures are decoded."""
+        return self.dtype
+
     def _load_text(self) -> tuple[Any, Any]:
         if self._text is None:
             encoder = load_text_encoder(self.folder, self.dtype, self.device, self._variant)
@@ -262,10 +289,8 @@ class StableDiffusion:
         return TrainedWeights(self.denoiser, self.dtype)
 
 
-def _check_family(folder: Path) -> None:
-    unet = read_config(folder, "unet")
-    if unet.get("addition_embed_type") or (folder / "text_encoder_2").is_dir():
-        raise RunError(f"model.path: {folder} is an SDXL model (a second text encoder); SD 1.x/2.x is supported")
+def check_channels(folder: Path, unet: dict[str, Any]) -> None:
+    """Raises RunError for a UNet that takes more channels than it predicts."""
     channels = unet.get("in_channels")
     if channels != unet.get("out_channels"):
         raise RunError(

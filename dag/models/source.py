@@ -11,7 +11,7 @@ from dag.errors import RunError, UsageError
 _ASSETS = Path(__file__).parent.parent / "assets"
 EMBEDDED = _ASSETS / "embedded"
 # Configurations without weights, for plans and benchmarks.
-_ARCHITECTURES = {"random-sd15": _ASSETS / "architectures" / "sd15"}
+_ARCHITECTURES = {f"random-{name}": _ASSETS / "architectures" / name for name in ("sd15", "sdxl")}
 _LOCAL_HINT = "or give the path of a local diffusers folder: --set model.path=/path/to/model"
 
 
@@ -36,6 +36,13 @@ def local_folder(path: str) -> Path | None:
     raise UsageError(f"model.path: there is no folder {path}, and it does not look like a hub id (owner/name)")
 
 
+def counted_as(path: str) -> str:
+    """`path`, or for a hub id the architecture whose configs are counted in its place: an SDXL by its name, else an SD 1.5."""
+    if local_folder(path) is not None:
+        return path
+    return "random-sdxl" if re.search(r"xl|playground-v2", path.lower()) else "random-sd15"
+
+
 def is_architecture(folder: Path) -> bool:
     """Whether the folder holds configs without weights, so that its modules get random ones."""
     return folder in _ARCHITECTURES.values()
@@ -56,7 +63,7 @@ def read_config(folder: Path, component: str) -> dict[str, Any]:
     except FileNotFoundError:
         hint = " (a transformer model such as SD3 or FLUX?)" if (folder / "transformer").is_dir() else ""
         raise RunError(
-            f"model.path: {folder} has no {component}/{name}; a Stable Diffusion 1.x/2.x folder in diffusers format is needed{hint}"
+            f"model.path: {folder} has no {component}/{name}; a Stable Diffusion folder in diffusers format is needed{hint}"
         ) from None
     except (OSError, json.JSONDecodeError) as error:
         raise RunError(f"model.path: cannot read {path}: {error}") from None
@@ -64,11 +71,11 @@ def read_config(folder: Path, component: str) -> dict[str, Any]:
 
 def _download(model: recipe.Model) -> Path:
     variant = f".{model.variant}" if model.variant else ""
-    weights = [f"text_encoder/model{variant}*.safetensors*"]
+    weights = [f"{encoder}/model{variant}*.safetensors*" for encoder in ("text_encoder", "text_encoder_2")]
     weights += [
         f"{part}/diffusion_pytorch_model{variant}{rest}"
         for part in ("unet", "vae")
         for rest in (".safetensors", "-*", ".safetensors.index*")
     ]
-    patterns = ["model_index.json", "*/*.json", "tokenizer/*", *weights]
+    patterns = ["model_index.json", "*/*.json", "tokenizer/*", "tokenizer_2/*", *weights]
     return hub.snapshot("model.path", model.path, patterns, _LOCAL_HINT, model.revision, ["safety_checker/*"])

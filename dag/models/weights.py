@@ -34,24 +34,38 @@ def load_module(
     return module.to(device).eval().requires_grad_(False)
 
 
-def load_text_encoder(folder: Path, dtype: torch.dtype, device: torch.device, variant: str | None = None) -> Any:
-    """The CLIP text model on `device`, in eval mode without gradients. Raises RunError."""
+def load_text_encoder(
+    folder: Path,
+    dtype: torch.dtype,
+    device: torch.device,
+    variant: str | None = None,
+    name: str = "text_encoder",
+    component: Any = CLIPTextModel,
+) -> Any:
+    """A CLIP text model on `device`, in eval mode without gradients. Raises RunError.
+
+    Args:
+        name:      its folder.
+        component: its class.
+    """
     if is_architecture(folder):
-        config = CLIPTextModel.config_class(**read_config(folder, "text_encoder"))
-        module = random_weights(CLIPTextModel, config, dtype, device)
+        config = component.config_class(**read_config(folder, name))
+        module = random_weights(component, config, dtype, device)
     else:
-        module = _from_transformers(CLIPTextModel, folder, "text_encoder", dtype=dtype, variant=variant)
+        module = _from_transformers(component, folder, name, dtype=dtype, variant=variant)
     return module.to(device).eval().requires_grad_(False)
 
 
-def load_tokenizer(folder: Path) -> Any:
-    """The CLIP tokenizer. A folder without weights gets the embedded model's: to random weights no word means anything."""
-    return _from_transformers(CLIPTokenizer, EMBEDDED if is_architecture(folder) else folder, "tokenizer")
+def load_tokenizer(folder: Path, name: str = "tokenizer") -> Any:
+    """A CLIP tokenizer. A folder without weights gets the embedded model's: to random weights no word means anything."""
+    if is_architecture(folder):
+        folder, name = EMBEDDED, "tokenizer"
+    return _from_transformers(CLIPTokenizer, folder, name)
 
 
 def _from_transformers(component: Any, folder: Path, name: str, **options: Any) -> Any:
     if not (folder / name).is_dir():
-        raise RunError(f"model.path: {folder} has no {name} folder; a Stable Diffusion 1.x/2.x folder is needed")
+        raise RunError(f"model.path: {folder} has no {name} folder; a Stable Diffusion folder is needed")
     try:
         return component.from_pretrained(folder / name, local_files_only=True, **options)
     except Exception as error:

@@ -33,8 +33,8 @@ from dag.recipe.table_sections import (
 
 class Model(Section):
     path: str = Field(min_length=1)
-    """`embedded`, a local diffusers folder, or a hub id (SD 1.x / 2.x architecture); `random-sd15` is that architecture with
-    random weights, for benchmarks."""
+    """`embedded`, a local diffusers folder, or a hub id (architecture of SD 1.x / 2.x or SDXL); `random-sd15` and `random-sdxl`
+    are these architectures with random weights, for benchmarks."""
     revision: str | None = None
     """Branch, tag or commit of a hub id."""
     variant: str | None = None

@@ -103,9 +103,10 @@ def build(
     policy.schedule = replace(policy.schedule, kernels=kernels)
     for warning in policy.prompt_warnings(texts):
         warn(f"warning: {warning}")
+    text, held_out = policy.encode(texts).split([len(found.training), len(found.held_out)])
+    # After encoding, since only then all text encoders are there.
     fingerprint = {name: of_weights(weights) for name, weights in policy.base_weights().items()}
     fingerprint["prompts"] = of_texts(texts)
-    text, held_out = policy.encode(texts).split([len(found.training), len(found.held_out)])
     policy.free_text_encoder()
     learner = learner_of(recipe, policy, text, kernels, warn, processes)
     evaluated = (found.held_out, held_out) if recipe.evaluation.held_out else (found.training, text)

@@ -4,11 +4,8 @@ import json
 import math
 from dataclasses import dataclass
 
-from dag.models.source import local_folder
+from dag.models.source import counted_as, local_folder
 from dag.recipe import AdjointMatching, Backpropagation, NablaBalance, Recipe, is_scored
-
-# Assumed if the model's files are not on this machine: those of SD 1.x, whose VAE divides the side by 8.
-_ASSUMED_CHANNELS, _ASSUMED_FACTOR, _ASSUMED_RESOLUTION = 4, 8, 512
 
 
 @dataclass(frozen=True)
@@ -17,8 +14,8 @@ class Plan:
 
     latent_elements: int
     """D, the number of elements of one latent."""
-    is_assumed: bool
-    """True if D is that of an SD 1.x model because the configs are not on this machine."""
+    counted_as: str
+    """The model whose configs were read: the recipe's, or the architecture that a hub model is taken for."""
     trajectories: int
     """Trajectories of the complete run."""
     updates: int
@@ -32,27 +29,23 @@ class Plan:
     """Effective beta, in nats per unit of reward, if log-probs were sums; None for an objective without a flow."""
 
 
-def latent_elements(recipe: Recipe) -> tuple[int, bool]:
-    """(D, whether it is assumed because the model's files are not on this machine)."""
-    folder = local_folder(recipe.model.path)
-    channels, factor, resolution = (
-        _ASSUMED_CHANNELS,
-        _ASSUMED_FACTOR,
-        recipe.model.resolution or _ASSUMED_RESOLUTION,
-    )
-    if folder is not None and (folder / "unet/config.json").is_file() and (folder / "vae/config.json").is_file():
-        unet = json.loads((folder / "unet/config.json").read_text(encoding="utf-8"))
-        vae = json.loads((folder / "vae/config.json").read_text(encoding="utf-8"))
-        channels, factor = unet["in_channels"], 2 ** (len(vae["block_out_channels"]) - 1)
-        resolution = recipe.model.resolution or unet["sample_size"] * factor
-        return channels * (resolution // factor) ** 2, False
-    return channels * (resolution // factor) ** 2, True
+def latent_elements(recipe: Recipe) -> int:
+    """D. A folder without configs, which loading will refuse, counts as an SD 1.5."""
+    folder = local_folder(counted_as(recipe.model.path))
+    assert folder is not None
+    if not ((folder / "unet/config.json").is_file() and (folder / "vae/config.json").is_file()):
+        folder = local_folder("random-sd15")
+        assert folder is not None
+    unet, vae = (json.loads((folder / name / "config.json").read_text(encoding="utf-8")) for name in ("unet", "vae"))
+    factor = 2 ** (len(vae["block_out_channels"]) - 1)
+    resolution = recipe.model.resolution or unet["sample_size"] * factor
+    return unet["in_channels"] * (resolution // factor) ** 2
 
 
 def make_plan(recipe: Recipe) -> Plan:
     """The plan of a recipe. An epoch's numbers are those after the warm-up."""
     train, T = recipe.train, recipe.sampler.steps
-    D, is_assumed = latent_elements(recipe)
+    D = latent_elements(recipe)
     warmup = min(recipe.warmup_epochs, train.epochs)
     first, end = train.step_window or (0, T)
     steps = max(1, math.ceil(train.step_fraction * (end - first)))
@@ -81,7 +74,7 @@ def make_plan(recipe: Recipe) -> Plan:
         beta_eff = recipe.target.beta.value * (D if recipe.objective.log_prob_reduction == "mean" else 1)
     return Plan(
         latent_elements=D,
-        is_assumed=is_assumed,
+        counted_as=counted_as(recipe.model.path),
         trajectories=train.epochs * train.trajectories,
         updates=(train.epochs - warmup) * train.updates * train.inner_epochs,
         transitions_per_update=train.trajectories // train.updates * steps,
@@ -122,10 +115,9 @@ def _gradients(recipe: Recipe) -> str:
 def describe(recipe: Recipe, num_prompts: int) -> str:
     """The plan as text for the terminal."""
     plan, train, sampler = make_plan(recipe), recipe.train, recipe.sampler
+    is_known = plan.counted_as == recipe.model.path
     known = (
-        "assumed, an SD 1.x latent: the model's files are not on this machine"
-        if plan.is_assumed
-        else "from the model's config"
+        "from the model's config" if is_known else f"of {plan.counted_as}: the model's files are not on this machine"
     )
     lines = [
         f"model         {recipe.model.path}, {recipe.model.dtype}, {recipe.adapter.kind}"

@@ -98,12 +98,6 @@ def test_transformer_models_are_named(copy_of_model: Path) -> None:
         load(copy_of_model)
 
 
-def test_sdxl_is_refused(copy_of_model: Path) -> None:
-    (copy_of_model / "text_encoder_2").mkdir()
-    with pytest.raises(RunError, match="SDXL"):
-        load(copy_of_model)
-
-
 def test_inpainting_models_are_refused(copy_of_model: Path) -> None:
     edit(copy_of_model / "unet/config.json", in_channels=9)
     with pytest.raises(RunError, match="inpainting"):
