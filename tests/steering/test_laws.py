@@ -36,10 +36,10 @@ class Chain:
         return torch.randn(len(ids), generator=self.generator)
 
     def outputs(self, x: Tensor, k: int) -> Tensor:
-        return x
+        return RHO * x
 
     def step(self, x: Tensor, outputs: Tensor, k: int, ids: Tensor) -> Tensor:
-        return RHO * x + math.sqrt(1 - RHO**2) * torch.randn(len(x), generator=self.generator)
+        return outputs + math.sqrt(1 - RHO**2) * torch.randn(len(x), generator=self.generator)
 
     def look(self, x: Tensor, outputs: Tensor, k: int) -> Tensor:
         return RHO ** (T - k) * x

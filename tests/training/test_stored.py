@@ -367,3 +367,24 @@ def test_scaled_residuals_weigh_the_steps_once(make_recipe: MakeRecipe, run: Run
             assert output.residual is not None
             s, weight = (1.0, 1.0) if scales is None else (float(scales[k]), float(scales[k]) / 4.0)
             torch.testing.assert_close(output.loss.detach(), weight * penalty(output.residual / s, 3.0))
+
+
+def test_a_baseline_learns_the_reward_of_the_final_picture(make_recipe: MakeRecipe, run: RunFolder) -> None:
+    """From x0_hat at every state, and only after the updates: a value that knew the rollout would explain its noise."""
+    recipe = make_recipe(objective={"name": "ddpo", "baseline": "value"}, flow={"warmup_epochs": 1})
+    trainer, trajectories = rolled_out(recipe, run)
+    learner, T = trainer.components.learner, recipe.sampler.steps
+    lesson = learner.critic_lesson(trajectories, None)
+    assert lesson is not None
+    assert torch.equal(lesson.reward, trajectories.reward[:, None].expand(-1, T + 1))
+    found = trajectories.x0_hat_old(learner.schedule, slice(0, 8), 1)
+    torch.testing.assert_close(lesson.latents[:, 1].float(), found, rtol=1e-3, atol=1e-3)
+    values = learner.state_values(trajectories, slice(0, 4))
+    assert values is not None
+    assert values.shape == (4, T)
+    updated(trainer, trajectories)
+    assert learner.critic_fit is not None
+    assert learner.critic_fit.mean == pytest.approx(float(trajectories.reward.mean()), rel=1e-5)
+    again = learner.state_values(trajectories, slice(0, 4))
+    assert again is not None
+    assert not torch.equal(again, values)
