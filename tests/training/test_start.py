@@ -88,10 +88,12 @@ def test_a_mac_takes_its_cpu_and_says_so(
     monkeypatch.setattr(torch.backends.mps, "is_built", lambda: True)
     monkeypatch.delattr(os, "sched_getaffinity")
     monkeypatch.setattr(os, "cpu_count", lambda: 1)
-    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "no")
-    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    monkeypatch.setattr("dag.training.launch._IS_LAUNCHED", True)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
     monkeypatch.chdir(ROOT)
     assert train_dag.main([*first_command()[2:], *small(tmp_path / "run", "adamw")]) == 0
+    torch.set_num_threads(threads)
     said = capsys.readouterr()
     assert [line for line in said.err.splitlines() if not line.startswith(OURS)] == []
     lines = said.out.splitlines()
