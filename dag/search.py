@@ -43,9 +43,8 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
 
 def recipe_of(given: argparse.Namespace) -> tuple[SearchRecipe, dict[str, Tensor] | None]:
     """(the recipe, the weights of the trained model that is steered). Raises UsageError, or RunError if there are no weights."""
-    recipe = load_search(given.recipe, given.method, given.set)
-    if given.prompt:
-        recipe = recipe.model_copy(update={"prompts": recipe.prompts.model_validate({"texts": given.prompt})})
+    prompts = [f"prompts={json.dumps({'texts': given.prompt})}"] if given.prompt else []
+    recipe = load_search(given.recipe, given.method, [*given.set, *prompts])
     if given.lora is None:
         return recipe, None
     run = RunFolder.open(given.lora)
@@ -55,7 +54,8 @@ def recipe_of(given: argparse.Namespace) -> tuple[SearchRecipe, dict[str, Tensor
             f"--lora {given.lora}: trained on {trained.model.path}, but the recipe has {recipe.model.path}"
         )
     weights = checkpoint.load_tensors(checkpoint.chosen(run.checkpoints), "policy")
-    return recipe.model_copy(update={"adapter": trained.adapter}), weights
+    sampler = recipe.sampler.model_copy(update={"uncond": trained.sampler.uncond})
+    return recipe.model_copy(update={"adapter": trained.adapter, "sampler": sampler}), weights
 
 
 def check_budget(recipe: SearchRecipe) -> None:

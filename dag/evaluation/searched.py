@@ -46,11 +46,17 @@ class SearchFolder:
 
     def read_recipe(self) -> SearchRecipe:
         """The recipe of the search. Raises UsageError if search.json holds none that this version understands."""
+        return checked(SearchRecipe, self._described("recipe"), str(self.description))
+
+    def read_steered(self) -> str | None:
+        """The fingerprint of the trained weights that were steered; None for the base model. Raises UsageError."""
+        return self._described("steered")
+
+    def _described(self, key: str) -> Any:
         try:
-            data = json.loads(self.description.read_text(encoding="utf-8"))["recipe"]
+            return json.loads(self.description.read_text(encoding="utf-8"))[key]
         except (OSError, ValueError, LookupError, TypeError) as error:
             raise UsageError(f"{self.description}: cannot be read: {error}") from None
-        return checked(SearchRecipe, data, str(self.description))
 
     def read_results(self) -> dict[str, Any]:
         """The results of all prompts. Raises UsageError if the search has not ended."""

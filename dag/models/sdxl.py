@@ -65,14 +65,20 @@ class StableDiffusionXL(StableDiffusion):
         for tokenizer, encoder in (self._load_text(), self._load_second()):
             length = int(encoder.config.max_position_embeddings)
             found = tokenizer(texts, padding="max_length", max_length=length, truncation=True, return_tensors="pt")
-            outputs = [encoder(ids.to(self.device), output_hidden_states=True) for ids in found.input_ids.split(64)]
-            tokens.append(torch.cat([output.hidden_states[-2].to(self.dtype).cpu() for output in outputs]))
-            pooled = torch.cat([output[0].to(self.dtype).cpu() for output in outputs])
+            # Each part leaves the device at once: the hidden states of all layers would fill it.
+            parts = [self._embedded(encoder, ids) for ids in found.input_ids.split(64)]
+            tokens.append(torch.cat([hidden for hidden, _ in parts]))
+            pooled = torch.cat([first for _, first in parts])
         rows = torch.cat(tokens, dim=2)
         last = functional.pad(pooled, (0, rows.shape[2] - pooled.shape[1]))[:, None]
         embedded = torch.cat([rows, last], dim=1)
         self._uncond = (torch.zeros_like(embedded[:1]) if self._empty_is_zero() else embedded[:1]).to(self.device)
         return embedded[1:]
+
+    def _embedded(self, encoder: Any, ids: Tensor) -> tuple[Tensor, Tensor]:
+        """(last hidden states but one, the encoder's first output: of the second one the pooled embeddings), on the CPU."""
+        output = encoder(ids.to(self.device), output_hidden_states=True)
+        return output.hidden_states[-2].to(self.dtype).cpu(), output[0].to(self.dtype).cpu()
 
     def _empty_is_zero(self) -> bool:
         """Whether zeros take the place of the empty prompt's embedding, as the published models are sampled."""

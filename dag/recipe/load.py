@@ -51,7 +51,8 @@ def load_search(path: str | Path, method: str | None = None, overrides: typing.S
         data = {key: value for key, value in data.items() if key in SHARED}
         if method is None:
             raise UsageError(f"{path}: a training recipe; say how to search: --method {', '.join(SEARCHES)}")
-    if method is not None and data.get("search", {}).get("name") != method:
+    given = data.get("search")
+    if method is not None and not (isinstance(given, dict) and given.get("name") == method):
         data["search"] = {"name": method}
     for override in overrides:
         _apply_override(data, override)

@@ -26,6 +26,7 @@ from dag.recipe.search_sections import SearchRecipe
 from dag.rewards import RewardSum
 from dag.rewards.pixels import to_bytes
 from dag.run import durable
+from dag.run.fingerprint import of_weights
 from dag.run.machine import describe_machine, git_commit
 from dag.steering.feynman_kac import best_of_n, steer
 from dag.steering.found import Found, Search
@@ -61,7 +62,7 @@ class Searching:
     ) -> None:
         self.recipe, self.folder = recipe, SearchFolder(folder)
         self.prompts = load_prompts(recipe.prompts).training
-        self._claim(device)
+        self._claim(device, None if weights is None else of_weights(list(weights.values())))
         training = recipe.as_training()
         self.reward = RewardSum(training.reward, device)
         self.policy = families.load(training, device, ForwardLooking(decoder=recipe.preview_decoder))
@@ -72,18 +73,18 @@ class Searching:
         if weights is not None:
             self.policy.load_state_dict(weights)
 
-    def _claim(self, device: torch.device) -> None:
+    def _claim(self, device: torch.device, steered: str | None) -> None:
         """Write what is searched into the folder, or check that it is the same search. Raises UsageError."""
         folder, recipe = self.folder, self.recipe.model_dump(mode="json")
         try:
             for kind in ("pictures", "plain"):
                 (folder.path / kind).mkdir(parents=True, exist_ok=True)
             if not folder.is_one():
-                described = {"recipe": recipe, **describe_machine(device), "commit": git_commit()}
+                described = {"recipe": recipe, "steered": steered, **describe_machine(device), "commit": git_commit()}
                 durable.write_json(folder.description, described)
         except OSError as error:
             raise UsageError(f"--out {folder.path}: cannot be used: {error.strerror}") from None
-        if folder.read_recipe() != self.recipe:
+        if folder.read_recipe() != self.recipe or folder.read_steered() != steered:
             raise UsageError(f"--out {folder.path}: holds another search; choose another folder")
 
     def missing(self) -> list[int]:
