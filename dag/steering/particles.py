@@ -65,7 +65,7 @@ class Particles:
         """(B, C, H, W) float32 the network's guided outputs at the states x before step k."""
         self.work.passes += len(x)
         t = self.schedule.timesteps[k]
-        return self._tiled(lambda part: self.policy.predict(part, t.expand(len(part)), self._text(part)).guided, x)
+        return self._tiled(lambda part: self.policy.predict(part, t.expand(len(part)), self.text_of(part)).guided, x)
 
     def step(self, x: Tensor, outputs: Tensor, k: int, ids: Tensor) -> Tensor:
         """(B, C, H, W) the next states, with the noise of the ids (B,)."""
@@ -86,18 +86,15 @@ class Particles:
         """The pictures of the last states x (B, C, H, W), and their rewards."""
         self.work.passes += 0 if self.schedule.final is None else len(x)
         self.work.scored += len(x)
-        images = self._tiled(lambda part: self.policy.decode(last_latents(self.policy, part, self._text(part))), x)
+        images = self._tiled(lambda part: self.policy.decode(last_latents(self.policy, part, self.text_of(part))), x)
         rewards = [self._scored(part, is_preview=False) for part in images.split(self.tile)]
         return Ends(images.cpu(), torch.cat(rewards).cpu())
-
-    def text_of(self, x: Tensor) -> Tensor:
-        """(B, S, D) the prompt's embedding for each of the states x."""
-        return self._text(x)
 
     def _scored(self, images: Tensor, *, is_preview: bool) -> Tensor:
         return self.reward.total(images, [self.prompt] * len(images), is_preview=is_preview)
 
-    def _text(self, x: Tensor) -> Tensor:
+    def text_of(self, x: Tensor) -> Tensor:
+        """(B, S, D) the prompt's embedding for each of the states x."""
         return self.text.expand(len(x), -1, -1)
 
     def _tiled(self, call: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:

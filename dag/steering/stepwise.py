@@ -24,7 +24,7 @@ def choose_stepwise(recipe: SearchRecipe, particles: Particles, ids_of: Ids, gen
     assert isinstance(section, Stepwise)
     begin, end = window_of(recipe, section)
     x = particles.start(ids_of(section.beams))
-    outputs, found = particles.outputs(x, 0), None
+    outputs = particles.outputs(x, 0)
     for k in range(T):
         N, M = len(x), _proposals(section, k, T, generator) if begin <= k < end else 1
         proposed = particles.step(x.repeat_interleave(M, 0), outputs.repeat_interleave(M, 0), k, ids_of(N * M))
