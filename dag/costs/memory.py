@@ -19,7 +19,7 @@ from dag.chain.trajectory import ChainStore, Trajectories
 from dag.costs.fake_gpu import FakeGpu
 from dag.costs.live_bytes import LiveBytes, as_on_cuda
 from dag.costs.remembered import RememberedShapes
-from dag.costs.weightless import META, Weightless, some_bytes
+from dag.costs.weightless import META, Weightless, on_a_gpu, some_bytes
 from dag.recipe import Recipe
 from dag.run.meter import PhaseMeter
 from dag.training.epoch_state import EpochState
@@ -59,7 +59,7 @@ class Simulation:
             # All steps are trained: the peak does not depend on how many are left out.
             "train": recipe.train.model_copy(update={"step_fraction": 1.0, "step_window": None}),
         }
-        self.made = Weightless(recipe.model_copy(update=short))
+        self.made = Weightless(recipe.model_copy(update=short), on_a_gpu(recipe))
         self.is_one_pass = recipe.train.rollout == "one_pass"
         self._peaks: dict[str, int] = {}
 

@@ -12,7 +12,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from dag_kernels import choose
 from torch import Tensor
 
 from dag.chain.rollout import Batch, Score, assemble, sample_tile, score_tile
@@ -20,7 +19,7 @@ from dag.chain.trajectory import ChainStore
 from dag.costs.fake_gpu import Counts, FakeGpu
 from dag.costs.live_bytes import LiveBytes, as_on_cuda
 from dag.costs.remembered import RememberedShapes
-from dag.costs.weightless import META, Weightless
+from dag.costs.weightless import META, Weightless, on_a_gpu
 from dag.recipe import Recipe
 from dag.recipe.reward_sections import Custom, Http, RewardTerm, Tower
 from dag.rewards import Reward, RewardSum, build_reward
@@ -91,7 +90,7 @@ class _Loop:
 
     def __init__(self, recipe: Recipe) -> None:
         self.recipe, self.gpu = recipe, FakeGpu()
-        self.made = Weightless(recipe, choose("torch" if recipe.kernels == "torch" else "auto", META))
+        self.made = Weightless(recipe, on_a_gpu(recipe))
         self.policy, self.learner, self.T = self.made.policy, self.made.learner, self.made.T
         self.reward = RewardSum(recipe.reward, META, _on_meta)
         self.batch, self.meter = self.made.batch(recipe.train.trajectories), PhaseMeter(META)

@@ -63,7 +63,8 @@ def measure(label: str, recipe: Recipe, device: torch.device, repeats: int, is_p
     if is_predicted and label != LITERAL:
         # Predicted at the micro-batch that was measured: where memory runs out, training halves the recipe's.
         train = recipe.train.model_copy(update={"micro_batch": components.learner.updates.micro_batch})
-        row["predicted_gib"] = round(_predicted(recipe.model_copy(update={"train": train})), 4)
+        changes = {"train": train, "kernels": components.kernels.name}
+        row["predicted_gib"] = round(_predicted(recipe.model_copy(update=changes)), 4)
     return row
 
 

@@ -5,11 +5,10 @@ Legend: B rows of a micro-batch or tile, N trajectories, T transitions.
 
 import math
 from collections.abc import Iterable
-from dataclasses import replace
 from typing import Any
 
 import torch
-from dag_kernels import PLAIN, Kernels
+from dag_kernels import PLAIN, Kernels, choose
 from torch import Tensor, nn
 
 from dag.chain.rollout import CHAIN_DTYPES, Batch
@@ -29,6 +28,11 @@ _SMALLEST_8BIT = 4096
 _8BIT_BLOCK = 256
 
 
+def on_a_gpu(recipe: Recipe) -> Kernels:
+    """The operations that a GPU would run, in their form for the meta device: fused ones wherever triton is installed."""
+    return choose("torch" if recipe.kernels == "torch" else "auto", META)
+
+
 class Weightless:
     """A recipe's policy, flow and learner on the meta device.
 
@@ -46,8 +50,7 @@ class Weightless:
     def __init__(self, recipe: Recipe, kernels: Kernels = PLAIN) -> None:
         self.recipe = recipe
         self.counted_as = counted_as(recipe.model.path)
-        self.policy = families.load(_without_levers(recipe, self.counted_as), META, recipe.forward_looking)
-        self.policy.schedule = replace(self.policy.schedule, kernels=kernels)
+        self.policy = families.load(_without_levers(recipe, self.counted_as), META, recipe.forward_looking, kernels)
         self.policy.blank_prompt()
         if recipe.memory.base == "int8":
             for layer in self._quantised():

@@ -2,11 +2,14 @@
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import torch
+from dag_kernels import PLAIN, Kernels
 
 from dag.chain.policy import Policy
+from dag.models.norms import fuse_norms
 from dag.models.sd import StableDiffusion
 from dag.models.sdxl import StableDiffusionXL
 from dag.models.source import resolve
@@ -21,11 +24,17 @@ FAMILIES: dict[str, Callable[..., Policy]] = {
 A folder with another pipeline, or with none, is loaded as Stable Diffusion, which reports what does not fit."""
 
 
-def load(recipe: Recipe, device: torch.device, forward_looking: ForwardLooking | None = None) -> Policy:
+def load(
+    recipe: Recipe,
+    device: torch.device,
+    forward_looking: ForwardLooking | None = None,
+    kernels: Kernels = PLAIN,
+) -> Policy:
     """The recipe's model as a policy, downloaded if need be.
 
     Args:
         forward_looking: the section that says how previews are decoded; None if there are none.
+        kernels:         the operations of its schedule; fused ones also normalise in its networks.
 
     Raises:
         UsageError: the recipe asks for what this model cannot do.
@@ -33,7 +42,13 @@ def load(recipe: Recipe, device: torch.device, forward_looking: ForwardLooking |
     """
     folder = resolve(recipe.model)
     family = FAMILIES.get(_pipeline(folder) or "", StableDiffusion)
-    return family(recipe, folder, device, forward_looking)
+    policy = family(recipe, folder, device, forward_looking)
+    policy.schedule = replace(policy.schedule, kernels=kernels)
+    # torch.compile of the complete UNet fuses its norms itself.
+    if kernels.name == "triton" and recipe.memory.channels_last and recipe.memory.compile != "unet":
+        for network in policy.modules():
+            fuse_norms(network, kernels)
+    return policy
 
 
 def _pipeline(folder: Path) -> str | None:

@@ -41,7 +41,8 @@ class Tower(_Reward):
     """JSON file that describes the architecture; needed only for weights in their original layout of an unusual architecture."""
     dtype: Literal["fp32", "tf32", "bf16", "fp16"] = "fp32"
     """Precision of the network; heads and normalisation stay fp32. `tf32` is float32 with TF32 matrix products, which
-    are faster on data-centre GPUs but not on RTX GPUs; bf16 and fp16 take half the memory, and change the scores more."""
+    are faster on data-centre GPUs but not on RTX GPUs; with `fp32` too, previews of x0_hat take them. bf16 and fp16 take half
+    the memory, and change the scores more."""
     max_batch: int = Field(16, ge=1)
     """Pictures per forward pass; memory grows with it, scores do not depend on it."""
     device: Literal["auto", "cpu"] = "auto"

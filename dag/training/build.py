@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
@@ -99,8 +99,7 @@ def build(
     except ValueError as error:
         raise UsageError(str(error)) from None
     reward = reward or RewardSum(recipe.reward, device)
-    policy = families.load(recipe, device, recipe.forward_looking)
-    policy.schedule = replace(policy.schedule, kernels=kernels)
+    policy = families.load(recipe, device, recipe.forward_looking, kernels)
     for warning in policy.prompt_warnings(texts):
         warn(f"warning: {warning}")
     text, held_out = policy.encode(texts).split([len(found.training), len(found.held_out)])

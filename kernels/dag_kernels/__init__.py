@@ -1,4 +1,4 @@
-"""Operations on the transitions of a Gaussian denoising chain. Imports torch, never `dag`.
+"""Operations on the transitions of a Gaussian denoising chain, and in its network. Imports torch, never `dag`.
 
 `choose` decides between fused Triton kernels and plain PyTorch; triton is imported only then.
 """
@@ -7,6 +7,7 @@ from dag_kernels.dispatch import CHOICES, PLAIN, choose
 from dag_kernels.implementation import Kernels
 from dag_kernels.reference import (
     BalanceLoss,
+    GroupNormed,
     SampledStep,
     TransitionLogProbs,
     at_least_float32,
@@ -24,6 +25,7 @@ __all__ = [
     "CHOICES",
     "PLAIN",
     "BalanceLoss",
+    "GroupNormed",
     "Kernels",
     "SampledStep",
     "TransitionLogProbs",

@@ -1,6 +1,7 @@
 """Decides which implementation of the operations a run uses: fused Triton kernels or plain PyTorch."""
 
 import functools
+from typing import Any
 
 import torch
 
@@ -62,13 +63,20 @@ def _failure_of_a_trial(device: torch.device) -> str | None:
 
 
 def _torch(reason: str) -> Kernels:
-    return Kernels("torch", reason, reference.transition_log_probs, reference.sampling_step, reference.detailed_balance)
-
-
-PLAIN = _torch("the default")
+    return _kernels("torch", reason, reference, reference, reference, reference)
 
 
 def _triton(reason: str) -> Kernels:
-    from dag_kernels import balance, sampling, transition
+    from dag_kernels import balance, group_norm, sampling, transition
 
-    return Kernels("triton", reason, transition.transition_log_probs, sampling.sampling_step, balance.detailed_balance)
+    return _kernels("triton", reason, transition, sampling, balance, group_norm)
+
+
+def _kernels(name: str, reason: str, transition: Any, sampling: Any, balance: Any, norm: Any) -> Kernels:
+    """The implementation whose operations these modules have."""
+    return Kernels(
+        name, reason, transition.transition_log_probs, sampling.sampling_step, balance.detailed_balance, norm.group_norm
+    )
+
+
+PLAIN = _torch("the default")

@@ -4,7 +4,7 @@ import os
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from dag_kernels.reference import BalanceLoss, SampledStep, TransitionLogProbs
+from dag_kernels.reference import BalanceLoss, GroupNormed, SampledStep, TransitionLogProbs
 
 
 @dataclass(frozen=True)
@@ -18,6 +18,7 @@ class Kernels:
     transition_log_probs: Callable[..., TransitionLogProbs]
     sampling_step: Callable[..., SampledStep]
     detailed_balance: Callable[..., BalanceLoss]
+    group_norm: Callable[..., GroupNormed]
 
 
 def is_interpreted() -> bool:

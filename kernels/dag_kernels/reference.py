@@ -97,6 +97,25 @@ def transition_log_probs(
     )
 
 
+class GroupNormed(NamedTuple):
+    """The result of `group_norm`."""
+
+    y: Tensor
+    """(B, C, H, W) of the input's dtype."""
+
+
+def group_norm(x: Tensor, weight: Tensor, bias: Tensor, groups: int, eps: float, has_silu: bool) -> GroupNormed:
+    """Group normalisation of feature maps, then SiLU if `has_silu`; `dag_kernels.group_norm` has the formulas.
+
+    Args:
+        x:            (B, C, H, W), C a multiple of `groups`; the gradient flows into it.
+        weight, bias: (C,) of any dtype, treated as data.
+        eps:          is added to the variance of each group.
+    """
+    y = functional.group_norm(x, groups, weight.detach().to(x.dtype), bias.detach().to(x.dtype), eps)
+    return GroupNormed(functional.silu(y) if has_silu else y)
+
+
 class SampledStep(NamedTuple):
     """The result of one denoising step of B samples."""
 

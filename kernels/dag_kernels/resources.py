@@ -31,6 +31,7 @@ def kernels() -> Iterator[tuple[str, Any, dict[str, str], dict[str, Any], int]]:
     """
     from dag_kernels import balance, sampling, transition
 
+    yield from _norm_kernels()
     latents = dict.fromkeys(("x_t", "x_next", "output", "reference", "old"), "*LATENT")
     strides = [f"stride_{name}" for name in ("t", "next", "output", "reference", "old")]
     sizes = dict.fromkeys(("num_samples", "D", *strides), "i32") | {"guidance": "fp32"}
@@ -69,6 +70,39 @@ def kernels() -> Iterator[tuple[str, Any, dict[str, str], dict[str, Any], int]]:
     switches = ("HAS_LOOKING", "HAS_END", "HAS_SCALE", "HAS_WEIGHT", "HAS_HUBER")
     options = dict.fromkeys(switches, True) | {"DETACH_NEXT": False, "BLOCK": balance.BLOCK}
     yield "balance", balance.detailed_balance_fwd_kernel, loss, options, 4
+
+
+def _norm_kernels() -> Iterator[tuple[str, Any, dict[str, str], dict[str, Any], int]]:
+    """The kernels of the group normalisation, with SiLU."""
+    from dag_kernels import norm_groups, norm_tiles
+
+    shape, tile = dict.fromkeys(("num_rows", "C"), "i32"), {"ROWS": norm_tiles.ROWS, "CHANNELS": norm_tiles.CHANNELS}
+    sums, shape_of_sum = {"ROWS": norm_tiles.ROWS, "BLOCK": norm_tiles.BLOCK}, shape | {"groups": "i32", "tiles": "i32"}
+    x, table = {"x": "*LATENT"}, {"table": "*fp32"}
+    inputs = x | dict.fromkeys(("weight", "bias"), "*LATENT") | {"statistics": "*fp32"}
+    shape_of_map, with_silu = shape | {"groups": "i32"}, {"HAS_SILU": True, **tile}
+    warps, few = norm_tiles.NUM_WARPS, 4
+    width = 16  # of the finest map of a UNet with 320 channels, the largest there
+    a_group = {"HAS_SILU": True, "ROWS": norm_groups.STEP // width, "WIDTH": width}
+    yield (
+        "norm forward",
+        norm_groups.group_norm_fwd_kernel,
+        inputs | {"y": "*LATENT"} | shape_of_map | {"eps": "fp32"},
+        a_group,
+        warps,
+    )
+    small = inputs | {"dy": "*LATENT", "dx": "*LATENT"} | shape_of_map
+    yield "norm backward", norm_groups.group_norm_bwd_kernel, small, a_group, warps
+    yield "tiled norm moments", norm_tiles.tile_moments_kernel, x | table | shape, tile, warps
+    statistics = table | {"statistics": "*fp32"} | shape_of_sum | {"eps": "fp32"}
+    yield "tiled norm statistics", norm_tiles.tile_statistics_kernel, statistics, sums, few
+    forward = inputs | {"y": "*LATENT"} | shape_of_map
+    yield "tiled norm forward", norm_tiles.tile_fwd_kernel, forward, with_silu, warps
+    slopes = inputs | {"dy": "*LATENT"} | table | shape_of_map
+    yield "tiled norm slopes", norm_tiles.tile_slopes_kernel, slopes, with_silu, warps
+    yield "tiled norm means", norm_tiles.tile_means_kernel, table | {"means": "*fp32"} | shape_of_sum, sums, few
+    backward = inputs | {"dy": "*LATENT", "means": "*fp32", "dx": "*LATENT"} | shape_of_map
+    yield "tiled norm backward", norm_tiles.tile_bwd_kernel, backward, with_silu, warps
 
 
 def measure(architectures: tuple[int, ...] = ARCHITECTURES, dtypes: tuple[str, ...] = LATENT_DTYPES) -> list[Row]:

@@ -16,6 +16,12 @@ from dag_kernels import reference
 Inputs = dict[str, Any]
 Shape = tuple[int, ...]
 
+LATENT = (4, 64, 64)
+# A micro-batch on a 24 GB GPU, a tile, and enough samples to fill a GPU.
+CASES = ((3, LATENT, True), (8, LATENT, False), (64, LATENT, True))
+# The finest and the coarsest map of Stable Diffusion 1.5's UNet for a micro-batch of 4 with guidance, and the VAE's largest.
+NORM_CASES = ((8, (320, 64, 64), True), (8, (1280, 8, 8), False), (4, (128, 512, 512), True))
+
 
 @dataclass(frozen=True)
 class OpSpec:
@@ -31,6 +37,8 @@ class OpSpec:
     """Maps (B, latent shape, dtype) to the bytes (forward, backward) of one fused pass, which reads and writes all once."""
     module: str
     """The module of `dag_kernels` with the Triton kernel."""
+    cases: tuple[tuple[int, Shape, bool], ...] = CASES
+    """What is timed: (B, shape of a sample, whether the compiled reference is timed too)."""
 
     def reference(self) -> Callable[..., Any]:
         """The operation in plain PyTorch."""
@@ -120,11 +128,34 @@ def _balance_bytes(B: int, shape: Shape, dtype: torch.dtype) -> tuple[int, int]:
     return B * (9 * 4 + 1 + 5 * 4), B * (4 + 3 * 4 + 3 * 4)
 
 
+def _norm_inputs(B: int, shape: Shape, dtype: torch.dtype, device: torch.device, seed: int) -> Inputs:
+    generator, C = torch.Generator().manual_seed(seed), shape[0]
+    weight, bias = (torch.randn(C, generator=generator).to(device, dtype) for _ in range(2))
+    # Channels of different means and sizes, as a network's are.
+    scale, mean = ((1 + torch.arange(C)) / C).reshape(C, 1, 1), torch.randn(C, 1, 1, generator=generator)
+    x = (mean + scale * torch.randn(B, *shape, generator=generator)).to(device, dtype)
+    groups = math.gcd(C, 32) if C > 32 else math.gcd(C, 2)
+    return {
+        "x": x.contiguous(memory_format=torch.channels_last),
+        "weight": weight,
+        "bias": bias,
+        "groups": groups,
+        "eps": 1e-5,
+        "has_silu": True,
+    }
+
+
+def _norm_bytes(B: int, shape: Shape, dtype: torch.dtype) -> tuple[int, int]:
+    elements = B * math.prod(shape) * dtype.itemsize
+    return 2 * elements, 3 * elements
+
+
 OPS = {
     spec.name: spec
     for spec in (
         OpSpec("transition_log_probs", _transition_inputs, ("output",), _transition_bytes, "transition"),
         OpSpec("sampling_step", _sampling_inputs, (), _sampling_bytes, "sampling"),
         OpSpec("detailed_balance", _balance_inputs, ("log_F", "log_pf", "log_F_next"), _balance_bytes, "balance"),
+        OpSpec("group_norm", _norm_inputs, ("x",), _norm_bytes, "group_norm", NORM_CASES),
     )
 }

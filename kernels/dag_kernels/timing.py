@@ -16,10 +16,6 @@ from dag_kernels.verify import check
 
 Row = dict[str, Any]
 
-LATENT = (4, 64, 64)
-# (samples, latent shape, whether the compiled reference is timed too): a micro-batch on a 24 GB GPU, a tile, and enough samples
-# to fill a GPU.
-CASES = ((3, LATENT, True), (8, LATENT, False), (64, LATENT, True))
 DTYPE = torch.bfloat16
 PROVIDERS = ("eager", "compiled", "fused")
 
@@ -45,7 +41,7 @@ def rows_of(spec: OpSpec, device: torch.device, copy_gb_s: float, chosen: Sequen
         copy_gb_s: the device's copy bandwidth, from `bandwidth`.
     """
     modes = ("forward", "both") if spec.gradients else ("forward",)
-    for B, shape, with_compiled in CASES:
+    for B, shape, with_compiled in spec.cases:
         providers = [name for name in chosen if with_compiled or name != "compiled"]
         for provider, mode in itertools.product(providers, modes):
             row: Row = {"op": spec.name, "provider": provider, "mode": mode}

@@ -117,6 +117,32 @@ def test_balance_without_its_options(change: Inputs) -> None:
     compare(spec, inputs)
 
 
+@every_dtype
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("has_silu", [True, False])
+def test_a_map_normalised_in_tiles(
+    monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype, shape: tuple[int, ...], has_silu: bool
+) -> None:
+    monkeypatch.setattr("dag_kernels.norm_groups.LARGEST", 0)
+    spec = OPS["group_norm"]
+    compare(spec, spec.make(2, shape, dtype, DEVICE, 0) | {"has_silu": has_silu})
+
+
+@pytest.mark.parametrize("largest", [0, 1 << 16], ids=["tiles", "groups"])
+def test_large_means_lose_no_digits(monkeypatch: pytest.MonkeyPatch, largest: int) -> None:
+    """A mean a thousand times the standard deviation: mean(x^2) - mean(x)^2 would have no digit left."""
+    monkeypatch.setattr("dag_kernels.norm_groups.LARGEST", largest)
+    spec = OPS["group_norm"]
+    inputs = spec.make(2, (4, 24, 24), torch.float32, DEVICE, 0)
+    compare(spec, inputs | {"x": inputs["x"] + 1000})
+
+
+def test_a_trained_norm_is_refused() -> None:
+    inputs = OPS["group_norm"].make(1, (4, 2, 2), torch.float32, DEVICE, 0)
+    with pytest.raises(ValueError, match="no gradient to its weight and bias"):
+        FUSED.group_norm(**inputs | {"weight": inputs["weight"].requires_grad_()})
+
+
 # -- memory -------------------------------------------------------------------------------------------------------
 
 

@@ -165,7 +165,7 @@ def test_previews_are_read_on_their_device_and_final_pictures_exactly() -> None:
 def test_tf32_is_set_for_the_network_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     seen = []
-    for dtype in ("fp32", "tf32"):
+    for dtype, is_preview in (("fp32", False), ("fp32", True), ("tf32", False)):
         reward = reward_of("image_text", dtype=dtype)
         original = reward.score
 
@@ -174,6 +174,6 @@ def test_tf32_is_set_for_the_network_alone(monkeypatch: pytest.MonkeyPatch) -> N
             return original(*given, **options)
 
         monkeypatch.setattr(reward, "score", score)
-        reward(torch.rand(1, 3, 64, 64), ["a cat"])
+        reward(torch.rand(1, 3, 64, 64), ["a cat"], is_preview=is_preview)
         seen.append(torch.get_float32_matmul_precision())
-    assert seen == ["highest", "highest", "high", "highest"]
+    assert seen == ["highest", "highest", "high", "highest", "high", "highest"]
