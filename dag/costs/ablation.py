@@ -14,11 +14,11 @@ COMMON = (
     "train.inner_epochs=1",
     "train.step_fraction=1",
     "train.step_window=null",
+    "train.step_choice=uniform",
     "flow.warmup_epochs=0",
     "flow.passes=0",
     "regulariser.sampling=0",
     "regulariser.pretrained_kl=0",
-    "objective.prior=none",
 )
 STORED = (
     "train.rollout=stored",
@@ -54,8 +54,14 @@ BY_GRADIENT: tuple[tuple[str, tuple[str, ...]], ...] = (
 )
 
 
+# The published work is that of detailed balance with a learnt flow, whatever the recipe's objective is.
+_PUBLISHED = ("objective={name: dag_db, beta: {value: 1}}", *STORED, "memory.checkpointing=none", "kernels=torch")
+
+
 def cases(path: str, given: Sequence[str], trajectories: int | None, is_ablation: bool) -> Iterator[tuple[str, Recipe]]:
     """Yield (label, recipe) of each row after the published one.
+
+    A lever that contradicts the recipe is left out, and the reason is printed.
 
     Args:
         path:         the recipe's file.
@@ -74,26 +80,46 @@ def cases(path: str, given: Sequence[str], trajectories: int | None, is_ablation
         scored = {"rollout": "scored once", "current": "scored in training", "none": "not scored"}[section.source]
         yield ("one pass" if recipe.train.rollout == "one_pass" else f"stored, {scored}"), recipe
         return
+    common = tuple(overrides)
     for label, lever in ABLATION:
-        overrides += lever
+        changes = [*lever]
         if section.decoder_path is not None and "objective.forward_looking.decoder=tiny" in lever:
-            overrides.append(f"objective.forward_looking.decoder_path={section.decoder_path}")
-        yield label, load(path, overrides)
-    common = comparable(path, given, trajectories)
-    for label, changes in BY_GRADIENT:
-        yield label, load(path, [*common, *changes])
+            changes.append(f"objective.forward_looking.decoder_path={section.decoder_path}")
+        if (row := _possible(label, path, [*overrides, *changes])) is not None:
+            overrides += changes
+            yield label, row
+    for label, lever in BY_GRADIENT:
+        if (row := _possible(label, path, [*common, *lever])) is not None:
+            yield label, row
+
+
+def _possible(label: str, path: str, overrides: Sequence[str]) -> Recipe | None:
+    """The recipe of a row; None, and a line that says why, where the row's lever contradicts the recipe."""
+    try:
+        return load(path, overrides)
+    except UsageError as error:
+        reason = str(error).partition("\n")[0].removeprefix(f"{path}: ")
+        print(f"{label:30} left out: {reason}", flush=True)
+        return None
 
 
 def comparable(path: str, given: Sequence[str], trajectories: int | None) -> list[str]:
-    """The overrides that all rows share, so that they do comparable work and need no download."""
+    """The overrides that all rows share, so that they do comparable work and need no download.
+
+    Raises:
+        UsageError: the recipe's objective has no flow.
+    """
     overrides, recipe = list(given), load(path, given)
     if recipe.balance is None:
         raise UsageError(f"{path}: the bench times objectives with a flow, not {recipe.objective.name}")
     overrides += COMMON
+    if not recipe.balance.takes_gradient:
+        # By the reward's gradient the prior is part of the method: it stays, as in the rows BY_GRADIENT.
+        overrides.append("objective.prior=none")
+        if recipe.objective.name == "dag_kl":
+            overrides += ["objective.baseline=running", "objective.normalise_advantage=false"]
     if recipe.balance.beta.unit == "reward_sd":
         overrides.append("objective.beta.unit=reward")
-    if recipe.objective.name == "dag_kl":
-        overrides += ["objective.baseline=running", "objective.normalise_advantage=false"]
     if local_folder(recipe.model.path) is None:
         overrides += [f"model.path={counted_as(recipe.model.path)}", "model.variant=null"]
     return [*overrides, f"train.trajectories={trajectories or max(2, recipe.train.micro_batch)}"]
@@ -106,7 +132,6 @@ def variants(given: argparse.Namespace) -> Iterator[tuple[str, Recipe]]:
         yield variant, load(given.recipe, [*common, *variant.split()])
 
 
-def published(given: argparse.Namespace) -> Recipe:
+def published(path: str, given: Sequence[str], trajectories: int | None) -> Recipe:
     """The recipe whose model, reward and sizes `dag.costs.published_work` takes; no lever is on."""
-    common = comparable(given.recipe, given.set, given.trajectories)
-    return load(given.recipe, [*common, *STORED, "memory.checkpointing=none", "kernels=torch"])
+    return load(path, [*comparable(path, given, trajectories), *_PUBLISHED])

@@ -11,7 +11,7 @@ import torch
 
 from dag.chain.rollout import Batch
 from dag.costs import flops, lever_error, profiling, rehearsal
-from dag.costs.ablation import STORED, cases, comparable, published, variants
+from dag.costs.ablation import cases, published, variants
 from dag.costs.train_step import LITERAL, Row, measure, without_download
 from dag.errors import RunError, UsageError
 from dag.models.source import counted_as, local_folder
@@ -31,7 +31,7 @@ def train_step(given: argparse.Namespace, device: torch.device) -> Iterator[Row]
     literal = None
     if given.literal:
         # Measured before the allocator is capped: the published loop may use the complete GPU.
-        literal = _measured(LITERAL, published(given), device, given)
+        literal = _measured(LITERAL, published(given.recipe, given.set, given.trajectories), device, given)
         yield _with_ratio(literal, literal)
     if given.cap_gib is not None:
         limit_memory(device, given.cap_gib)
@@ -68,14 +68,14 @@ def _with_ratio(row: Row, literal: Row | None) -> Row:
 
 def count(given: argparse.Namespace, device: torch.device) -> Iterator[Row]:
     """GFLOP of one transition in every case, from the models' configs alone."""
-    literal = flops.of_published(load(given.recipe, [*comparable(given.recipe, given.set, None), *STORED]))
-    published = sum(literal.values())
+    literal = flops.of_published(published(given.recipe, given.set, None))
+    total = sum(literal.values())
     work: dict[str, Callable[[], flops.Work]] = {LITERAL: lambda: literal}
     for label, recipe in cases(given.recipe, given.set, None, is_ablation=True):
         work[label] = functools.partial(flops.of_recipe, recipe)
     for label, counted in work.items():
         parts = counted()
-        ratio = published / sum(parts.values())
+        ratio = total / sum(parts.values())
         yield {"label": label, "gflop": {kind: round(value, 2) for kind, value in parts.items()}, "ratio": ratio}
         shown = " + ".join(f"{kind} {value:.2f}" for kind, value in parts.items() if value >= 0.005)
         print(f"{label:30} {sum(parts.values()):9.2f} GFLOP a transition, published / this = {ratio:.2f}  ({shown})")

@@ -80,14 +80,14 @@ def of_recipe(recipe: Recipe) -> Work:
     """GFLOP of one transition under a recipe, by kind of work; what happens once in a trajectory counts 1 / T."""
     made = Weightless(recipe)
     shown = _Counts(made)
-    section, T = recipe.forward_looking, made.T
+    section, T, passes = recipe.forward_looking, made.T, _pretrained_passes(recipe)
     scored = 0.0
     if section is not None and section.source == "rollout":
         scored = sum(is_scored(k, T, section.stride) for k in range(T)) / T
     return {
         "sampling": 0.0 if recipe.train.rollout == "one_pass" else shown.guided,
         "training": shown.trained,
-        "extra UNet passes": _pretrained_passes(recipe) * shown.pretrained,
+        "extra UNet passes": passes * shown.pretrained if passes else 0.0,
         "decodes": scored * shown.preview + shown.decode / T,
         "rewards": (scored + 1 / T) * shown.reward,
         "flow": shown.flow,

@@ -13,6 +13,7 @@ from dag import bench
 from dag.costs import ablation, commands, flops
 from dag.costs.published_work import Published
 from dag.costs.train_step import LITERAL
+from dag.errors import UsageError
 from dag.recipe import Recipe
 from dag.recipe.load import load
 from dag.run.folder import RunFolder
@@ -61,6 +62,7 @@ def counted(epoch: Any) -> float:
         ("train.rollout=one_pass", "objective.forward_looking.decoder=tiny", "objective.forward_looking.stride=2"),
         ("train.rollout=one_pass", "sampler.uncond=frozen", "memory.checkpointing=full"),
         ("objective.forward_looking.source=none",),
+        ("adapter.kind=full",),
         (PATHWISE, "objective.prior=pretrained"),
         (PATHWISE, "objective.prior=pretrained", "train.rollout=one_pass", *FLOWLESS),
         (PATHWISE, "objective.jacobian=none", "train.rollout=one_pass"),
@@ -177,6 +179,54 @@ def test_every_row_leaves_out_the_passes_of_the_pretrained_model() -> None:
     recipes = [recipe for label, recipe in cases if label in levers]
     assert {recipe.objective.prior for recipe in recipes} == {"none"}  # type: ignore[union-attr]
     assert {recipe.regulariser.pretrained_kl for recipe in recipes} == {0}
+
+
+RECIPES = sorted({*(ROOT / "recipes").rglob("*.yaml")} - {*(ROOT / "recipes/search").glob("*.yaml")})
+# Levers that contradict a recipe: all weights leave no pretrained model, and sub-trajectories need whole chains.
+LEFT_OUT = {
+    "full_finetune_24gb": [ablation.ABLATION[-1][0], *(label for label, _ in ablation.BY_GRADIENT)],
+    "subtb": ["one pass"],
+}
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=lambda path: str(path.relative_to(ROOT / "recipes")))
+def test_every_recipe_with_a_flow_has_its_rows(path: Path, capsys: Any) -> None:
+    """As it is, lever by lever, and as the published amount of work: no override contradicts the recipe."""
+    asked = load(path)
+    if asked.balance is None:
+        with pytest.raises(UsageError, match="objectives with a flow"):
+            ablation.comparable(str(path), [], None)
+        return
+    ((_, row),) = ablation.cases(str(path), [], None, is_ablation=False)
+    assert row.train.updates == row.train.step_fraction == 1
+    assert row.train.trajectories == max(2, asked.train.micro_batch)
+    assert row.objective.name == asked.objective.name
+    assert row.has_prior == (asked.has_prior and asked.balance.takes_gradient)
+    published = ablation.published(str(path), [], None)
+    assert published.balance is not None
+    assert published.balance.has_flow
+    left_out = LEFT_OUT.get(path.stem, [])
+    labels = [label for label, _ in (*ablation.ABLATION, *ablation.BY_GRADIENT) if label not in left_out]
+    assert [label for label, _ in ablation.cases(str(path), [], None, is_ablation=True)] == labels
+    said = capsys.readouterr().out.splitlines()
+    assert [line.partition("left out: ")[0].strip() for line in said] == left_out
+
+
+@pytest.mark.parametrize(
+    ("name", "given"),
+    [
+        ("tiny_cpu_db", (PATHWISE, *FLOWLESS, "flow.passes=0")),
+        ("tiny_cpu_kl", (PATHWISE, *FLOWLESS, "flow.passes=0", "objective.advantage_clip=null")),
+        ("tiny/nabla_db", ("objective.learnt_flow=false",)),
+        ("tiny_cpu", ("objective.learnt_flow=true", "objective.jacobian=none")),
+        ("tiny_cpu", ("objective.jacobian=pretrained",)),
+    ],
+    ids=str,
+)
+def test_with_and_without_a_learnt_flow(name: str, given: tuple[str, ...]) -> None:
+    ((_, row),) = ablation.cases(str(ROOT / f"recipes/{name}.yaml"), given, None, is_ablation=False)
+    assert row.balance is not None
+    assert row.balance.has_flow == ("objective.learnt_flow=true" in given)
 
 
 def test_a_row_that_does_not_fit_is_a_line_and_no_end(monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
