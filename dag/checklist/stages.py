@@ -132,7 +132,7 @@ def _with_commands(commands: dict[str, tuple[str, ...]]) -> list[Stage]:
         _stage("trial", "train_dag.py: evaluation, checkpoint, SIGTERM, --resume, LoRA", commands["trial"], "run.csv", 85,
                shown=_TRIAL, place=(README, "**State of this version.**")),
         training("levers", "aesthetic_24gb.yaml with one lever changed at a time", 95, COSTS, "## Levers"),
-        _stage("profile", "ten kernels that take most of a training step, and the GPU's idle share",
+        _stage("profile", "twenty kernels that take most of a training step, and the GPU's idle share",
                commands["profile"], "profile.csv", 35, shown=_PROFILE, place=(COSTS, "## Levers")),
         Stage("kernels", "fused kernels: times, tests, registers (kernels.md)", kernels, "kernels.csv", 100,
               shown=_KERNELS, place=("kernels/README.md", "measured on a GPU"), notes="kernels.md"),

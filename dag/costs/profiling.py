@@ -9,17 +9,16 @@ import torch
 from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 
+from dag.costs.kernel_names import short
 from dag.costs.train_step import Row, epoch_of, timed_epoch, trainer_of
 from dag.errors import RunError
 from dag.recipe import Recipe
 
-_TOP = 10
-# The names of templated kernels can be thousands of characters long.
-_LONGEST_NAME = 100
+_TOP = 20
 
 
 def rows(recipe: Recipe, device: torch.device) -> Iterator[Row]:
-    """Yield the ten kernels (on a CPU: operators) that took most of an epoch, then the share in which the GPU was idle.
+    """Yield the twenty kernels (on a CPU: operators) that took most of an epoch, then the share in which the GPU was idle.
 
     One epoch warms up, one is timed, one is recorded. Recording slows the CPU down, so the idle share compares the GPU's busy
     time with the epoch that was timed.
@@ -69,11 +68,11 @@ def _span(event: Any) -> tuple[float, float]:
 
 
 def _top(spans: Iterable[tuple[str, tuple[float, float]]]) -> list[Row]:
-    """Rows of the kernels with the longest total time, from (name, (start, end)) of each call."""
+    """Rows of the kernels with the longest total time, from (name, (start, end)) of each call; equal short names are one row."""
     took, calls = defaultdict[str, float](float), defaultdict[str, int](int)
     for name, (start, end) in spans:
-        took[name] += end - start
-        calls[name] += 1
+        took[short(name)] += end - start
+        calls[short(name)] += 1
     return _largest([(name, calls[name], us) for name, us in took.items()])
 
 
@@ -87,7 +86,7 @@ def _largest(found: list[tuple[str, int, float]]) -> list[Row]:
     largest = sorted(found, key=lambda one: one[2], reverse=True)[:_TOP]
     return [
         {
-            "label": name[:_LONGEST_NAME],
+            "label": name,
             "calls": calls,
             "ms": round(us / 1e3, 3),
             "percent": round(100 * us / total, 1),

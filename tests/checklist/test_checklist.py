@@ -20,7 +20,7 @@ from dag import bench
 from dag.checklist import missing, runner, stages, trial_run
 from dag.checklist.runner import Checklist
 from dag.checklist.stages import Stage
-from dag.costs import ablation, commands, profiling
+from dag.costs import ablation, commands
 from dag.costs.train_step import LITERAL
 from dag.errors import RunError, UsageError
 from dag.recipe import Recipe
@@ -324,31 +324,6 @@ def test_a_mistyped_variant_is_told_before_anything_is_measured(
     monkeypatch.setattr(commands, "measure", lambda *given: pytest.fail("measured"))
     assert bench.main(["train-step", *QUICK, "--variant", "memory.chanels_last=false"]) == 2
     assert "did you mean 'channels_last'?" in capsys.readouterr().err
-
-
-# -- profile ------------------------------------------------------------------------------------------------------
-
-
-def test_the_gpu_is_busy_where_any_kernel_runs() -> None:
-    assert profiling.busy_us([(5, 7), (0, 4), (3, 4.5), (6, 6.5)]) == 6.5
-    assert profiling.busy_us([]) == 0
-    assert profiling._idle(busy=250_000, seconds=1.0)["percent"] == 75.0
-
-
-def test_a_profile_of_the_step(tmp_path: Path) -> None:
-    result = tmp_path / "profile.csv"
-    small = [word for override in ("sampler.steps=2", "train.micro_batch=2") for word in ("--set", override)]
-    recipe = ["--recipe", str(ROOT / "recipes/tiny_cpu_db.yaml"), "--trajectories", "2"]
-    assert bench.main(["profile", *recipe, *small, "--csv", str(result)]) == 0
-    with result.open() as file:
-        *operators, idle = csv.DictReader(file)
-    assert len(operators) == 10
-    took = [float(row["ms"]) for row in operators]
-    assert took == sorted(took, reverse=True)
-    assert 50 < sum(float(row["percent"]) for row in operators) <= 100
-    assert any("convolution" in row["label"] for row in operators)
-    if not torch.cuda.is_available():
-        assert (idle["label"], idle["error"]) == ("GPU idle", "there is no GPU")
 
 
 # -- a reward without its download --------------------------------------------------------------------------------
