@@ -65,8 +65,8 @@ class Trajectories:
     seed: int
     noise_dtype: torch.dtype = torch.float32
     previews: Tensor | None = None
-    """(N, S, C, H, W) float16 clean latents of some states and of the end, for the reward critic; None if they can be computed
-    from the chain, or are not needed."""
+    """(N, S, C, H, W) float16 clean latents of some states and of the end, on the CPU, for the reward critic; None if they can
+    be computed from the chain, or are not needed."""
 
     @property
     def num_trajectories(self) -> int:
@@ -87,7 +87,7 @@ class Trajectories:
         return replace(self, chain=self.chain.new_empty(0))
 
     def to(self, device: torch.device) -> "Trajectories":
-        """Move the scalars to the policy's device; `prompt_id` stays on the CPU, and the chain where it is."""
+        """Move the scalars to the policy's device; `prompt_id` and the previews stay on the CPU, and the chain where it is."""
         return replace(
             self,
             log_pf=self.log_pf.to(device),
@@ -95,7 +95,6 @@ class Trajectories:
             x0_hat_reward=None if self.x0_hat_reward is None else self.x0_hat_reward.to(device),
             reward=self.reward.to(device),
             sample_id=self.sample_id.to(device),
-            previews=None if self.previews is None else self.previews.to(device),
         )
 
     def states(self, k: int | Tensor, rows: Rows) -> Tensor:

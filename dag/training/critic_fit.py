@@ -180,7 +180,7 @@ class CriticFit:
     @torch.no_grad()
     def _error(self, previews: Previews) -> float:
         """The mean loss of some previews."""
-        parts = [self._losses(previews[index]) for index in torch.arange(len(previews)).split(8 * _BATCH)]
+        parts = [self._losses(previews[index]) for index in torch.arange(len(previews)).split(_BATCH)]
         return float(torch.cat(parts).mean())
 
     def _losses(self, previews: Previews) -> Tensor:
@@ -191,7 +191,7 @@ class CriticFit:
     @torch.no_grad()
     def _correlation(self, previews: Previews) -> float:
         """The correlation between predicted and true rewards; 0 if either does not vary."""
-        parts = [self._predicted(previews[index]) for index in torch.arange(len(previews)).split(8 * _BATCH)]
+        parts = [self._predicted(previews[index]) for index in torch.arange(len(previews)).split(_BATCH)]
         both = torch.stack([torch.cat(parts).cpu(), previews.reward]).double()
         return float(torch.corrcoef(both)[0, 1].nan_to_num())
 

@@ -36,6 +36,8 @@ from dag.training.updates import Updates
 
 # A flow-only update takes this many times as many transitions as a micro-batch: the flow is far cheaper than the denoiser.
 _FLOW_BATCHES = 8
+# Trajectories whose states the critic values in one call.
+_VALUED_AT_ONCE = 64
 # Trajectories at whose previews the critic's gradient is compared with the exact one.
 _COMPARED = 8
 
@@ -45,7 +47,7 @@ class Lesson:
     """What the reward critic learns from one process's trajectories."""
 
     latents: Tensor
-    """(N, S, C, H, W) float16 clean latents."""
+    """(N, S, C, H, W) float16 clean latents, on the CPU."""
     reward: Tensor
     """(N, S) the learnt part of their rewards; for a baseline, the reward of the final picture."""
     prompt_id: Tensor
@@ -167,7 +169,7 @@ class Learner:
         reward = torch.cat([trajectories.x0_hat_reward[:, steps], trajectories.reward[:, None]], dim=1)
         if any(self.recipe.exact_rewards):
             reward = reward - self._exact_part(latents, score)
-        cosine = self._agreement(latents[:_COMPARED, len(steps) // 2].float(), trajectories.prompt_id, score)
+        cosine = self._agreement(latents[:_COMPARED, len(steps) // 2], trajectories.prompt_id, score)
         return Lesson(latents, reward, trajectories.prompt_id, cosine)
 
     def fit_critic(self, lesson: Lesson | None, groups: int = 1) -> dict[str, float]:
@@ -190,27 +192,34 @@ class Learner:
         """(B, T) the final rewards that the critic expects from x0_hat at every state, or None if the objective takes none."""
         if self.critic_fit is None or not self.recipe.objective.takes_values:
             return None
-        prompt_id, T = trajectories.prompt_id[on_cpu(rows)], self.schedule.num_transitions
-        x0_hats = (trajectories.x0_hat_old(self.schedule, rows, k) for k in range(T))
-        return torch.stack([self.critic_fit.value(x0_hat, prompt_id) for x0_hat in x0_hats], dim=1)
+        found, T = [], self.schedule.num_transitions
+        for part in cut(rows, _VALUED_AT_ONCE):
+            prompt_id = trajectories.prompt_id[on_cpu(part)]
+            x0_hats = (trajectories.x0_hat_old(self.schedule, part, k) for k in range(T))
+            found.append(torch.stack([self.critic_fit.value(x0_hat, prompt_id) for x0_hat in x0_hats], dim=1))
+        return torch.cat(found)
 
     def _agreement(self, latents: Tensor, prompt_id: Tensor, score: Score) -> Tensor | None:
         """() the mean cosine of the critic's gradient and the exact one at a few latents (B, C, H, W), as the last updates used it.
 
-        None where a learnt reward has no gradient, and before the critic has learnt.
+        None where a learnt reward has no gradient, and before the critic has learnt. One latent at a time: the graph of a decoder
+        is large, and a number for the metrics shall not decide how much memory a run needs.
         """
         assert self.critic_fit is not None
         learnt = [t for t, is_learnt in zip(self.recipe.reward, self.recipe.learnt_rewards, strict=True) if is_learnt]
         if not all(term.has_gradient for term in learnt) or self.critic_fit.rollouts == 0:
             return None
-        rows = torch.arange(len(latents))
-        exact = score.gradient(latents, rows, is_preview=True, is_learnt=True)[1]
-        ours = self.critic_fit.value_and_gradient(latents, prompt_id[: len(latents)])[1]
-        return functional.cosine_similarity(exact.flatten(1), ours.flatten(1)).mean()
+        cosines = []
+        for row in torch.arange(len(latents)).split(1):
+            x = latents[row].to(self.device, torch.float32)
+            exact = score.gradient(x, row, is_preview=True, is_learnt=True)[1]
+            ours = self.critic_fit.value_and_gradient(x, prompt_id[row])[1]
+            cosines.append(functional.cosine_similarity(exact.flatten(1), ours.flatten(1)))
+        return torch.cat(cosines).mean()
 
     @torch.no_grad()
     def _previews(self, trajectories: Trajectories, steps: Sequence[int]) -> Tensor:
-        """(N, S, C, H, W) float16 clean latents: x0_hat at some steps, and the final latents."""
+        """(N, S, C, H, W) float16 clean latents, on the CPU: x0_hat at some steps, and the final latents."""
         if trajectories.previews is not None:
             return trajectories.previews
         found, T = [], self.schedule.num_transitions
@@ -218,17 +227,20 @@ class Learner:
             x0_hats = [trajectories.x0_hat_old(self.schedule, rows, k).half() for k in steps]
             text = self.text.rows(trajectories.prompt_id[on_cpu(rows)])
             final = last_latents(self.policy, trajectories.states(T, rows), text)
-            found.append(torch.stack([*x0_hats, final.half()], dim=1))
+            found.append(torch.stack([*x0_hats, final.half()], dim=1).cpu())
         return torch.cat(found)
 
     @torch.no_grad()
     def _exact_part(self, latents: Tensor, score: Score) -> Tensor:
         """(N, S) the sum of the rewards that are not learnt, at clean latents (N, S, C, H, W)."""
-        index, columns = torch.arange(len(latents)), []
-        for number, x in enumerate(latents.float().unbind(1)):
-            is_preview = number < latents.shape[1] - 1
-            images = (self.policy.preview if is_preview else self.policy.decode)(x)
-            columns.append(score.exact(images, index, is_preview=is_preview).to(self.device))
+        columns = []
+        for number, column in enumerate(latents.unbind(1)):
+            is_preview, parts = number < latents.shape[1] - 1, []
+            for rows in torch.arange(len(latents)).split(self.updates.micro_batch):
+                x = column[rows].to(self.device, torch.float32)
+                images = (self.policy.preview if is_preview else self.policy.decode)(x)
+                parts.append(score.exact(images, rows, is_preview=is_preview).to(self.device))
+            columns.append(torch.cat(parts))
         return torch.stack(columns, dim=1)
 
     def networks(self) -> list[nn.Module]:

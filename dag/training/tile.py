@@ -102,5 +102,5 @@ class Tile:
             sample_id=self.sample_id,
             seed=recipe.seed,
             noise_dtype=noise_dtype(recipe.sampler),
-            previews=torch.stack(self.previews, 1) if self.previews else None,
+            previews=torch.stack(self.previews, 1).cpu() if self.previews else None,
         )

@@ -206,11 +206,20 @@ def test_the_critic_learns_a_reward_that_depends_on_the_prompt(make_recipe: Make
 
 
 def test_the_critics_gradient_is_compared_with_the_exact_one_where_there_is_one(
-    make_recipe: MakeRecipe, run: RunFolder
+    make_recipe: MakeRecipe, run: RunFolder, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     trainer, trajectories = rolled_out(make_recipe(objective=LEARNT, reward_critic={"width": 8}), run)
     assert "critic_cosine" not in updated(trainer, trajectories), "the first updates have no critic before them"
+    reward, rows = trainer.components.reward, list[int]()
+    gradient = reward.gradient
+
+    def counted(latents: Tensor, *others: Any) -> tuple[Tensor, Tensor]:
+        rows.append(len(latents))
+        return gradient(latents, *others)
+
+    monkeypatch.setattr(reward, "gradient", counted)
     measured = updated(trainer, trajectories, epoch=1)
+    assert rows == [1] * 8, "one graph of the decoder at a time"
     assert -1 < measured["critic_cosine"] < 1
     norms, kls = measured["gradient_norm_per_step"], measured["pretrained_kl_per_step"]
     assert len(norms) == len(kls) == 4
