@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 README, COSTS, RECIPES = "README.md", "dag/costs/README.md", "recipes/README.md"
-_RECIPES = "each recipe's line `# Hardware:`"
+_RECIPES, _PEAKS = "each recipe's line `# Hardware:`", "the table of peaks in README.md"
 
 
 @dataclass(frozen=True)
@@ -82,8 +82,8 @@ def stages(has_gpu: bool) -> list[Stage]:
 
 
 def _on_a_gpu() -> dict[str, tuple[str, ...]]:
-    """Commands by stage, on a GPU. Most take 20 of the recipes' 50 steps, so that a slow GPU is done in time too."""
-    quick, aesthetic = ("--set", "sampler.steps=20"), "recipes/aesthetic_24gb.yaml"
+    """Commands by stage, on a GPU. Most take 10 of the recipes' 30 or 50 steps, so that a slow GPU is done in time too."""
+    quick, aesthetic = ("--set", "sampler.steps=10"), "recipes/aesthetic_24gb.yaml"
     return {
         "lora_24gb": _train_step("aesthetic_24gb.yaml", "--cap-gib", "24", "--literal", "--ablation", *quick),
         "full_24gb": _train_step("full_finetune_24gb.yaml", "--cap-gib", "24", *quick),
@@ -91,6 +91,8 @@ def _on_a_gpu() -> dict[str, tuple[str, ...]]:
         "trial": ("dag.bench", "trial", "--recipe", aesthetic),
         "levers": _train_step("aesthetic_24gb.yaml", "--no-prediction", *quick, *_words("--variant", LEVERS)),
         "profile": ("dag.bench", "profile", "--recipe", aesthetic, "--set", "sampler.steps=5"),
+        # Its predicted peak would take as long as the measurement.
+        "sdxl_24gb": _train_step("sdxl_24gb.yaml", "--cap-gib", "24", "--no-prediction", *quick),
         "lora_48gb": _train_step("aesthetic_48gb.yaml", "--cap-gib", "48", *quick),
         "paper": _train_step("paper/aesthetic.yaml", "--set", "sampler.steps=5"),
         "largest_reward": _train_step("hpsv2_24gb.yaml", "--cap-gib", "24", *quick),
@@ -110,6 +112,7 @@ def _on_a_cpu() -> dict[str, tuple[str, ...]]:
         "trial": ("dag.bench", "trial", "--recipe", f"recipes/{tiny}", *_words("--set", (*small, *scorer))),
         "levers": _train_step(tiny, "--no-prediction", *quick, *_words("--set", scorer), *_words("--variant", LEVERS)),
         "profile": ("dag.bench", "profile", "--recipe", f"recipes/{tiny}", *quick),
+        "sdxl_24gb": _train_step("tiny_cpu.yaml", "--no-prediction", *quick),
         "lora_48gb": _train_step(tiny, *quick, "--set", "train.micro_batch=4", "--trajectories", "4"),
         "paper": _train_step(tiny, *quick, "--set", "objective.forward_looking.source=current"),
         "largest_reward": _train_step(tiny, *quick, *_words("--set", scorer)),
@@ -125,17 +128,19 @@ def _with_commands(commands: dict[str, tuple[str, ...]]) -> list[Stage]:
 
     kernels = ("dag_kernels.bench", "--checklist", "{folder}")
     return [
-        training("lora_24gb", "aesthetic_24gb.yaml and the published amount of work, lever by lever, under 24 GiB", 130,
-                 COSTS, "each with the ones above", "the table of peaks in README.md"),
-        training("full_24gb", "full_finetune_24gb.yaml under 24 GiB", 40, RECIPES, "`full_finetune_24gb.yaml`", _RECIPES),
-        training("lora_12gb", "aesthetic_12gb.yaml under 12 GiB", 40, RECIPES, "`aesthetic_12gb.yaml`", _RECIPES),
-        _stage("trial", "train_dag.py: evaluation, checkpoint, SIGTERM, --resume, LoRA", commands["trial"], "run.csv", 85,
+        training("lora_24gb", "aesthetic_24gb.yaml and the published amount of work, lever by lever, under 24 GiB", 120,
+                 COSTS, "each with the ones above", _PEAKS),
+        training("full_24gb", "full_finetune_24gb.yaml under 24 GiB", 35, RECIPES, "`full_finetune_24gb.yaml`", _RECIPES),
+        training("lora_12gb", "aesthetic_12gb.yaml under 12 GiB", 30, RECIPES, "`aesthetic_12gb.yaml`", _RECIPES),
+        _stage("trial", "train_dag.py: evaluation, checkpoint, SIGTERM, --resume, LoRA", commands["trial"], "run.csv", 95,
                shown=_TRIAL, place=(README, "**State of this version.**")),
-        training("levers", "aesthetic_24gb.yaml with one lever changed at a time", 95, COSTS, "## Levers"),
+        training("levers", "aesthetic_24gb.yaml with one lever changed at a time", 90, COSTS, "## Levers"),
         _stage("profile", "twenty kernels that take most of a training step, and the GPU's idle share",
                commands["profile"], "profile.csv", 35, shown=_PROFILE, place=(COSTS, "## Levers")),
-        Stage("kernels", "fused kernels: times, tests, registers (kernels.md)", kernels, "kernels.csv", 100,
+        Stage("kernels", "fused kernels: times, tests, registers (kernels.md)", kernels, "kernels.csv", 90,
               shown=_KERNELS, place=("kernels/README.md", "measured on a GPU"), notes="kernels.md"),
+        training("sdxl_24gb", "sdxl_24gb.yaml under 24 GiB, with every step trained", 30, RECIPES, "`sdxl_24gb.yaml`",
+                 f"{_RECIPES}, {_PEAKS}"),
         training("lora_48gb", "aesthetic_48gb.yaml under 48 GiB", 25, RECIPES, "`aesthetic_48gb.yaml`", _RECIPES),
         training("paper", "paper/aesthetic.yaml", 25, RECIPES, "`paper/aesthetic.yaml`", _RECIPES),
         training("largest_reward", "hpsv2_24gb.yaml, the largest reward, under 24 GiB", 25, RECIPES, "`hpsv2_24gb.yaml`",
