@@ -148,7 +148,10 @@ class Simulation:
         self.score(made.policy.decode(drawn.x_0), torch.arange(len(drawn.x_0)))
 
     def update(self, chain: Tensor) -> None:
-        """Train the first two micro-batches of an update: during the second, the gradients of the first are in memory."""
+        """Train the first micro-batches of an update: from the second on, the gradients of the first are in memory.
+
+        Two will do, unless the reward's gradient is taken: the last step's is that of the picture, by way of the VAE.
+        """
         N, made = self.recipe.train.trajectories, self.made
         batch, table = made.batch(N), torch.zeros(N, made.T, device=META)
         trajectories = Trajectories(
@@ -165,7 +168,8 @@ class Simulation:
         # As if the epoch had begun: what precedes the first update only trains the flow.
         state.has_begun, state.advantages = True, None if made.flow is not None else table[:, 0]
         training = StoredTraining(made.learner, PhaseMeter(META))
-        for _ in islice(training.steps(state, trajectories, self.score), 2):
+        number = max(2, made.T) if self.recipe.objective.takes_gradient else 2
+        for _ in islice(training.steps(state, trajectories, self.score), number):
             pass
 
     def one_pass(self) -> None:

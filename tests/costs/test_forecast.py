@@ -41,7 +41,8 @@ def recipe_of(change: dict[str, Any]) -> Recipe:
     sections = {name: {**BASE.get(name, {}), **change.get(name, {})} for name in BASE | change}
     if sections["objective"]["name"] in ("ddpo", "dpo"):
         del sections["objective"]["beta"]
-    return parse(sections, "test recipe")
+    # On a CPU norms are PyTorch's; fused ones, as on a GPU, keep fewer tensors.
+    return parse({**sections, "kernels": "torch"}, "test recipe")
 
 
 def measured(recipe: Recipe, run: RunFolder) -> dict[str, int]:
@@ -104,6 +105,20 @@ def test_predicted_peaks_are_within_a_tenth_of_the_measured(tmp_path: Path, chan
     for name, peak in found.items():
         print(f"{name:11} predicted {predicted[name] / 2**20:8.2f} MiB, measured {peak / 2**20:8.2f} MiB")
         assert predicted[name] == pytest.approx(peak, rel=0.1), name
+
+
+def test_a_stored_update_by_the_rewards_gradient_is_counted_up_to_the_picture(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The last step decodes by the VAE, whose graph of an SDXL's picture is larger than all else."""
+    simulation, seen = Simulation(recipe_of({"objective": PATHWISE, "sampler": {"steps": 8}})), list[bool]()
+    decode = simulation.made.policy.decode
+
+    def counted(x_0: Tensor) -> Tensor:
+        seen.append(x_0.requires_grad)
+        return decode(x_0)
+
+    monkeypatch.setattr(simulation.made.policy, "decode", counted)
+    simulation.peak("update")
+    assert True in seen
 
 
 def test_in_one_pass_a_preview_is_counted_beside_the_graphs_of_two_steps(monkeypatch: pytest.MonkeyPatch) -> None:
