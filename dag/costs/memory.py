@@ -148,9 +148,9 @@ class Simulation:
         self.score(made.policy.decode(drawn.x_0), torch.arange(len(drawn.x_0)))
 
     def update(self, chain: Tensor) -> None:
-        """Train the first micro-batches of an update: from the second on, the gradients of the first are in memory.
+        """Train two micro-batches of an update: during the second, the gradients of the first are in memory.
 
-        Two will do, unless the reward's gradient is taken: the last step's is that of the picture, by way of the VAE.
+        The second is the last step's, whose reward's gradient, where it is taken, comes by way of the VAE.
         """
         N, made = self.recipe.train.trajectories, self.made
         batch, table = made.batch(N), torch.zeros(N, made.T, device=META)
@@ -168,8 +168,9 @@ class Simulation:
         # As if the epoch had begun: what precedes the first update only trains the flow.
         state.has_begun, state.advantages = True, None if made.flow is not None else table[:, 0]
         training = StoredTraining(made.learner, PhaseMeter(META))
-        number = max(2, made.T) if self.recipe.objective.takes_gradient else 2
-        for _ in islice(training.steps(state, trajectories, self.score), number):
+        # A sweep's micro-batch has all steps; other objectives have one for each step.
+        state.micro_batches = 0 if made.learner.losses.is_sweep else max(0, made.T - 2)
+        for _ in islice(training.steps(state, trajectories, self.score), 2):
             pass
 
     def one_pass(self) -> None:

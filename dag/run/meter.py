@@ -124,6 +124,8 @@ class PhaseMeter:
         self._seconds: dict[str, float] = {}
         self.peaks: dict[str, int] = {}
         self.in_use, self.held = 0, 0
+        if self.meter is not None:
+            self.meter.reset()  # what ran in this process before does not count
         self.start_epoch()
 
     def start_epoch(self) -> None:
