@@ -158,7 +158,10 @@ def _tests(out: Path, device: torch.device) -> tuple[bool, str]:
         return True, "not run: pytest is not installed"
     where = "on the GPU" if device.type == "cuda" else "through the interpreter"
     command = [sys.executable, "-m", "pytest", str(TESTS)]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=TESTS.parents[1], timeout=_LIMIT)
+    environment = {**os.environ, "DAG_TEST_DEVICE": device.type}  # without it the tests see no GPU
+    done = subprocess.run(
+        command, capture_output=True, text=True, env=environment, cwd=TESTS.parents[1], timeout=_LIMIT
+    )
     print(done.stdout + done.stderr, flush=True)
     last = (done.stdout.strip() or done.stderr.strip()).rpartition("\n")[2].strip("= ")
     return done.returncode == 0, f"{'passed' if done.returncode == 0 else 'FAILED'} {where}: {last}"

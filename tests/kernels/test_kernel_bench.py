@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -154,6 +155,19 @@ def test_the_checklist_appends_its_rows_at_once(tmp_path: Path, monkeypatch: pyt
         assert part(tmp_path, torch.device("cuda")) == (True, "3 rows in kernels.csv")
     assert written == [1, 2, 3, 4, 5, 6]
     assert [row["provider"] for row in table.read(tmp_path / "kernels.csv")] == ["eager"] * 3 + ["compiled"] * 3
+
+
+def test_the_checklists_tests_see_the_gpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    shown: list[str] = []
+
+    def run(command: object, *, env: dict[str, str], **options: object) -> SimpleNamespace:
+        shown.append(env["DAG_TEST_DEVICE"])
+        return SimpleNamespace(returncode=0, stdout="== 130 passed in 50 s ==", stderr="")
+
+    monkeypatch.setattr("subprocess.run", run)
+    assert bench._tests(tmp_path, torch.device("cuda")) == (True, "passed on the GPU: 130 passed in 50 s")
+    bench._tests(tmp_path, CPU)
+    assert shown == ["cuda", "cpu"]
 
 
 def test_without_pytest_the_checklist_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

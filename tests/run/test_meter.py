@@ -56,6 +56,13 @@ def test_a_phase_owns_its_peak_and_time_only(scripted: Scripted) -> None:
     assert row["seconds_sample"] >= 0.01 > row["seconds_update"]
 
 
+def test_what_ran_in_the_process_before_does_not_count(scripted: Scripted) -> None:
+    scripted.now = 9 << 30
+    book = PhaseMeter(CPU)
+    scripted.now = max(scripted.now, 1 << 30)
+    assert book.row()["peak_memory_gib"] == 2
+
+
 def test_an_epoch_forgets_the_one_before_but_the_run_does_not(scripted: Scripted) -> None:
     book = PhaseMeter(CPU)
     with book.phase("sample"):
