@@ -19,14 +19,17 @@ from dag.chain.trajectory import ChainStore, Trajectories
 from dag.costs.fake_gpu import FakeGpu
 from dag.costs.live_bytes import LiveBytes, as_on_cuda
 from dag.costs.remembered import RememberedShapes
-from dag.costs.weightless import META, Weightless, on_a_gpu, some_bytes
+from dag.costs.weightless import META, Weightless, held, on_a_gpu, some_bytes
 from dag.recipe import Recipe
 from dag.run.meter import PhaseMeter
+from dag.training.critic_fit import preview_steps
 from dag.training.epoch_state import EpochState
 from dag.training.one_pass import OnePass
 from dag.training.stored import StoredTraining
 
 CPU = torch.device("cpu")
+# Trajectories that the reward critic is fitted to: they give more than one batch of it, and its batches do not grow with a rollout.
+_LESSON = 64
 # Steps of a chain that run. The last of them finds in memory all that a step can leave; further steps add only their states.
 _STEPS = 4
 
@@ -83,25 +86,36 @@ class Simulation:
 
     def _counted(self, phase: str) -> int:
         made, train = self.made, self.recipe.train
+        N, scores_again = train.trajectories, self.recipe.scores_in_training
         standing, fetched = made.standing(), made.fetched_for_scoring()
-        chains = [] if self.recipe.memory.chains == "cpu" else [self._chain(train.trajectories)]
+        chains = [] if self.recipe.memory.chains == "cpu" else [self._chain(N)]
         everything = [tensor for tensors in standing.values() for tensor in tensors]
         # An update begins without gradients: it drops the old ones and makes its own.
         ungraded = [tensor for kind, tensors in standing.items() if kind != "gradients" for tensor in tensors]
         if phase == "one pass":
             # Passes that train the flow alone need the epoch's chains, besides those that the present update is sampling.
-            kept = [*chains, self._chain(train.trajectories // train.updates)] if self.recipe.flow.passes > 0 else []
-            return self._peak_of(self.one_pass, [*ungraded, *fetched, *kept])
+            kept = [*chains, self._chain(N // train.updates)] if self.recipe.flow.passes > 0 else []
+            walked = self._peak_of(self.one_pass, [*ungraded, *fetched, *kept])
+            return max(walked, self._critic_peak(None, [*fetched, *kept]))
         if phase == "update":
-            scores_again = self.recipe.scores_in_training
-            chain = chains[0] if chains else self._chain(train.trajectories, CPU)
-            return self._peak_of(lambda: self.update(chain), [*ungraded, *(fetched if scores_again else []), *chains])
+            chain, scoring = chains[0] if chains else self._chain(N, CPU), fetched if scores_again else []
+            updated = self._peak_of(lambda: self.update(chain), [*ungraded, *scoring, *chains])
+            return max(updated, self._critic_peak(chain, [*scoring, *chains]))
         if phase == "evaluation":
             return self._peak_of(
                 self.evaluation, [*everything, *fetched, *self._states_left_out(self._evaluated(), False)]
             )
         left_out = self._states_left_out(self._sampled(), self.recipe.forward_looking is not None)
         return self._peak_of(self.rollout, [*everything, *fetched, *chains, *left_out])
+
+    def _critic_peak(self, chain: Tensor | None, existing: Iterable[Tensor]) -> int:
+        """Peak bytes while the reward critic learns, 0 without one; `existing` tensors are those that do not always stand."""
+        fit = self.made.learner.critic_fit
+        if fit is None:
+            return 0
+        # The gradients of the last update are in memory still. The critic makes its own gradients and optimizer states here.
+        others = [tensor for kind, tensors in self.made.standing().items() if kind != "critic" for tensor in tensors]
+        return self._peak_of(lambda: self.critic(chain), [*others, *held(fit.critic), *existing])
 
     def _peak_of(self, run: Callable[[], object], existing: Iterable[Tensor]) -> int:
         """Peak bytes of `run`, `existing` tensors included."""
@@ -153,20 +167,9 @@ class Simulation:
         The second is the last step's, whose reward's gradient, where it is taken, comes by way of the VAE.
         """
         N, made = self.recipe.train.trajectories, self.made
-        batch, table = made.batch(N), torch.zeros(N, made.T, device=META)
-        trajectories = Trajectories(
-            chain=chain,
-            log_pf=table,
-            log_pb=table,
-            x0_hat_reward=None if self.recipe.forward_looking is None else table,
-            reward=table[:, 0],
-            prompt_id=batch.prompt_id,
-            sample_id=batch.sample_id.to(META),
-            seed=self.recipe.seed,
-        )
-        state = self._state()
-        # As if the epoch had begun: what precedes the first update only trains the flow.
-        state.has_begun, state.advantages = True, None if made.flow is not None else table[:, 0]
+        trajectories, state = self._trajectories(N, chain), self._state()
+        # As if the epoch had begun: what precedes the first update trains the flow, and the critic, which has its own peak.
+        state.has_begun, state.advantages = True, None if made.flow is not None else trajectories.reward
         training = StoredTraining(made.learner, PhaseMeter(META))
         # A sweep's micro-batch has all steps; other objectives have one for each step.
         state.micro_batches = 0 if made.learner.losses.is_sweep else max(0, made.T - 2)
@@ -178,6 +181,37 @@ class Simulation:
         train = self.recipe.train
         training, batch = OnePass(self.made.learner, PhaseMeter(META)), self.made.batch(train.trajectories)
         next(training.steps(self._state(), batch, lambda batch: self.score))
+
+    def critic(self, chain: Tensor | None) -> None:
+        """Fit the reward critic to a few trajectories, compare it with the exact gradient, and fit it again.
+
+        Args:
+            chain: of a stored rollout; None in one pass, which has made the previews while it sampled.
+        """
+        learner, train, previews = self.made.learner, self.recipe.train, None
+        count = min(_LESSON, train.trajectories // (train.updates if chain is None else 1))
+        if chain is None:
+            section = self.recipe.forward_looking
+            steps = preview_steps(self.made.T, 1 if section is None else section.stride)
+            previews = torch.zeros(count, len(steps) + 1, *self.made.policy.latent_shape, dtype=torch.float16)
+        trajectories = self._trajectories(count, chain, previews)
+        for _ in range(2):
+            learner.fit_critic(learner.critic_lesson(trajectories, self.score))
+
+    def _trajectories(self, count: int, chain: Tensor | None, previews: Tensor | None = None) -> Trajectories:
+        """The first trajectories of a rollout whose chains are `chain` (T + 1, N, C, H, W)."""
+        batch, table = self.made.batch(count), torch.zeros(count, self.made.T, device=META)
+        return Trajectories(
+            chain=table.new_empty(0) if chain is None else chain[:, :count],
+            log_pf=table,
+            log_pb=table,
+            x0_hat_reward=None if self.recipe.forward_looking is None else table,
+            reward=table[:, 0],
+            prompt_id=batch.prompt_id,
+            sample_id=batch.sample_id.to(META),
+            seed=self.recipe.seed,
+            previews=previews,
+        )
 
     def _state(self) -> EpochState:
         """The state of the first epoch after the warm-up: during the warm-up the policy is not trained."""
@@ -212,8 +246,7 @@ class _Scoring:
             with torch.enable_grad():
                 x = part.detach().float().requires_grad_(True)
                 images = decode(x)
-                # The graphs of all rewards of a sum are alive together.
-                some_bytes(sum(f.gradient for f in self.made.rewards))
+                some_bytes(self.made.gradient_bytes(is_learnt=is_learnt))
                 gradients += torch.autograd.grad(images.sum(), x)
         return torch.zeros(len(rows), device=META), torch.cat(gradients)
 

@@ -43,6 +43,7 @@ class Weightless:
         counted_as: the model whose configs are used: the recipe's, or the architecture that a hub model is taken for.
         rewards:    memory of each reward network on the policy's device.
         offloaded:  for each of them, whether it is on the device only while a phase scores.
+        is_learnt:  for each of them, whether the reward critic learns it.
         text:       (1, S, D) embeddings of the one prompt that all trajectories share.
         T:          transitions.
     """
@@ -60,11 +61,10 @@ class Weightless:
         # On the CPU, as the embeddings of prompts are in training.
         self.text = torch.zeros(1, *self.policy.text_shape, dtype=self.policy.dtype)
         self.learner = learner_of(_with_adamw(recipe), self.policy, self.text, kernels, warn=lambda text: None)
-        pictures = recipe.memory.gradient_batch or recipe.train.micro_batch
-        pairs = zip(recipe.reward, recipe.exact_rewards, strict=True)
-        there = [(term, is_exact) for term, is_exact in pairs if getattr(term, "device", "auto") != "cpu"]
-        self.rewards = [footprint(term, pictures if is_exact else 0) for term, is_exact in there]
-        self.offloaded = [bool(getattr(term, "offload", False)) for term, _ in there]
+        numbers = [i for i, term in enumerate(recipe.reward) if getattr(term, "device", "auto") != "cpu"]
+        self.is_learnt = [recipe.learnt_rewards[i] for i in numbers]
+        self.rewards = [footprint(recipe.reward[i], _differentiated(recipe, i)) for i in numbers]
+        self.offloaded = [bool(getattr(recipe.reward[i], "offload", False)) for i in numbers]
 
     @property
     def flow(self) -> StateFlow | None:
@@ -79,6 +79,14 @@ class Weightless:
         """An empty chain (states, trajectories, C, H, W) in the recipe's dtype for stored chains."""
         shape, dtype = self.policy.latent_shape, CHAIN_DTYPES[self.recipe.sampler.chain_dtype]
         return torch.empty(states, trajectories, *shape, dtype=dtype, device=place)
+
+    def gradient_bytes(self, *, is_learnt: bool) -> int:
+        """Bytes of the reward networks' graphs while the exact rewards are differentiated, or the learnt ones for comparison.
+
+        The graphs of all rewards of a sum are alive together.
+        """
+        pairs = zip(self.rewards, self.is_learnt, strict=True)
+        return sum(footprint.gradient for footprint, of_learnt in pairs if of_learnt == is_learnt)
 
     # -- what stands in memory -----------------------------------------------------------------------------------
 
@@ -103,9 +111,9 @@ class Weightless:
             kinds["optimizer"] += optimizer_states(weights, self.recipe.flow.optimizer)
         if (critic := self.learner.critic_fit) is not None:
             weights = list(critic.critic.parameters())
-            kinds["critic"] = held(critic.critic)
-            kinds["gradients"] += [torch.empty_like(p) for p in weights]
-            kinds["optimizer"] += optimizer_states(weights, "adamw")
+            # Its gradients too: they stay until the critic is trained again, whatever the policy's updates do.
+            kinds["critic"] = held(critic.critic) + [torch.empty_like(p) for p in weights]
+            kinds["critic"] += optimizer_states(weights, "adamw")
         kinds["reward"] = [
             some_bytes(f.weights) for f, is_off in zip(self.rewards, self.offloaded, strict=True) if not is_off
         ]
@@ -133,6 +141,13 @@ class Weightless:
         for name, module in self.policy.denoiser.named_modules():
             if isinstance(module, nn.Linear) and "transformer_blocks" in name and not module.weight.requires_grad:
                 yield module
+
+
+def _differentiated(recipe: Recipe, number: int) -> int:
+    """Pictures of a backward pass through a reward: of a learnt one for the comparison with the critic, which takes one."""
+    if recipe.exact_rewards[number]:
+        return recipe.memory.gradient_batch or recipe.train.micro_batch
+    return int(recipe.learnt_rewards[number] and recipe.reward[number].has_gradient)
 
 
 def _without_levers(recipe: Recipe, path: str) -> Recipe:

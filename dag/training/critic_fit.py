@@ -6,7 +6,6 @@ rewards. Some trajectories are held out; training stops when the error on them s
 Legend: N trajectories, S previews of each, M previews, B samples.
 """
 
-import copy
 from dataclasses import dataclass, fields
 from typing import Any
 
@@ -154,18 +153,22 @@ class CriticFit:
         training, held_out = previews[~previews.is_held_out], previews[previews.is_held_out]
         generator = Generator().manual_seed(self.seed * 1_000_003 + self.rollouts)
         passes = self.section.passes * (2 if self.rollouts == 0 else 1)
-        best, weights, stale = self._error(held_out), copy.deepcopy(self.critic.state_dict()), 0
+        best, weights, stale = self._error(held_out), self._weights(), 0
         for _ in range(passes):
             for batch in torch.randperm(len(training), generator=generator)[: 2 * newest].split(_BATCH):
                 self._step(training[batch])
             # All processes stop at the same pass, whatever their devices round to.
             error = self.processes.from_main(self._error(held_out))
             if error < best:
-                best, weights, stale = error, copy.deepcopy(self.critic.state_dict()), 0
+                best, weights, stale = error, self._weights(), 0
             elif (stale := stale + 1) == _PATIENCE:
                 break
         self.critic.load_state_dict(weights)
         return best
+
+    def _weights(self) -> dict[str, Tensor]:
+        """A copy of the critic's weights."""
+        return {name: weight.clone() for name, weight in self.critic.state_dict().items()}
 
     def _step(self, batch: Previews) -> None:
         """One optimizer step, of which each process computes the gradients of its share."""

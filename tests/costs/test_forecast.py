@@ -35,6 +35,9 @@ BASE: dict[str, dict[str, Any]] = {
 ONE_PASS = {"rollout": "one_pass"}
 PATHWISE: dict[str, Any] = {"name": "dag_kl", "beta": {"value": 20.0}, "policy_gradient": "pathwise"}
 NABLA: dict[str, Any] = {"name": "nabla_db", "beta": {"value": 20.0}}
+LEARNT: dict[str, Any] = {**PATHWISE, "prior": "pretrained", "learnt_flow": False, "reward_gradient": "learnt"}
+# Its fit needs more than the update of the policy.
+WIDE: dict[str, Any] = {"reward_critic": {"width": 128}, "flow": {"warmup_epochs": 1}}
 
 
 def recipe_of(change: dict[str, Any]) -> Recipe:
@@ -60,6 +63,9 @@ def measured(recipe: Recipe, run: RunFolder) -> dict[str, int]:
         peaks[name] = live.peak
         return result
 
+    if recipe.train.rollout == "one_pass" and recipe.warmup_epochs > 0:
+        updated(trainer, sampled(trainer, 0), 0)
+        counted("warm-up rollout", lambda: sampled(trainer, 0))
     for phase in (uncounted, counted):
         if recipe.train.rollout == "one_pass":
             phase("one pass", lambda: one_pass(trainer, 1))
@@ -91,6 +97,10 @@ CHANGES: list[dict[str, Any]] = [
     {"objective": PATHWISE, "memory": {"gradient_batch": 1}, "train": ONE_PASS},
     {"objective": {**NABLA, "prior": "pretrained"}},
     {"objective": {**NABLA, "prior": "pretrained"}, "train": ONE_PASS},
+    {"objective": LEARNT, "memory": {"checkpointing": "full"}, "train": {"micro_batch": 1}},
+    {"objective": LEARNT, "train": {"trajectories": 64}, **WIDE},
+    {"objective": LEARNT, "train": {**ONE_PASS, "trajectories": 64}, **WIDE},
+    {"objective": {"name": "ddpo", "baseline": "value"}, "train": {"trajectories": 64}, **WIDE},
     {"memory": {"decode_batch": 1}},
     {"memory": {"base": "nf4"}},
 ]
@@ -133,6 +143,21 @@ def test_in_one_pass_a_preview_is_counted_beside_the_graphs_of_two_steps(monkeyp
     monkeypatch.setattr(simulation.made.policy, "preview", counted)
     simulation.peak("one pass")
     assert held == [False, False, True, True], "the third preview finds the first step's gradients"
+
+
+def test_the_comparison_of_a_critic_with_the_exact_gradient_is_counted(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On the embedded model it hides behind the update; on an SD 1.5 a picture's graph through the decoder is the peak."""
+    simulation, rows = Simulation(recipe_of({"objective": LEARNT})), list[int]()
+    preview = simulation.made.policy.preview
+
+    def counted(latents: Tensor) -> Tensor:
+        if latents.requires_grad:
+            rows.append(len(latents))
+        return preview(latents)
+
+    monkeypatch.setattr(simulation.made.policy, "preview", counted)
+    simulation.peak("update")
+    assert rows == [1] * 4, "one latent of each trajectory"
 
 
 def test_the_levers_that_would_help_are_named_and_their_peaks_hold(monkeypatch: pytest.MonkeyPatch) -> None:
