@@ -122,7 +122,8 @@ class FakeGpu(TorchDispatchMode):
     def _copied(self) -> None:
         """Count a copy between host and device for the innermost function of ours that led to it."""
         ours = [frame for frame in traceback.extract_stack() if Path(frame.filename).is_relative_to(_HERE)]
-        frames = [frame for frame in ours if frame.filename != __file__]
+        # Without this file and other modes through which the operator came here.
+        frames = [frame for frame in ours if frame.filename != __file__ and frame.name != "__torch_dispatch__"]
         at = f"{Path(frames[-1].filename).relative_to(_HERE.parent)}:{frames[-1].name}" if frames else "elsewhere"
         self.counts.host_copies[at] += 1
 

@@ -10,9 +10,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._prims_common import suggest_memory_format
 from torch.utils._python_dispatch import TorchDispatchMode
 
-_ATEN = torch.ops.aten
+_ATEN, _LAST = torch.ops.aten, torch.channels_last
 # Dispatching here, below autograd, reaches PyTorch's own definition of an operator that `as_on_cuda` replaces.
 _META = torch._C.DispatchKeySet(torch._C.DispatchKey.Meta)
 
@@ -24,10 +25,10 @@ class LiveBytes(TorchDispatchMode):
     references of autograd and references after the `with` block count too. Storages that existed before count if they were
     given to `include`. The mode can be entered again, and keeps no tensor alive.
 
-    Not counted: what an operator allocates and frees inside itself (a convolution's workspace or change of memory format,
-    the fp32 accumulator of flash attention's backward pass, of which `deterministic: true` takes several; under
-    `torch.inference_mode` also the steps of a composite operator), what the allocator rounds up or leaves unused, and a
-    change of a storage's size.
+    Not counted: what an operator allocates and frees inside itself (a convolution's workspace, and outside `as_on_cuda` its
+    change of memory format; the fp32 accumulator of flash attention's backward pass, of which `deterministic: true` takes
+    several; under `torch.inference_mode` also the steps of a composite operator), what the allocator rounds up or leaves
+    unused, and a change of a storage's size.
 
     Args:
         device_type: count the tensors of this type of device alone, e.g. "meta"; None counts all.
@@ -85,15 +86,52 @@ def as_on_cuda() -> Iterator[None]:
 
     PyTorch gives meta tensors its reference implementation of attention, which holds the attention matrices in fp32.
     Here they get the memory-efficient kernel, which holds what flash attention holds. Attention with a mask is left alone, and
-    so is autocast, which the policy does not use.
+    so is autocast, which the policy does not use. Convolutions get the memory layouts of cuDNN.
     """
     library = torch.library.Library("aten", "IMPL")
     library.impl("scaled_dot_product_attention", _attention, "AutogradMeta")
     try:
-        yield
+        with _CudnnLayouts():
+            yield
     finally:
         # What a library registers is removed when the library is deleted.
         del library
+
+
+class _CudnnLayouts(TorchDispatchMode):
+    """Gives convolutions of meta tensors the memory layouts of cuDNN, whose copies are then counted.
+
+    If the input or the weight is channels-last, cuDNN computes in that layout: it copies what it reads in another one, and
+    returns channels-last tensors, which a norm in turn copies and keeps. PyTorch's meta kernels return other layouts.
+    """
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        if func is _ATEN.convolution.default:
+            x, weight, read = args[0], args[1], args[:2]
+        elif func is _ATEN.convolution_backward.default:
+            # The gradient to the input reads the weight, that to the weight reads the input.
+            (upstream, x, weight), mask = args[:3], args[10]
+            read = (upstream, *([weight] if mask[0] else []), *([x] if mask[1] else []))
+        else:
+            return func(*args, **kwargs)
+        if not x.is_meta or x.dim() != 4 or _LAST not in map(suggest_memory_format, (x, weight)):
+            return func(*args, **kwargs)
+        others = [tensor for tensor in read if not tensor.is_contiguous(memory_format=_LAST)]
+        copies = [torch.empty_like(tensor, memory_format=_LAST) for tensor in others]
+        result = func(*args, **kwargs)
+        del copies
+        return _channels_last(result) if isinstance(result, Tensor) else tuple(map(_channels_last, result))
+
+
+def _channels_last(result: Tensor | None) -> Tensor | None:
+    """The same storage as a channels-last tensor, if there are channels."""
+    if result is None or result.dim() != 4:
+        return result
+    _, C, H, W = result.shape
+    return result.as_strided(result.shape, (C * H * W, 1, W * C, C))
 
 
 def peak_of(call: Callable[[], object], existing: Iterable[Tensor] = ()) -> int:

@@ -159,6 +159,35 @@ def test_outside_meta_tensors_go_pytorchs_way_again() -> None:
     assert live.peak > 4 * 256**2
 
 
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+def test_a_convolution_copies_what_cudnn_would_read_in_another_layout(layout: torch.memory_format) -> None:
+    """The weight's layout decides; input and gradient arrive in the usual one, as behind a norm."""
+    x = torch.empty(2, 8, 16, 16, device="meta", requires_grad=True)
+    weight = torch.empty(16, 8, 3, 3, device="meta").to(memory_format=layout).requires_grad_(True)
+    small, large, of_weight = x.nbytes, 2 * x.nbytes, weight.nbytes
+    copied = layout == torch.channels_last
+    with LiveBytes() as live, as_on_cuda():
+        live.include([x, weight])
+        y = F.conv2d(x, weight, padding=1)
+        assert y.is_contiguous(memory_format=layout)
+        assert live.current == small + of_weight + large
+        assert live.peak == live.current + copied * small
+        upstream = torch.empty(y.shape, device="meta")
+        before = live.peak = live.current
+        found = torch.autograd.grad(y, [x, weight], upstream)
+        assert all(gradient.is_contiguous(memory_format=layout) for gradient in found)
+        assert live.current == before + small + of_weight
+        assert live.peak == live.current + copied * (large + small)
+        # A frozen weight needs no second reading of the input.
+        del found
+        live.peak = live.current
+        frozen = F.conv2d(x, weight.detach(), padding=1)
+        live.peak = live.current
+        (gradient,) = torch.autograd.grad(frozen, x, upstream)
+        assert live.peak == live.current + copied * large
+    assert gradient.shape == x.shape
+
+
 @pytest.mark.parametrize("checkpointing", [False, True])
 @pytest.mark.parametrize("needs_grad", [False, True])
 def test_a_unet_peaks_on_meta_as_on_the_cpu(needs_grad: bool, checkpointing: bool) -> None:
