@@ -104,11 +104,7 @@ def steer(recipe: SearchRecipe, particles: Particles, ids_of: Ids, generator: Ge
 def best_of_n(recipe: SearchRecipe, particles: Particles, ids_of: Ids, generator: Generator) -> Found:
     """The best of n pictures; see `Search`."""
     assert isinstance(recipe.search, BestOfN)
-    ids = ids_of(recipe.search.particles)
-    x = particles.start(ids)
-    for k in range(particles.schedule.num_transitions):
-        x = particles.step(x, particles.outputs(x, k), k, ids)
-    ends = particles.finish(x)
+    ends = particles.drawn(ids_of(recipe.search.particles))
     return _kept(ends, int(ends.reward.argmax()), {})
 
 

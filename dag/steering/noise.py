@@ -32,7 +32,7 @@ def optimise_noise(recipe: SearchRecipe, particles: Particles, ids_of: Ids, gene
     best: Ends | None = None
     rewards = []
     for iteration in range(section.iterations):
-        chain = _chain(particles, z.detach(), ids)
+        chain = list(particles.walk(z.detach(), ids))
         ends = particles.finish(chain[-1])
         rewards.append(float(ends.reward))
         if best is None or rewards[-1] > float(best.reward):
@@ -43,14 +43,6 @@ def optimise_noise(recipe: SearchRecipe, particles: Particles, ids_of: Ids, gene
             optimizer.step()
     assert best is not None
     return Found(best.images[0], float(best.reward), {"rewards": rewards})
-
-
-def _chain(particles: Particles, x: Tensor, ids: Tensor) -> list[Tensor]:
-    """The T + 1 states of the chain that begins in x (1, C, H, W)."""
-    states = [x]
-    for k in range(particles.schedule.num_transitions):
-        states.append(particles.step(states[-1], particles.outputs(states[-1], k), k, ids))
-    return states
 
 
 def _norm_gradient(z: Tensor) -> Tensor:

@@ -3,7 +3,7 @@
 Legend: B particles, T transitions, x_k the state before transition k and x_T the clean latent.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -71,6 +71,20 @@ class Particles:
         """(B, C, H, W) the next states, with the noise of the ids (B,)."""
         prediction = Prediction(outputs, len(x), 1.0, outputs)
         return take_step(self.schedule, x, prediction, k, self.seed, self._on_device(ids), self.sampler).x_next
+
+    def walk(self, x: Tensor, ids: Tensor) -> Iterator[Tensor]:
+        """The T + 1 states (B, C, H, W) of the chains that begin in x, x first, with the noise of the ids (B,)."""
+        yield x
+        for k in range(self.schedule.num_transitions):
+            x = self.step(x, self.outputs(x, k), k, ids)
+            yield x
+
+    def drawn(self, ids: Tensor) -> Ends:
+        """The pictures of the ids (B,) as the policy draws them without a search, and their rewards."""
+        x = self.start(ids)
+        for state in self.walk(x, ids):
+            x = state
+        return self.finish(x)
 
     @torch.no_grad()
     def look(self, x: Tensor, outputs: Tensor, k: int) -> Tensor:

@@ -136,11 +136,7 @@ class Searching:
         return METHODS[self.recipe.search.name](self.recipe, particles, partial(of_particles, picture), generator)
 
     def _plain(self, particles: Particles, picture: int) -> Found:
-        ids = of_particles(picture, 1)
-        x = particles.start(ids)
-        for k in range(particles.schedule.num_transitions):
-            x = particles.step(x, particles.outputs(x, k), k, ids)
-        ends = particles.finish(x)
+        ends = particles.drawn(of_particles(picture, 1))
         return Found(ends.images[0], float(ends.reward))
 
     def _numbers(self, number: int) -> range:

@@ -6,7 +6,7 @@ Each step is x' = RHO x + sqrt(1 - RHO^2) z, so that the expected end of a chain
 import math
 from collections.abc import Callable
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
@@ -17,17 +17,17 @@ from dag.recipe.search_sections import SearchRecipe
 from dag.steering import feynman_kac
 from dag.steering.feynman_kac import Weighing, best_of_n, steer
 from dag.steering.found import Found
-from dag.steering.particles import Ends
+from dag.steering.particles import Ends, Particles
 from dag.steering.stepwise import choose_stepwise
 from dag.steering.weights import effective_size, log_mean_exp, systematic
 
 T, RHO = 6, 0.7
 
 
-class Chain:
-    """Stands for `Particles`, with states (B,)."""
+class Chain(Particles):
+    """Particles of a linear chain without a network, with states (B,)."""
 
-    schedule = SimpleNamespace(num_transitions=T)
+    schedule = cast(Any, SimpleNamespace(num_transitions=T))
 
     def __init__(self, seed: int) -> None:
         self.generator = torch.Generator().manual_seed(seed)

@@ -85,7 +85,7 @@ def test_the_noises_gradient_is_autograds_along_the_whole_chain(tiny_model: Path
     policy, schedule, sampler = made.policy, made.policy.schedule, made.recipe.sampler
     particles = Particles(policy, made.reward, sampler, 0, made.text[:1], "a cat", 3)
     ids = torch.tensor([7])
-    chain = noise._chain(particles, particles.start(ids).float(), ids)
+    chain = list(particles.walk(particles.start(ids).float(), ids))
     found = noise._reward_gradient(particles, chain)
     x = z = chain[0].clone().requires_grad_(True)
     for k in range(schedule.num_transitions):
