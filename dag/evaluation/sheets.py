@@ -31,6 +31,13 @@ def grid(images: Tensor, captions: Sequence[str], columns: int) -> Image.Image:
     return sheet
 
 
+def rows_of(width: int, height: int, columns: int) -> int | None:
+    """The number of rows of a grid of square pictures with these sizes in pixels; None if it is no such grid."""
+    side, rest = divmod(width, columns) if columns > 0 else (0, 1)
+    rows, left = divmod(height, side + _CAPTION_PX)
+    return rows if rows and not rest and not left else None
+
+
 def _shortened(draw: ImageDraw.ImageDraw, caption: str, width: int) -> str:
     """The caption, or as much of its beginning as fits into so many pixels, and an ellipsis."""
 

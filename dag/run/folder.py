@@ -4,6 +4,7 @@ It holds:
 
     run.json                            recipe, versions, counts: what ran, on what
     metrics.jsonl, curves.png           one line per epoch, and its curves
+    report.html                         all of it on one page, see `dag.evaluation.page`
     samples/epoch_NNNN.png              pictures of an evaluation
     checkpoints/epoch_EEEE[_RRRRRR]/    see `dag.run.checkpoint`
     lora/                               the trained weights, at the end
@@ -17,7 +18,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 from dag.errors import RunError, UsageError
 from dag.recipe import Recipe
@@ -40,6 +41,7 @@ class RunFolder:
         self.checkpoints = path / "checkpoints"
         self.weights = path / "lora"
         self.faults = path / "faults"
+        self.page = path / "report.html"
 
     def sheet(self, epoch: int) -> Path:
         """The picture file of the evaluation after `epoch` epochs."""
@@ -81,14 +83,23 @@ class RunFolder:
         except OSError as error:
             raise UsageError(f"{self.path / _LOCK}: cannot be opened: {error.strerror}") from None
         with file:
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except OSError:
-                raise UsageError(f"{self.path}: another process is training in this folder") from None
+            if not _locked(file):
+                raise UsageError(f"{self.path}: another process is training in this folder")
             for left in (*self.path.glob(f"{durable.TEMPORARY}*"), *self.samples.glob(f"{durable.TEMPORARY}*")):
                 if left.is_file():
                     left.unlink(missing_ok=True)
             yield
+
+    def is_held(self) -> bool:
+        """Whether a process trains in this folder now."""
+        try:
+            with (self.path / _LOCK).open() as file:
+                fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return True
+        except OSError:
+            return False
+        return False
 
     def write_description(self, description: dict[str, Any]) -> None:
         durable.write_json(self.path / "run.json", description)
@@ -106,6 +117,18 @@ class RunFolder:
             return json.loads((self.path / "run.json").read_text(encoding="utf-8"))
         except (OSError, ValueError) as error:
             raise RunError(f"{self.path / 'run.json'}: cannot be read: {error}") from None
+
+
+def _locked(file: TextIO) -> bool:
+    """Lock a file for this process alone; returns whether that worked. Tries twice, since `is_held` may have it for a moment."""
+    for pause in (0.05, 0.0):
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            time.sleep(pause)
+        else:
+            return True
+    return False
 
 
 def default_path(recipe_name: str) -> Path:

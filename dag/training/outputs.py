@@ -13,6 +13,7 @@ from dag.errors import RunError
 from dag.evaluation import sheets
 from dag.evaluation.curves import draw_curves, line
 from dag.evaluation.fixed import EvaluationResult
+from dag.evaluation.page.document import write_page
 from dag.recipe import Recipe
 from dag.run import durable
 from dag.run.folder import RunFolder
@@ -68,7 +69,8 @@ class Outputs:
         tqdm.write(line(row, self.recipe.train.epochs))
 
     def finish(self) -> None:
-        """Export the weights, and join the pictures from before and after training, of the same prompts and noise, into one.
+        """Export the weights, join the pictures from before and after training, of the same prompts and noise, into one, and
+        write the run's page.
 
         Raises RunError if the weights cannot be written.
         """
@@ -86,6 +88,16 @@ class Outputs:
             with durable.replacing(joined) as temporary:
                 sheets.before_after(*map(Image.open, grids)).save(temporary)
         tqdm.write(f"weights in {self.run.weights}, pictures in {joined if joined.exists() else self.run.samples}")
+        self._write_page()
+
+    def _write_page(self) -> None:
+        """Write report.html. The run is complete without it, so that whatever goes wrong here ends in a line of text."""
+        try:
+            tqdm.write(f"all on one page: {write_page(self.run)}")
+        except Exception as error:
+            tqdm.write(
+                f"{self.run.page}: not written ({error}); try again: python -m dag.report {self.run.path} --html"
+            )
 
     def _captions(self, result: EvaluationResult) -> list[str]:
         return [f"{p}  {r:.2f}" for p, r in zip(result.prompts, result.reward.tolist(), strict=True)]

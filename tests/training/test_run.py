@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from helpers.building import disturb, parts_of, rows, tiles, write
+from helpers.finished_run import finished_run
 from safetensors.torch import load_file
 
 import train_dag
@@ -19,7 +20,7 @@ from dag.recipe import Recipe
 from dag.run.checkpoint import chosen
 from dag.run.folder import RunFolder
 from dag.sample import main as sample_main
-from dag.training import launch
+from dag.training import launch, outputs
 
 MakeRecipe = Callable[..., Recipe]
 
@@ -30,6 +31,7 @@ def test_a_run_keeps_its_contract(make_recipe: MakeRecipe, tmp_path: Path, capsy
     for name in (
         "run.json", "curves.png", "samples/epoch_0000.png", "samples/epoch_0002.png", "samples/before_after.png",
         "checkpoints/epoch_0002/state.json", "lora/pytorch_lora_weights.safetensors", "lora/lora_kohya.safetensors",
+        "report.html",
     ):  # fmt: skip
         assert (run / name).is_file(), name
     description = json.loads((run / "run.json").read_text())
@@ -42,6 +44,20 @@ def test_a_run_keeps_its_contract(make_recipe: MakeRecipe, tmp_path: Path, capsy
     for name in ("reward_mean", "reward_std", "loss", "residual_rms", "ratio_max_dev", "eval_reward_mean"):
         assert isinstance(found[-1][name], float), name
     assert "Traceback" not in capsys.readouterr().err
+
+
+def test_a_page_that_fails_loses_no_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def broken(run: RunFolder) -> Path:
+        raise ValueError("the page is broken")
+
+    monkeypatch.setattr(outputs, "write_page", broken)
+    run = finished_run(tmp_path / "run", ["a cat"])
+    components: Any = SimpleNamespace(policy=SimpleNamespace(export=lambda folder: folder.mkdir()))
+    outputs.Outputs(run.read_recipe(), run, components, None).finish()
+    assert run.weights.is_dir() and (run.samples / "before_after.png").is_file()
+    assert "report.html: not written (the page is broken); try again: python -m dag.report" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
