@@ -21,11 +21,12 @@ from torch import Tensor, nn
 from dag.chain.policy import Prediction
 from dag.chain.schedule import PREDICTION_TYPES, Schedule
 from dag.errors import RunError, UsageError
+from dag.models import lora_file
 from dag.models.adapter import TrainedWeights, add_lora
 from dag.models.decoder import Decoder
 from dag.models.frozen import freeze_convolutions
 from dag.models.levers import checkpoint_activations, choose_attention, compile_unet, quantise
-from dag.models.source import read_config
+from dag.models.source import licence, public_name, read_config
 from dag.models.weights import load_module, load_text_encoder, load_tokenizer
 from dag.recipe import ForwardLooking, Memory, Recipe, Sampler
 
@@ -211,8 +212,8 @@ class StableDiffusion:
         self.weights.load_state_dict(state)
 
     def export(self, folder: Path) -> None:
-        """Write LoRA factors as pytorch_lora_weights.safetensors (diffusers) and lora_kohya.safetensors, or all weights of a
-        full fine-tune as a diffusers folder `unet`."""
+        """Write LoRA factors as pytorch_lora_weights.safetensors (diffusers) and lora_kohya.safetensors, with the base model's
+        name and licence in their metadata, or all weights of a full fine-tune as a diffusers folder `unet`."""
         folder.mkdir(parents=True, exist_ok=True)
         state = self.state_dict()
         if self.adapter.kind == "full":
@@ -228,7 +229,9 @@ class StableDiffusion:
             unet_lora_layers=state,
             unet_lora_adapter_metadata=self.denoiser.peft_config["default"].to_dict(),
         )
-        save_file(self._kohya_state(state), folder / "lora_kohya.safetensors")
+        save_file(self._kohya_state(state), folder / lora_file.KOHYA)
+        for name in (lora_file.DIFFUSERS, lora_file.KOHYA):
+            lora_file.label(folder / name, public_name(self.source), licence(self.source, self.folder))
 
     def _kohya_state(self, state: dict[str, Tensor]) -> dict[str, Tensor]:
         """The state in kohya's names, which ComfyUI and other user interfaces read; alpha is a tensor for each layer."""
@@ -243,6 +246,7 @@ class StableDiffusion:
     def describe(self) -> dict[str, Any]:
         return {
             "path": self.source,
+            "pipeline": self.pipeline.__name__,
             "latent_shape": list(self.latent_shape),
             "prediction_type": self.schedule.prediction_type,
             "attention": self.attention,

@@ -5,6 +5,8 @@ import re
 from pathlib import Path
 from typing import Any
 
+import yaml
+
 from dag import hub, recipe
 from dag.errors import RunError, UsageError
 
@@ -12,6 +14,22 @@ _ASSETS = Path(__file__).parent.parent / "assets"
 EMBEDDED = _ASSETS / "embedded"
 # Configurations without weights, for plans and benchmarks.
 _ARCHITECTURES = {f"random-{name}": _ASSETS / "architectures" / name for name in ("sd15", "sdxl")}
+# Licences of base models that have no card beside their weights; identifiers of the hub's list.
+_LICENCES = {
+    "embedded": "apache-2.0",
+    **dict.fromkeys(
+        (
+            "compvis/stable-diffusion-v1-4",
+            "runwayml/stable-diffusion-v1-5",
+            "stable-diffusion-v1-5/stable-diffusion-v1-5",
+        ),
+        "creativeml-openrail-m",
+    ),
+    **dict.fromkeys(
+        (f"stabilityai/stable-diffusion-{name}" for name in ("2", "2-base", "2-1", "2-1-base", "xl-base-1.0")),
+        "openrail++",
+    ),
+}
 _LOCAL_HINT = "or give the path of a local diffusers folder: --set model.path=/path/to/model"
 
 
@@ -34,6 +52,30 @@ def local_folder(path: str) -> Path | None:
     if re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", path):
         return None
     raise UsageError(f"model.path: there is no folder {path}, and it does not look like a hub id (owner/name)")
+
+
+def public_name(path: str) -> str:
+    """The name of a model for readers on other machines: a hub id or a name of this package as it is, a folder's own name."""
+    folder = local_folder(path)
+    if folder is None or folder == EMBEDDED or is_architecture(folder):
+        return path
+    return folder.resolve().name
+
+
+def licence(path: str, folder: Path | None = None) -> str | None:
+    """The licence of a model: as its card says, README.md in `folder`, else as known for a hub id; None if neither says."""
+    stated = None if folder is None else _front_matter(folder / "README.md").get("license")
+    return stated if isinstance(stated, str) and stated else _LICENCES.get(path.lower())
+
+
+def _front_matter(card: Path) -> dict[str, Any]:
+    """The YAML at the beginning of a model card; empty if there is no card or none in it."""
+    try:
+        _, _, rest = card.read_text(encoding="utf-8").partition("---\n")
+        found = yaml.safe_load(rest.partition("\n---")[0])
+    except (OSError, ValueError, yaml.YAMLError):
+        return {}
+    return found if isinstance(found, dict) else {}
 
 
 def counted_as(path: str) -> str:
@@ -77,5 +119,5 @@ def _download(model: recipe.Model) -> Path:
         for part in ("unet", "vae")
         for rest in (".safetensors", "-*", ".safetensors.index*")
     ]
-    patterns = ["model_index.json", "*/*.json", "tokenizer/*", "tokenizer_2/*", *weights]
+    patterns = ["README.md", "model_index.json", "*/*.json", "tokenizer/*", "tokenizer_2/*", *weights]
     return hub.snapshot("model.path", model.path, patterns, _LOCAL_HINT, model.revision, ["safety_checker/*"])
