@@ -1,9 +1,13 @@
-"""Files from the Hugging Face hub. Every error becomes one sentence; only data is downloaded, no code."""
+"""Files from the Hugging Face hub, and to it. Every error becomes one sentence; only data is downloaded, no code."""
 
+import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from dag.errors import RunError
+from dag.errors import RunError, UsageError
+
+# The hub's rules for owner and name: words joined by single dots or hyphens.
+_REPO = re.compile(r"(?=[^/]{1,96}/.{1,96}\Z)\w+(?:[.-]\w+)*/\w+(?:[.-]\w+)*", re.ASCII)
 
 
 def snapshot(
@@ -64,3 +68,53 @@ def _fetched(fetch: Callable[[], str], what: str, hint: str, revision: str | Non
         # The hub's HTTP client raises its own family of connection errors, which changes between versions.
         reason = f"could not be downloaded ({type(error).__name__}): try again,"
     raise RunError(f"{what} {reason} {hint}")
+
+
+def check_repo(key: str, repo: str) -> None:
+    """Raises UsageError, which begins with `key`, unless `repo` is owner/name as the hub allows it."""
+    if not _REPO.fullmatch(repo):
+        raise UsageError(
+            f"{key}: {repo!r} is no name of a repository; write OWNER/NAME in letters, digits and _, joined by single - or ."
+        )
+
+
+def check_token(key: str) -> None:
+    """Raises UsageError, which begins with `key`, if nobody is logged in to the hub."""
+    from huggingface_hub import get_token
+
+    if not get_token():
+        raise UsageError(f"{key}: there is no token of the hub; log in with `hf auth login`, then run this again")
+
+
+def push(key: str, folder: Path, repo: str, is_public: bool, message: str) -> str:
+    """Upload a folder's files as one commit, and make the repository if there is none.
+
+    Args:
+        is_public: of a new repository, which is private otherwise; one that exists stays as it is.
+        message:   of the commit.
+
+    Returns:
+        The address of the repository.
+
+    Raises:
+        RunError: the hub cannot be reached or refuses; one sentence that begins with `key` says why.
+    """
+    from huggingface_hub import HfApi
+    from huggingface_hub import errors as hub
+
+    api = HfApi()
+    try:
+        url = api.create_repo(repo, private=not is_public, exist_ok=True)
+        api.upload_folder(repo_id=repo, folder_path=folder, commit_message=message)
+        return str(url)
+    except hub.OfflineModeIsEnabled:
+        reason = "the hub is switched off by HF_HUB_OFFLINE; unset it"
+    except hub.HfHubHTTPError as error:
+        status = error.response.status_code
+        reason = f"the hub answered {status}; try again later"
+        if status in (401, 403, 404):
+            reason = f"the hub answered {status}; log in with a token that may write there: `hf auth login`"
+    except Exception as error:
+        # As in `_fetched`: its HTTP client has errors of its own.
+        reason = f"the hub cannot be reached ({type(error).__name__}); try again"
+    raise RunError(f"{key}: not published: {reason}")

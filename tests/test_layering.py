@@ -25,6 +25,7 @@ DOORS = (
     "train_dag",
     "dag.bench",
     "dag.evaluate",
+    "dag.publish",
     "dag.report",
     "dag.reproduce",
     "dag.sample",

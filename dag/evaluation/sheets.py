@@ -38,6 +38,16 @@ def rows_of(width: int, height: int, columns: int) -> int | None:
     return rows if rows and not rest and not left else None
 
 
+def cells(sheet: Image.Image, count: int, columns: int) -> list[Image.Image]:
+    """The first `count` pictures of what `grid` drew in so many columns, without their captions."""
+    side = sheet.width // columns - 2
+    corners = [
+        (index % columns * (side + 2), index // columns * (side + _CAPTION_PX + 2) + _CAPTION_PX)
+        for index in range(count)
+    ]
+    return [sheet.crop((left, top, left + side, top + side)) for left, top in corners]
+
+
 def _shortened(draw: ImageDraw.ImageDraw, caption: str, width: int) -> str:
     """The caption, or as much of its beginning as fits into so many pixels, and an ellipsis."""
 

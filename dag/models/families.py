@@ -12,7 +12,7 @@ from dag.chain.policy import Policy
 from dag.models.norms import fuse_norms
 from dag.models.sd import StableDiffusion
 from dag.models.sdxl import StableDiffusionXL
-from dag.models.source import resolve
+from dag.models.source import counted_as, local_folder, resolve
 from dag.recipe import ForwardLooking, Recipe
 
 FAMILIES: dict[str, Callable[..., Policy]] = {
@@ -49,6 +49,13 @@ def load(
         for network in policy.modules():
             fuse_norms(network, kernels)
     return policy
+
+
+def pipeline_of(path: str) -> str:
+    """The name of the diffusers pipeline of a model, by its folder, or by the hub id if it is not on this machine."""
+    folder = local_folder(counted_as(path))
+    found = None if folder is None else _pipeline(folder)
+    return found if found in FAMILIES else "StableDiffusionPipeline"
 
 
 def _pipeline(folder: Path) -> str | None:

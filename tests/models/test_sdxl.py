@@ -9,7 +9,8 @@ from typing import Any
 import pytest
 import torch
 from dag_kernels import standard_normal
-from helpers.building import disturb, one_pass, parts_of, rolled_out, trainer_of, updated
+from helpers.building import disturb, one_pass, parts_of, rolled_out, trained, trainer_of, updated
+from PIL import Image, ImageChops
 from torch import Tensor
 
 from dag.chain.rollout import generate
@@ -17,6 +18,7 @@ from dag.chain.schedule import INITIAL_NOISE
 from dag.costs.forecast import forecast
 from dag.costs.weightless import Weightless
 from dag.errors import RunError
+from dag.evaluation.publish import to_folder
 from dag.models import families
 from dag.models.sdxl import StableDiffusionXL
 from dag.recipe import Recipe
@@ -120,6 +122,30 @@ def test_plain_diffusers_draws_the_same_pictures_with_and_without_the_lora(
     for name in ("pytorch_lora_weights.safetensors", "lora_kohya.safetensors"):
         plain = plain_pictures(tiny_xl, recipe, [0, 1], tmp_path, name)
         torch.testing.assert_close(after, plain, rtol=0, atol=2e-4)
+
+
+def test_a_published_lora_draws_by_the_code_of_its_card(
+    make_xl: MakeRecipe, tiny_xl: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recipe = make_xl(train={"epochs": 1, "learning_rate": 0.1})
+    run = trained(recipe, RunFolder.create(tmp_path / "run"))
+    run.write_description({"recipe": recipe.model_dump(mode="json")})
+    to_folder(run, tmp_path / "out")
+    monkeypatch.chdir(tmp_path / "out")
+    text = Path("README.md").read_text()
+    assert "- stable-diffusion-xl\n" in text
+    code = (
+        text.partition("```python\n")[2]
+        .partition("\n```")[0]
+        .replace(f'base = "{tiny_xl.name}"', f"base = {str(tiny_xl)!r}")
+    )
+    assert "import DDIMScheduler, StableDiffusionXLPipeline\n" in code
+    drawn = []
+    for program in (code, code.replace("\npipe.load_lora_weights", "\n# pipe.load_lora_weights")):
+        torch.manual_seed(5)
+        exec(program, {})
+        drawn.append(Image.open("picture.png").copy())
+    assert ImageChops.difference(*drawn).getbbox() is not None, "the LoRA must change the picture"
 
 
 def test_every_condition_reaches_the_prediction(make_xl: MakeRecipe) -> None:
