@@ -1,6 +1,6 @@
 """Registers, spills and shared memory of the kernels, found without a GPU by Triton's own compiler.
 
-    python -m dag_kernels.resources [--json FILE]
+    python -m dag_kernels.resources [--sm 90] [--json FILE]
 
 Does not work with TRITON_INTERPRET=1, with which kernels are Python functions.
 """
@@ -155,9 +155,12 @@ def _ptxas(ptx: str, architecture: int) -> dict[str, int]:
 
 def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m dag_kernels.resources")
+    parser.add_argument(
+        "--sm", type=int, nargs="+", choices=ARCHITECTURES, default=ARCHITECTURES, help="architectures; default: all"
+    )
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the rows there")
     arguments = parser.parse_args()
-    rows = measure()
+    rows = measure(tuple(arguments.sm))
     print(markdown(rows, ("kernel", "dtype", "sm", "registers", "spilled_bytes", "shared_bytes")))
     if arguments.json is not None:
         arguments.json.write_text(json.dumps(rows, indent=0) + "\n", encoding="utf-8")
