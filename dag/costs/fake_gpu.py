@@ -92,7 +92,7 @@ class FakeGpu(TorchDispatchMode):
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs, name = kwargs or {}, func._schema.name
-        tensors = list(tensors_in((args, kwargs)))
+        tensors = tensors_in((args, kwargs))
         if name == "aten::_local_scalar_dense" and args[0].is_meta:
             self._copied()
             return torch.ones((), dtype=args[0].dtype).item()
@@ -108,7 +108,7 @@ class FakeGpu(TorchDispatchMode):
         elif name == "aten::_to_copy" and on_host and _device(kwargs) == "meta":
             self._copied()
         result = func(*args, **kwargs)
-        if _starts_kernel(func, name, list(tensors_in(result)) or tensors):
+        if _starts_kernel(func, name, tensors_in(result) or tensors):
             self.counts.kernels[self.part] += 1
         return result
 

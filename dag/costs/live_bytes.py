@@ -14,6 +14,7 @@ from torch._prims_common import suggest_memory_format
 from torch.utils._python_dispatch import TorchDispatchMode
 
 _ATEN, _LAST = torch.ops.aten, torch.channels_last
+_NESTED = (tuple, list, dict)
 # Dispatching here, below autograd, reaches PyTorch's own definition of an operator that `as_on_cuda` replaces.
 _META = torch._C.DispatchKeySet(torch._C.DispatchKey.Meta)
 
@@ -145,15 +146,20 @@ def peak_of(call: Callable[[], object], existing: Iterable[Tensor] = ()) -> int:
     return live.peak
 
 
-def tensors_in(tree: Any) -> Iterator[Tensor]:
+def tensors_in(tree: Any) -> list[Tensor]:
     """The tensors among an operator's arguments or results, which are nested in tuples, lists and dicts alone."""
     if isinstance(tree, Tensor):
-        yield tree
-    elif isinstance(tree, tuple | list):
-        for part in tree:
-            yield from tensors_in(part)
-    elif isinstance(tree, dict):
-        yield from tensors_in(list(tree.values()))
+        return [tree]
+    if not isinstance(tree, _NESTED):
+        return []
+    found: list[Tensor] = []
+    for part in tree.values() if isinstance(tree, dict) else tree:
+        # Tensors are told here and not by a call each: millions of arguments are looked at for a forecast.
+        if isinstance(part, Tensor):
+            found.append(part)
+        elif isinstance(part, _NESTED):
+            found += tensors_in(part)
+    return found
 
 
 def _attention(

@@ -42,7 +42,7 @@ class RememberedShapes(TorchDispatchMode):
 
 def _are_shapes(arguments: Any) -> bool:
     """Whether there are tensors, and shapes, strides and dtypes are all that a result can depend on."""
-    tensors = list(tensors_in(arguments))
+    tensors = tensors_in(arguments)
     return bool(tensors) and all(tensor.is_meta or not tensor.dim() for tensor in tensors)
 
 
