@@ -2,6 +2,7 @@
 
 import gc
 import os
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -35,6 +36,19 @@ def pytest_collection_finish() -> None:
 @pytest.fixture(autouse=True)
 def _seeded() -> None:
     torch.manual_seed(0)
+
+
+@pytest.fixture
+def draws_curves() -> None:
+    """A test that asks for this gets the real `curves.png` of its runs."""
+
+
+@pytest.fixture(autouse=True)
+def _undrawn_curves(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Runs in the tests' own process leave an empty `curves.png`: drawing takes a fifth of a short run."""
+    # Not imported for this: a test of a recipe alone would wait seconds for it.
+    if "draws_curves" not in request.fixturenames and (outputs := sys.modules.get("dag.training.outputs")):
+        monkeypatch.setattr(outputs, "draw_curves", lambda rows, path: path.touch())
 
 
 @pytest.fixture(scope="session")
