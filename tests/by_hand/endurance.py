@@ -32,6 +32,7 @@ from dag.run import checkpoint
 
 ROOT = Path(__file__).parents[2]
 SMALL = (
+    "model.resolution=32",
     *("train.trajectories=4", "train.micro_batch=2", "sampler.tile=2", "sampler.steps=4"),
     *("evaluation.prompts=1", "evaluation.images_per_prompt=2", "evaluation.every=2"),
     *("checkpoint.every=2", "checkpoint.minutes=0.005", "checkpoint.keep=2"),
@@ -54,6 +55,7 @@ def arguments(kind: str, *place: str, overrides: Sequence[str]) -> list[str]:
 def forked(words: list[str], log: Path) -> int:
     """Run `train_dag.py` in a forked process, which need not import anything again; returns the process id."""
     import torch
+    from matplotlib import pyplot  # noqa: F401
 
     import dag.training.launch  # noqa: F401
     import train_dag
