@@ -115,7 +115,7 @@ def test_the_published_work_is_what_its_docstring_says(tmp_path: Path, monkeypat
 def test_the_bench_compares_with_the_published_work(tmp_path: Path, capsys: Any) -> None:
     result = tmp_path / "rows.json"
     arguments = ["train-step", "--recipe", str(ROOT / "recipes/tiny_cpu_db.yaml"), "--literal", "--ablation"]
-    chosen = [word for override in (*SMALL, "sampler.steps=3") for word in ("--set", override)]
+    chosen = [word for override in (*SMALL, "sampler.steps=2") for word in ("--set", override)]
     limits = ["--trajectories", str(TRAJECTORIES), "--repeats", "1", "--no-prediction", "--json", str(result)]
     assert bench.main([*arguments, *chosen, *limits]) == 0
     shown = capsys.readouterr().out.splitlines()
@@ -163,11 +163,12 @@ def test_cheaper_previews_are_measured_against_the_full_ones(tmp_path: Path, cap
 def test_chains_are_exact_where_log_pf_is_taken_at_the_stored_state(tmp_path: Path) -> None:
     result = tmp_path / "rows.json"
     recipe, few = str(ROOT / "recipes/tiny_cpu_db.yaml"), ["--trajectories", "4", "--json", str(result)]
-    assert bench.main(["storage", "--recipe", recipe, "--set", "sampler.steps=6", *few]) == 0
+    small = ["--set", "sampler.steps=4", "--set", "model.resolution=32"]
+    assert bench.main(["storage", "--recipe", recipe, *small, *few]) == 0
     rows = {(row["chain"], row["log_pf_at"]): row for row in json.loads(result.read_text())["rows"]}
     assert [rows[dtype, "stored"]["ratio_error"] for dtype in ("fp32", "fp16", "bf16")] == [0, 0, 0]
     assert 0 < rows["fp16", "unrounded"]["log_pf_error"] < rows["bf16", "unrounded"]["log_pf_error"]
-    steps, latent, fp16, fp32, int64 = 6, 4 * 16 * 16, 2, 4, 8
+    steps, latent, fp16, fp32, int64 = 4, 4 * 8 * 8, 2, 4, 8
     scalars = 3 * steps * fp32 + fp32 + 2 * int64  # log P_F, log P_B and x0_hat's reward of each step; reward; two ids
     assert rows["fp16", "stored"]["bytes"] == (steps + 1) * latent * fp16 + scalars
 
