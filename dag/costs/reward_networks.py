@@ -1,6 +1,7 @@
 """The memory of a reward's network, counted from its architecture; no weights are loaded."""
 
 from dataclasses import dataclass
+from functools import cache
 
 import torch
 
@@ -31,10 +32,14 @@ def footprint(term: RewardTerm, differentiated: int = 0) -> Footprint:
     """
     if not isinstance(term, Tower):
         return Footprint(0, 0, 0)
-    dtype = DTYPES[term.dtype]
+    return _of_tower(term.name, DTYPES[term.dtype], term.max_batch, differentiated)
+
+
+@cache  # Of the recipes with one lever each that a forecast compares, most have the same network.
+def _of_tower(name: str, dtype: torch.dtype, max_batch: int, differentiated: int) -> Footprint:
     with torch.device("meta"):
-        towers, score, size = architecture(term.name)
-        pixels = torch.empty(term.max_batch, 3, size, size, dtype=dtype)
+        towers, score, size = architecture(name)
+        pixels = torch.empty(max_batch, 3, size, size, dtype=dtype)
     weights = [p.requires_grad_(False) for tower in towers for p in tower.to(dtype).parameters()]
 
     def forward() -> None:
