@@ -58,6 +58,7 @@ def to_folder(run: RunFolder, target: Path, base: str | None = None) -> None:
         stage.mkdir(parents=True)
         fill(stage, run, target.resolve().name, base=base)
         for file in stage.rglob("*"):
+            file.chmod(0o755 if file.is_dir() else 0o644)  # safetensors makes files that only their owner reads
             durable.sync(file)
         os.rename(stage, target)
     except (OSError, SafetensorError) as error:

@@ -44,8 +44,9 @@ def load(
     family = FAMILIES.get(_pipeline(folder) or "", StableDiffusion)
     policy = family(recipe, folder, device, forward_looking)
     policy.schedule = replace(policy.schedule, kernels=kernels)
-    # torch.compile of the complete UNet fuses its norms itself.
-    if kernels.name == "triton" and recipe.memory.channels_last and recipe.memory.compile != "unet":
+    # torch.compile of the complete UNet fuses its norms itself. On a CPU Triton's interpreter would take hours for a network.
+    has_fused = kernels.name == "triton" and device.type != "cpu"
+    if has_fused and recipe.memory.channels_last and recipe.memory.compile != "unet":
         for network in policy.modules():
             fuse_norms(network, kernels)
     return policy

@@ -134,6 +134,7 @@ def test_the_folder_holds_all_and_no_private_path(shared: Path, finished: Path) 
     described = json.loads(files["run.json"].read_text())
     assert described["model"]["path"] == described["plan"]["counted_as"] == "my_base"
     assert described["kernels"]["reason"] == "no compiler at cc"
+    assert all(file.stat().st_mode & 0o044 == 0o044 for file in shared.rglob("*")), "others may read what is published"
 
 
 def test_the_recipe_is_complete(shared: Path, finished: Path, monkeypatch: pytest.MonkeyPatch) -> None:

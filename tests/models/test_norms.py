@@ -1,6 +1,7 @@
 """Group norms by the fused kernel: the same network, whose weights keep their names."""
 
 import copy
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -10,9 +11,12 @@ from dag_kernels.verify import assert_as_good_as
 from diffusers import AutoencoderKL, UNet2DConditionModel
 from torch import nn
 
+from dag.models import families
 from dag.models.norms import FusedGroupNorm, fuse_norms
+from dag.recipe.load import load
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+META = torch.device("meta")
 
 
 def unet(**changes: Any) -> UNet2DConditionModel:
@@ -97,3 +101,28 @@ def test_a_vae_decodes_the_same() -> None:
     fuse_norms(vae, PLAIN)
     assert sum(isinstance(module, FusedGroupNorm) for module in vae.decoder.modules()) > 5
     torch.testing.assert_close(vae.decode(latents).sample, before)
+
+
+@pytest.mark.parametrize(
+    ("changes", "is_fused"),
+    [
+        ((), True),
+        (("kernels=torch",), False),
+        (("memory.channels_last=false",), False),
+        (("memory.compile=unet",), False),
+        (("adapter.kind=full", "regulariser.pretrained_kl=0"), False),
+    ],
+    ids=str,
+)
+def test_which_networks_of_a_gpu_have_fused_norms(changes: tuple[str, ...], is_fused: bool) -> None:
+    pytest.importorskip("triton")
+    recipe = load(Path(__file__).parents[2] / "recipes" / "tiny_cpu_db.yaml", changes)
+    policy = families.load(recipe, torch.device("meta"), recipe.forward_looking, choose(recipe.kernels, META))
+    assert any(isinstance(module, FusedGroupNorm) for module in policy.denoiser.modules()) == is_fused
+
+
+def test_on_a_cpu_norms_are_pytorchs_whatever_the_kernels() -> None:
+    pytest.importorskip("triton")
+    recipe = load(Path(__file__).parents[2] / "recipes" / "tiny_cpu_db.yaml", [])
+    policy = families.load(recipe, torch.device("cpu"), None, choose("auto", META))
+    assert not any(isinstance(module, FusedGroupNorm) for module in policy.denoiser.modules())
