@@ -58,7 +58,6 @@ def counted(epoch: Any) -> float:
     "overrides",
     [
         (),
-        ("train.rollout=one_pass",),
         ("train.rollout=one_pass", "objective.forward_looking.decoder=tiny", "objective.forward_looking.stride=2"),
         ("train.rollout=one_pass", "sampler.uncond=frozen", "memory.checkpointing=full"),
         ("objective.forward_looking.source=none",),

@@ -88,7 +88,6 @@ CHANGES: list[dict[str, Any]] = [
     {"adapter": {"rank": 32, "targets": ["to_q", "to_k", "to_v", "to_out.0", "conv1", "conv2"]}},
     {"adapter": {"kind": "full"}, "train": {"optimizer": "adamw8bit"}},
     {"adapter": {"kind": "full"}, "memory": {"checkpointing": "full"}, "train": ONE_PASS},
-    {"train": ONE_PASS},
     {"train": ONE_PASS, "memory": {"checkpointing": "selective"}},
     {"train": ONE_PASS, "sampler": {"uncond": "frozen"}, "objective": {"prior": "pretrained"}},
     {"objective": {"forward_looking": {"decoder": "half"}}, "train": {**ONE_PASS, "micro_batch": 4}},
@@ -103,7 +102,6 @@ CHANGES: list[dict[str, Any]] = [
     {"objective": LEARNT, "train": {"trajectories": 64}, **WIDE},
     {"objective": LEARNT, "train": {**ONE_PASS, "trajectories": 64}, **WIDE},
     {"objective": {"name": "ddpo", "baseline": "value"}, "train": {"trajectories": 64}, **WIDE},
-    {"memory": {"decode_batch": 1}},
     {"memory": {"base": "nf4"}},
 ]
 

@@ -20,7 +20,7 @@ SMALL = {
     "train.epochs": 1, "train.trajectories": 4, "train.updates": 1, "train.micro_batch": 4, "sampler.steps": 2,
     "flow.warmup_epochs": 0, "evaluation.prompts": 1, "evaluation.images_per_prompt": 2,
 }  # fmt: skip
-OURS = ("run folder ", "kernels: ", "attention: ", "device: ", "epoch ", "weights in ")
+OURS = ("run folder ", "kernels: ", "attention: ", "device: ", "epoch ", "weights in ", "all on one page: ")
 
 
 def start(*command: str, **changed: str) -> "subprocess.CompletedProcess[str]":
