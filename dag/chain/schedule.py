@@ -6,18 +6,18 @@
     |  noising kernel. From here on: P_F denoises, P_B adds noise, `x_next` is the cleaner state.  |
     +--------------------------------------------------------------------------------------------+
 
-    x_next ~ P_F(. | x_t) = N(mu, sigma_t^2 I),   mu = sqrt(ab_next) x0_hat + direction * eps_hat
-    x_t    ~ P_B(. | x_next) = N(sqrt(rho) x_next, (1 - rho) I),              rho = ab_t / ab_next
+    x_next ~ P_F(. | x_t) = N(mu, sigma_t^2 I),   mu = a_next x0_hat + direction * eps_hat
+    x_t    ~ P_B(. | x_next) = N(r x_next, c^2 I),                          r = a_t / a_next,   c^2 = s_t^2 - r^2 s_next^2
 
-with ab = alphas_cumprod, the DDIM variance sigma_t = eta sqrt((1 - ab_next)/(1 - ab_t) (1 - rho)) (Song et al.
-2021, Eq. 16) and direction = sqrt(1 - ab_next - sigma_t^2). x0_hat and eps_hat are linear in (x_t, network
-output) for every prediction type, hence so is mu. This module calls no network; noise comes from its caller or, counter-based,
-from `dag_kernels`.
+where x_t = a_t x_0 + s_t eps, with signal a and noise s (`dag.chain.levels`). sigma_t = eta s_next c / s_t is for eta = 1 the
+standard deviation of P_B's posterior q(x_next | x_t, x_0). With direction = sqrt(s_next^2 - sigma_t^2) the noise of x_next is
+s_next whatever eta is. For a diffusion model, with a^2 + s^2 = 1, this is DDIM (Song et al. 2021, Eq. 12 and 16). x0_hat and
+eps_hat are linear in (x_t, network output) for every prediction type, hence so is mu. This module calls no network; noise comes
+from its caller or, counter-based, from `dag_kernels`.
 
 Legend: B samples, T transitions, k index of a transition (0 = noisiest), D latent elements per sample.
 """
 
-import copy
 from dataclasses import dataclass, fields, replace
 from functools import cached_property
 from typing import Any, Literal, Self
@@ -26,20 +26,21 @@ import torch
 from dag_kernels import PLAIN, Kernels, SampledStep, TransitionLogProbs, at_least_float32, gaussian_log_prob
 from torch import Tensor
 
+from dag.chain.levels import Levels, eps_coefficients, x0_coefficients
+
 Reduction = Literal["sum", "mean"]
-PREDICTION_TYPES = ("epsilon", "v_prediction", "sample")
 # What the counter-based noise of x_T has in the place of the step k.
 INITIAL_NOISE = 0xFFFFFFFF
 
 
 @dataclass(frozen=True)
 class FinalStep:
-    """A deterministic last step (ab_next = 1 or ab_next = ab_t): x_0 = mean_x x_t + mean_output o, o the network output.
+    """A deterministic last step, to a state without noise or of equal noise: x_0 = mean_x x_t + mean_output o.
 
-    It has no density, so it is no transition of the chain: it is taken just before decoding.
+    o is the network's output. The step has no density, so it is no transition of the chain: it is taken just before decoding.
     """
 
-    timestep: int
+    timestep: float
     mean_x: float
     mean_output: float
 
@@ -52,9 +53,14 @@ class Schedule:
     """The coefficients of every transition, (T,) each; o is the network output. Float64 on the CPU; `to` makes them float32."""
 
     timesteps: Tensor
-    """(T,) int64, in sampling order."""
+    """What the network is told, in sampling order; int64 for a diffusion model."""
+    signal_t: Tensor
+    """x_t = signal_t x_0 + noise_t eps, and likewise x_next."""
+    noise_t: Tensor
+    signal_next: Tensor
+    noise_next: Tensor
     alpha_bar_t: Tensor
-    alpha_bar_next: Tensor
+    """signal_t^2 / (signal_t^2 + noise_t^2); for a diffusion model alphas_cumprod."""
     sigma: Tensor
     """Standard deviation of P_F, > 0."""
     mean_x: Tensor
@@ -75,78 +81,51 @@ class Schedule:
     def from_diffusers(cls, scheduler: Any, num_steps: int, eta: float = 1.0) -> Self:
         """The chain through which a DDIM or DDPM scheduler of diffusers goes in `num_steps` steps.
 
+        Raises ValueError as `Levels.of_diffusion` and `from_levels` do.
+        """
+        return cls.from_levels(Levels.of_diffusion(scheduler, num_steps), scheduler.config.prediction_type, eta)
+
+    @classmethod
+    def from_levels(cls, levels: Levels, prediction_type: str, eta: float = 1.0, sde: str = "posterior") -> Self:
+        """The coefficients of a chain with these noise levels, by the formulas at the top of this module.
+
+        A last step that is deterministic (it ends without noise, or changes nothing) becomes `final`, and the chain ends before it.
+
         Args:
-            scheduler: has `config`, `alphas_cumprod` and `set_timesteps`; it is not modified.
-            num_steps: denoising steps, 1 .. num_train_timesteps.
-            eta:       DDIM's variance scale, > 0; 1 gives the DDPM posterior variance.
+            eta: scale of the noise, > 0; 1 gives the posterior of the noising kernel.
+            sde: `posterior`, or `flow_grpo` for a velocity.
 
         Raises:
-            ValueError: eta <= 0 (a deterministic chain has no density), too many steps, an unknown prediction
-                type, or timesteps that do not strictly decrease.
+            ValueError: eta <= 0 (a deterministic chain has no density) or > 1, or no step is stochastic.
         """
         if not eta > 0:
             raise ValueError(
                 f"sampler.eta={eta} gives deterministic steps that have no density; DAG needs eta > 0 (the paper uses 1.0)"
             )
-        num_train = int(scheduler.config.num_train_timesteps)
-        if not 1 <= num_steps <= num_train:
-            raise ValueError(
-                f"sampler.steps={num_steps}: this model was trained on {num_train} steps; use 1 to {num_train}"
-            )
-        scheduler = copy.deepcopy(scheduler)
-        scheduler.set_timesteps(num_steps)
-        timesteps = torch.as_tensor(scheduler.timesteps).to("cpu", torch.int64)
-        if len(timesteps) != num_steps or not bool((timesteps[1:] < timesteps[:-1]).all()):
-            raise ValueError(
-                f"{type(scheduler).__name__} does not take {num_steps} strictly decreasing steps; "
-                "convert it first: DDIMScheduler.from_config(scheduler.config)"
-            )
-        alpha_bars = _alphas_cumprod(scheduler)
-        alpha_bar_t = alpha_bars[timesteps]
-        # The scheduler says what the noise level after the last step is; it is not that of t - 1000/T.
-        last = _final_alpha_cumprod(scheduler, alpha_bars)
-        alpha_bar_next = torch.cat([alpha_bar_t[1:], last[None]])
-        return cls.from_alpha_bars(timesteps, alpha_bar_t, alpha_bar_next, scheduler.config.prediction_type, eta)
-
-    @classmethod
-    def from_alpha_bars(
-        cls,
-        timesteps: Tensor,
-        alpha_bar_t: Tensor,
-        alpha_bar_next: Tensor,
-        prediction_type: str,
-        eta: float = 1.0,
-    ) -> Self:
-        """The coefficients for given noise levels (T,), by the formulas at the top of this module.
-
-        A last step that is deterministic (sigma = 0) becomes `final`, and the chain ends before it.
-
-        Raises:
-            ValueError: eta > 1, or no step is stochastic.
-        """
-        ab_t, ab_next = alpha_bar_t.double(), alpha_bar_next.double()
-        rho = ab_t / ab_next
-        sigma = eta * ((1 - ab_next) / (1 - ab_t) * (1 - rho)).sqrt()
-        if bool((1 - ab_next - sigma**2 < -1e-12).any()):
-            raise ValueError(f"sampler.eta={eta} asks for more variance than the noise level of a step; use eta <= 1")
-        direction = (1 - ab_next - sigma**2).clamp(min=0).sqrt()
-        x0_x, x0_output = x0_coefficients(prediction_type, ab_t)
-        eps_x, eps_output = eps_coefficients(prediction_type, ab_t)
+        a_t, s_t, a_next, s_next = levels.signal[:-1], levels.noise[:-1], levels.signal[1:], levels.noise[1:]
+        r = a_t / a_next
+        c = (s_t**2 - r**2 * s_next**2).clamp(min=0).sqrt()
+        x0_x, x0_output = x0_coefficients(prediction_type, a_t, s_t)
+        steps = _posterior_steps if sde == "posterior" else _flow_grpo_steps
+        mean_x, mean_output, sigma = steps(levels, prediction_type, eta)
         table: dict[str, Any] = {
-            "timesteps": timesteps,
-            "alpha_bar_t": ab_t,
-            "alpha_bar_next": ab_next,
+            "timesteps": levels.timesteps,
+            "signal_t": a_t,
+            "noise_t": s_t,
+            "signal_next": a_next,
+            "noise_next": s_next,
+            "alpha_bar_t": a_t**2 / (a_t**2 + s_t**2),
             "sigma": sigma,
-            "mean_x": ab_next.sqrt() * x0_x + direction * eps_x,
-            "mean_output": ab_next.sqrt() * x0_output + direction * eps_output,
+            "mean_x": mean_x,
+            "mean_output": mean_output,
             "x0_x": x0_x,
             "x0_output": x0_output,
-            "noising_x": rho.sqrt(),
-            "noising_std": (1 - rho).sqrt(),
+            "noising_x": r,
+            "noising_std": c,
         }
         final = None
         if float(sigma[-1]) == 0.0:
-            final = FinalStep(int(timesteps[-1]), float(table["mean_x"][-1]), float(table["mean_output"][-1]))
+            final = FinalStep(levels.timesteps[-1].item(), float(mean_x[-1]), float(mean_output[-1]))
             table = {name: column[:-1] for name, column in table.items()}
         if not bool((table["sigma"] > 0).all()) or len(table["sigma"]) == 0:
             raise ValueError("this schedule has no stochastic step to learn from; take more steps")
@@ -249,11 +228,16 @@ class Schedule:
         return torch.stack([*columns, self.x0_output], dim=1)
 
     @cached_property
+    def shrinkage(self) -> Tensor:
+        """(T,) a / (a^2 + s^2) of x_t: how x0_hat follows x_t where data have unit variance and are independent."""
+        return self.signal_t / (self.signal_t**2 + self.noise_t**2)
+
+    @cached_property
     def x0_in_bfloat16(self) -> list[tuple[float, float]]:
         """(x0_x, x0_output) of every step as the published code computes them, from alpha_bar in bfloat16. Near the data it
         rounds to 1, so that x0_hat is the noisy state itself there."""
         alpha_bar = self.alpha_bar_t.bfloat16().double().cpu()
-        columns = x0_coefficients(self.prediction_type, alpha_bar)
+        columns = x0_coefficients(self.prediction_type, alpha_bar.sqrt(), (1 - alpha_bar).sqrt())
         return list(zip(*(column.tolist() for column in columns), strict=True))
 
     def output_of(self, x_t: Tensor, x_next: Tensor, noise: Tensor, k: int | Tensor) -> Tensor:
@@ -282,48 +266,38 @@ class Schedule:
         return _at(self.mean_x, k, x) * x + _at(self.mean_output, k, x) * o
 
 
-def x0_coefficients(prediction_type: str, ab_t: Tensor) -> tuple[Tensor, Tensor]:
-    """(x0_x, x0_output) of x0_hat = x0_x x_t + x0_output o, shaped like `ab_t`. Raises ValueError for an unknown type."""
-    signal, noise = ab_t.sqrt(), (1 - ab_t).sqrt()
-    if prediction_type == "epsilon":
-        if bool((ab_t == 0).any()):
-            raise ValueError(
-                "a zero-terminal-SNR schedule cannot be walked with epsilon prediction; use a v-prediction model"
-            )
-        return 1 / signal, -noise / signal
-    if prediction_type == "v_prediction":
-        return signal, -noise
-    if prediction_type == "sample":
-        return torch.zeros_like(ab_t), torch.ones_like(ab_t)
-    raise ValueError(f"prediction_type {prediction_type!r} is not known; known: {', '.join(PREDICTION_TYPES)}")
+def _posterior_steps(levels: Levels, prediction_type: str, eta: float) -> tuple[Tensor, Tensor, Tensor]:
+    """(mean_x, mean_output, sigma) of every step, (N,) each, by the formulas at the top of this module."""
+    a_t, s_t, a_next, s_next = levels.signal[:-1], levels.noise[:-1], levels.signal[1:], levels.noise[1:]
+    c = (s_t**2 - (a_t / a_next) ** 2 * s_next**2).clamp(min=0).sqrt()
+    sigma = eta * s_next * c / s_t
+    if bool((s_next**2 - sigma**2 < -1e-12).any()):
+        raise ValueError(f"sampler.eta={eta} asks for more variance than the noise level of a step; use eta <= 1")
+    direction = (s_next**2 - sigma**2).clamp(min=0).sqrt()
+    x0_x, x0_output = x0_coefficients(prediction_type, a_t, s_t)
+    eps_x, eps_output = eps_coefficients(prediction_type, a_t, s_t)
+    return a_next * x0_x + direction * eps_x, a_next * x0_output + direction * eps_output, sigma
 
 
-def eps_coefficients(prediction_type: str, ab_t: Tensor) -> tuple[Tensor, Tensor]:
-    """(eps_x, eps_output) of eps_hat = eps_x x_t + eps_output o, shaped like `ab_t`, for a known prediction type."""
-    signal, noise = ab_t.sqrt(), (1 - ab_t).sqrt()
-    if prediction_type == "epsilon":
-        return torch.zeros_like(ab_t), torch.ones_like(ab_t)
-    if prediction_type == "v_prediction":
-        return noise, signal
-    return 1 / noise, -signal / noise
+def _flow_grpo_steps(levels: Levels, prediction_type: str, eta: float) -> tuple[Tensor, Tensor, Tensor]:
+    """(mean_x, mean_output, sigma) of every step, (N,) each, of the stochastic sampler of Flow-GRPO (Liu et al. 2025, Eq. 9).
 
+        sigma = g sqrt(h),   mu = x - h (o + g^2 / (2 s) (x + (1 - s) o)),   g^2 = 2 eta^2 s / (1 - s),   h = s_t - s_next
 
-def _alphas_cumprod(scheduler: Any) -> Tensor:
-    """alphas_cumprod in float64. Where the betas follow a known formula they are computed anew: diffusers rounds to float32."""
-    config, betas = scheduler.config, None
-    if not config.get("rescale_betas_zero_snr") and config.get("trained_betas") is None:
-        start, end, steps = config.beta_start, config.beta_end, config.num_train_timesteps
-        if config.beta_schedule == "scaled_linear":
-            betas = torch.linspace(start**0.5, end**0.5, steps, dtype=torch.float64) ** 2
-        elif config.beta_schedule == "linear":
-            betas = torch.linspace(start, end, steps, dtype=torch.float64)
-    return scheduler.alphas_cumprod.double() if betas is None else torch.cumprod(1 - betas, 0)
+    Its own parameter is sqrt(2) eta: the published 0.7 is eta = 0.495. For small steps it is the posterior's sigma. It adds noise
+    without taking away signal, so pictures are a little noisier than their level. The last step is Euler's, without noise.
 
-
-def _final_alpha_cumprod(scheduler: Any, alpha_bars: Tensor) -> Tensor:
-    """alpha_bar after the last step: alphas_cumprod[0] if the scheduler has set_alpha_to_one=False, else 1."""
-    keeps_noise = scheduler.config.get("set_alpha_to_one") is False
-    return alpha_bars[0] if keeps_noise else torch.ones((), dtype=torch.float64)
+    Raises:
+        ValueError: the network does not predict a velocity.
+    """
+    if prediction_type != "velocity":
+        raise ValueError("sampler.sde=flow_grpo is the sampler of a flow-matching model; use posterior")
+    s, h = levels.noise[:-1], levels.noise[:-1] - levels.noise[1:]
+    # At s = 1 the formula would divide by zero; the published code takes the second level there.
+    bounded = torch.where(s == 1, levels.noise[1], s)
+    g2 = 2 * eta**2 * s / (1 - bounded)
+    g2[-1] = 0
+    return 1 - g2 * h / (2 * s), -h * (1 + g2 * (1 - s) / (2 * s)), (g2 * h).sqrt()
 
 
 def _at(table: Tensor, k: int | Tensor, like: Tensor) -> Tensor:

@@ -143,6 +143,18 @@ _ZOO = (
     *(Method(name, f"tiny/{name}.yaml") for name in _BY_NAME),
 )
 
+# The embedded flow-matching model, with the noise of DDPM (eta 1) and with half of it, which needs the pretrained model as prior.
+_ON_A_FLOW = ("model.path=embedded_flow", "sampler.guidance_scale=1")
+_HALF = "sampler.eta=0.5"
+_FLOW_METHODS = (
+    Method("dag_kl_exact", "tiny_flow_cpu.yaml"),
+    Method("dag_kl_exact_half", "tiny_flow_cpu.yaml", (_HALF,)),
+    Method("dag_db", "tiny/dag_db.yaml", (*_ON_A_FLOW, "flow.slopes=true")),
+    Method("dag_db_half", "tiny/dag_db.yaml", (*_ON_A_FLOW, _HALF, "objective.prior=pretrained")),
+    Method("grpo", "tiny/grpo.yaml", _ON_A_FLOW),
+    Method("grpo_half", "tiny/grpo.yaml", (*_ON_A_FLOW, _HALF)),
+)
+
 _ABLATIONS = (
     Method("dag_db", "tiny_cpu_db.yaml"),
     Method("no_forward_looking", "tiny_cpu_db.yaml", ("objective.forward_looking.source=none",)),
@@ -211,6 +223,17 @@ STUDIES: dict[str, dict[str, dict[str, Study]]] = {
                 overrides=("reward={name: colourfulness}",),
                 images_per_prompt=4,
                 seeds=1,
+            )
+        },
+        "flow": {
+            "colourfulness": Study(
+                title="A flow-matching model, by three objectives and with two amounts of noise",
+                question="The embedded flow-matching model, every method with the settings of its recipe for the diffusion model: "
+                "eta 1, or eta 0.5 (_half), which is Flow-GRPO's noise.",
+                methods=_FLOW_METHODS,
+                overrides=("reward={name: colourfulness}",),
+                images_per_prompt=4,
+                seeds=3,
             )
         },
         "ablations": {

@@ -27,12 +27,15 @@ _LARGE = 1 << 16
 _ADAPTER = "default"
 
 
-def add_lora(network: Any, adapter: recipe.Adapter, seed: int) -> None:
-    """Add LoRA factors to a diffusers network, with peft. Their initial values depend on the seed alone; their product is 0."""
+def add_lora(network: Any, adapter: recipe.Adapter, targets: Sequence[str], seed: int) -> None:
+    """Add LoRA factors to the layers of a diffusers network whose names end in a target, with peft.
+
+    Their initial values depend on the seed alone; their product is 0.
+    """
     config = LoraConfig(
         r=adapter.rank,
         lora_alpha=adapter.alpha,
-        target_modules=list(adapter.targets),
+        target_modules=list(targets),
         init_lora_weights="gaussian",
     )
     with torch.random.fork_rng(devices=[]):

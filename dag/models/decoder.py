@@ -17,7 +17,7 @@ from torch.nn import functional
 
 from dag import hub, recipe
 from dag.errors import UsageError
-from dag.models.source import EMBEDDED, is_architecture, local_folder
+from dag.models.source import EMBEDDED, EMBEDDED_FLOW, is_architecture, local_folder
 from dag.models.weights import load_module, random_weights
 
 
@@ -49,7 +49,8 @@ class Decoder:
         self.kind = "full" if forward_looking is None else forward_looking.decoder
         self.tiny = None
         if forward_looking is not None and forward_looking.decoder == "tiny":
-            self.tiny = _load_tiny(forward_looking.decoder_path, tiny_at_hub, folder, dtype, device)
+            channels = int(self.vae.config.latent_channels)
+            self.tiny = _load_tiny(forward_looking.decoder_path, tiny_at_hub, folder, channels, dtype, device)
             self.tiny.to(memory_format=self.layout)
         if memory.checkpointing != "none":
             for vae in (self.vae, self.tiny):
@@ -73,7 +74,8 @@ class Decoder:
 
     def __call__(self, x_0: Tensor) -> Tensor:
         """(B, 3, H, W) float32 images in [0, 1] of latents x_0, by the VAE."""
-        return self._decoded(self.vae, x_0 / self.vae.config.scaling_factor)
+        config = self.vae.config
+        return self._decoded(self.vae, x_0 / config.scaling_factor + (config.get("shift_factor") or 0.0))
 
     def preview(self, x0_hat: Tensor, kind: str | None = None) -> Tensor:
         """Decode x0_hat with `kind` (default: the recipe's); `tiny` needs a recipe that loaded it.
@@ -86,7 +88,7 @@ class Decoder:
         """
         kind = kind or self.kind
         if kind == "tiny":
-            # Tiny autoencoders take latents at the UNet's scale, without the VAE's scaling factor.
+            # Tiny autoencoders take latents as the denoiser has them, without the VAE's scale and shift.
             return self._decoded(self.tiny, x0_hat)
         if kind == "half":
             small = self(functional.avg_pool2d(x0_hat.float(), 2))
@@ -103,10 +105,13 @@ class Decoder:
             return torch.cat(images)
 
 
-def _load_tiny(path: str | None, at_hub: str, folder: Path, dtype: torch.dtype, device: torch.device) -> Any:
+def _load_tiny(
+    path: str | None, at_hub: str, folder: Path, channels: int, dtype: torch.dtype, device: torch.device
+) -> Any:
     """The AutoencoderTiny; for a model without weights, diffusers' default architecture, which is TAESD's."""
-    if is_architecture(folder) or (device.type == "meta" and folder != EMBEDDED):
-        return random_weights(lambda _: AutoencoderTiny(), None, dtype, device).eval().requires_grad_(False)
+    if is_architecture(folder) or (device.type == "meta" and folder not in (EMBEDDED, EMBEDDED_FLOW)):
+        made = random_weights(lambda _: AutoencoderTiny(latent_channels=channels), None, dtype, device)
+        return made.eval().requires_grad_(False)
     found = _tiny_folder(path, at_hub, folder)
     return load_module(AutoencoderTiny, found.parent, found.name, dtype, device)
 
@@ -114,7 +119,7 @@ def _load_tiny(path: str | None, at_hub: str, folder: Path, dtype: torch.dtype, 
 def _tiny_folder(path: str | None, at_hub: str, folder: Path) -> Path:
     """The folder of the AutoencoderTiny, downloaded if need be."""
     key = "objective.forward_looking.decoder_path"
-    if path is None and folder == EMBEDDED:
+    if path is None and folder in (EMBEDDED, EMBEDDED_FLOW):
         return EMBEDDED / "vae_tiny"
     path = path or at_hub
     found = local_folder(path)

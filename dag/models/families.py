@@ -1,7 +1,6 @@
 """Loads a recipe's model: the files at `model.path` decide which family's class runs it."""
 
 import json
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -9,15 +8,22 @@ import torch
 from dag_kernels import PLAIN, Kernels
 
 from dag.chain.policy import Policy
+from dag.chain.schedule import Schedule
+from dag.models.flux import Flux
+from dag.models.latent_diffusion import LatentDiffusion
 from dag.models.norms import fuse_norms
+from dag.models.scheduler import chain_of
 from dag.models.sd import StableDiffusion
+from dag.models.sd3 import StableDiffusion3
 from dag.models.sdxl import StableDiffusionXL
-from dag.models.source import counted_as, local_folder, resolve
+from dag.models.source import counted_as, latent_shape, local_folder, resolve
 from dag.recipe import ForwardLooking, Recipe
 
-FAMILIES: dict[str, Callable[..., Policy]] = {
+FAMILIES: dict[str, type[LatentDiffusion]] = {
     "StableDiffusionPipeline": StableDiffusion,
     "StableDiffusionXLPipeline": StableDiffusionXL,
+    "StableDiffusion3Pipeline": StableDiffusion3,
+    "FluxPipeline": Flux,
 }
 """The class of each family, by the pipeline that a diffusers folder names in its model_index.json.
 
@@ -41,8 +47,7 @@ def load(
         RunError:   the model cannot be found, downloaded or read.
     """
     folder = resolve(recipe.model)
-    family = FAMILIES.get(_pipeline(folder) or "", StableDiffusion)
-    policy = family(recipe, folder, device, forward_looking)
+    policy = _family(folder)(recipe, folder, device, forward_looking)
     policy.schedule = replace(policy.schedule, kernels=kernels)
     # torch.compile of the complete UNet fuses its norms itself. On a CPU Triton's interpreter would take hours for a network.
     has_fused = kernels.name == "triton" and device.type != "cpu"
@@ -50,6 +55,22 @@ def load(
         for network in policy.modules():
             fuse_norms(network, kernels)
     return policy
+
+
+def schedule_of(recipe: Recipe) -> Schedule:
+    """The chain of a recipe's model from its configs alone, or from those of the architecture that a hub id is taken for.
+
+    Raises UsageError and RunError as `load` does.
+    """
+    folder = local_folder(counted_as(recipe.model.path))
+    assert folder is not None
+    family = _family(folder)
+    shape = latent_shape(folder, recipe.model.resolution, family.patch)
+    return chain_of(folder, recipe.sampler, family.tokens(shape))
+
+
+def _family(folder: Path) -> type[LatentDiffusion]:
+    return FAMILIES.get(_pipeline(folder) or "", StableDiffusion)
 
 
 def pipeline_of(path: str) -> str:

@@ -1,4 +1,4 @@
-"""Levers on the UNet, each a function: checkpointing, attention, quantisation, compilation."""
+"""Levers on the denoiser, each a function: checkpointing, attention, quantisation, compilation."""
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
@@ -16,39 +16,48 @@ from dag.errors import RunError, UsageError
 _MOST_COMPILATIONS = 256
 
 
-def checkpoint_activations(unet: Any, kind: str, as_now: Callable[[], AbstractContextManager[None]]) -> None:
-    """Recompute activations in the backward pass: none, those of the finest resolution (`selective`), or all (`full`).
+def checkpoint_activations(network: Any, kind: str, as_now: Callable[[], AbstractContextManager[None]]) -> None:
+    """Recompute activations in the backward pass: none, all (`full`), or those of some blocks (`selective`).
 
     Args:
+        network: a UNet, in which `selective` takes the finest resolution, or a transformer, in which it takes every other block.
         as_now: gives a context in which the adapter is switched on or off as it is at the call. A pass of the pretrained model is
             recomputed in it, since the adapter is on again by then.
     """
     if kind == "none":
         return
+    kept: set[int] = set()
 
     def checkpointed(block: nn.Module, *inputs: Any) -> Any:
+        if id(block) in kept:
+            return block(*inputs)
         if torch.compiler.is_compiling():
             # The graph that is traced has the adapter's state in it, and a compiler takes no context.
             return checkpoint(block, *inputs, use_reentrant=False)
         as_then = as_now()
         return checkpoint(block, *inputs, use_reentrant=False, context_fn=lambda: (nullcontext(), as_then))
 
-    unet.enable_gradient_checkpointing(checkpointed)
-    if kind == "selective":
-        finest = {id(module) for block in (unet.down_blocks[0], unet.up_blocks[-1]) for module in block.modules()}
-        for module in unet.modules():
+    network.enable_gradient_checkpointing(checkpointed)
+    if kind == "selective" and hasattr(network, "down_blocks"):
+        finest = {id(module) for block in (network.down_blocks[0], network.up_blocks[-1]) for module in block.modules()}
+        for module in network.modules():
             if hasattr(module, "gradient_checkpointing") and id(module) not in finest:
                 module.gradient_checkpointing = False
+    elif kind == "selective":
+        lists = [child for child in network.children() if isinstance(child, nn.ModuleList)]
+        kept.update(id(block) for blocks in lists for block in list(blocks)[1::2])
 
 
-def choose_attention(unet: Any, kind: str, device: torch.device) -> str:
+def choose_attention(network: Any, kind: str, device: torch.device) -> str:
     """Set the attention implementation; returns its name with the reason. Raises UsageError if it cannot run."""
+    if kind == "xformers" and not hasattr(network, "down_blocks"):
+        raise UsageError("memory.attention=xformers is for UNets; a transformer's joint attention needs auto or sdpa")
     if kind != "xformers":
         return "sdpa (asked for)" if kind == "sdpa" else "sdpa (auto: PyTorch's flash and memory-efficient kernels)"
     if device.type != "cuda":
         raise UsageError(f"memory.attention=xformers needs a GPU, the run is on {device.type}; use auto")
     try:
-        unet.enable_xformers_memory_efficient_attention()
+        network.enable_xformers_memory_efficient_attention()
     except ModuleNotFoundError as error:
         missing = error.name or "xformers"
         raise UsageError(
@@ -71,11 +80,11 @@ def _first_reason(error: Exception) -> str:
     return "; ".join([lines[0].removesuffix(" with inputs:"), *about_gpu[:1]])
 
 
-def quantise(unet: Any, kind: str, dtype: torch.dtype) -> None:
-    """Hold the frozen linear layers of the transformer blocks in 8 or 4 bits, computing in `dtype`.
+def quantise(network: Any, kind: str, dtype: torch.dtype, device: torch.device) -> None:
+    """Hold the frozen linear layers of the transformer blocks in 8 or 4 bits, computing in `dtype`, and move all to `device`.
 
     Convolutions, norms and embeddings stay as they are: bitsandbytes has no quantised convolution. Call it before the adapter
-    is added.
+    is added. A network on the CPU passes to the device layer by layer, so that the device never holds it unquantised.
 
     Raises:
         UsageError: bitsandbytes is not installed.
@@ -87,7 +96,7 @@ def quantise(unet: Any, kind: str, dtype: torch.dtype) -> None:
     except ImportError:
         raise UsageError(f"memory.base={kind} needs bitsandbytes: pip install bitsandbytes") from None
     layers = bitsandbytes.nn
-    parents = dict(unet.named_modules())
+    parents = dict(network.named_modules())
     for name, linear in list(parents.items()):
         if not isinstance(linear, nn.Linear) or "transformer_blocks" not in name:
             continue
@@ -101,13 +110,14 @@ def quantise(unet: Any, kind: str, dtype: torch.dtype) -> None:
         smaller.bias = linear.bias
         parent, _, attribute = name.rpartition(".")
         # bitsandbytes quantises when the layer is moved to the device.
-        setattr(parents[parent], attribute, smaller.to(weight.device))
+        setattr(parents[parent], attribute, smaller.to(device))
     # By this attribute peft chooses which class of LoRA layer wraps the quantised ones.
-    setattr(unet, "is_loaded_in_4bit" if kind == "nf4" else "is_loaded_in_8bit", True)
+    setattr(network, "is_loaded_in_4bit" if kind == "nf4" else "is_loaded_in_8bit", True)
+    network.to(device)
 
 
-def compile_unet(unet: Any, kind: bool | str) -> None:
-    """torch.compile of the repeated transformer blocks (True), or of the complete UNet at fixed shapes (`unet`).
+def compile_network(network: Any, kind: bool | str) -> None:
+    """torch.compile of the repeated transformer blocks (True), or of the complete denoiser at fixed shapes (`unet`).
 
     torch compiles a function anew for each call pattern: number of rows, with or without gradients, with or without the
     adapter, and for a block its resolution. After 8 versions it silently stops compiling. Here the limit is high enough for
@@ -123,10 +133,12 @@ def compile_unet(unet: Any, kind: bool | str) -> None:
     # Donated buffers allow one backward pass a graph. The gradient of log F takes a second one.
     torch._functorch.config.donated_buffer = False
     if kind == "unet":
-        unet.compile(dynamic=False)
+        network.compile(dynamic=False)
     else:
-        unet.compile_repeated_blocks()
-    for module in unet.modules():
+        # Stable Diffusion 3 does not name its repeated blocks; those that must stay on one device are the same ones.
+        network._repeated_blocks = network._repeated_blocks or network._no_split_modules
+        network.compile_repeated_blocks()
+    for module in network.modules():
         if module._compiled_call_impl is not None:
             module._compiled_call_impl = _loud(module._compiled_call_impl)
 
@@ -147,7 +159,7 @@ def _loud(call: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def compilations() -> dict[str, int]:
-    """Counts since `compile_unet`: graphs, those among them for a further call pattern, and breaks between graphs."""
+    """Counts since `compile_network`: graphs, those among them for a further call pattern, and breaks between graphs."""
     counters, compiled = torch._dynamo.utils.counters, torch._dynamo.convert_frame.FRAME_COMPILE_COUNTER
     return {
         "graphs": counters["stats"]["unique_graphs"],

@@ -11,12 +11,18 @@ from dag import hub, recipe
 from dag.errors import RunError, UsageError
 
 _ASSETS = Path(__file__).parent.parent / "assets"
-EMBEDDED = _ASSETS / "embedded"
+EMBEDDED, EMBEDDED_FLOW = _ASSETS / "embedded", _ASSETS / "embedded_flow"
+_SHIPPED = {"embedded": EMBEDDED, "embedded_flow": EMBEDDED_FLOW}
 # Configurations without weights, for plans and benchmarks.
-_ARCHITECTURES = {f"random-{name}": _ASSETS / "architectures" / name for name in ("sd15", "sdxl")}
+_ARCHITECTURES = {
+    f"random-{name}": _ASSETS / "architectures" / name for name in ("sd15", "sdxl", "sd35m", "sd35l", "flux")
+}
+# Side of the latent of a model whose config names none, as FLUX's.
+_TRANSFORMERS_SIDE = 128
 # Licences of base models that have no card beside their weights; identifiers of the hub's list.
 _LICENCES = {
-    "embedded": "apache-2.0",
+    **dict.fromkeys(_SHIPPED, "apache-2.0"),
+    "black-forest-labs/flux.1-schnell": "apache-2.0",
     **dict.fromkeys(
         (
             "compvis/stable-diffusion-v1-4",
@@ -30,6 +36,13 @@ _LICENCES = {
         "openrail++",
     ),
 }
+# The architecture of a hub id, by what its name has.
+_BY_NAME = {
+    r"flux": "random-flux",
+    r"(sd|stable-diffusion)-?3\.?5?-large": "random-sd35l",
+    r"(sd|stable-diffusion)-?3": "random-sd35m",
+    r"xl|playground-v2": "random-sdxl",
+}
 _LOCAL_HINT = "or give the path of a local diffusers folder: --set model.path=/path/to/model"
 
 
@@ -38,8 +51,8 @@ def local_folder(path: str) -> Path | None:
 
     Raises UsageError if it is neither a folder nor a hub id.
     """
-    if path == "embedded":
-        return EMBEDDED
+    if path in _SHIPPED:
+        return _SHIPPED[path]
     if path in _ARCHITECTURES:
         return _ARCHITECTURES[path]
     folder = Path(path).expanduser()
@@ -57,7 +70,7 @@ def local_folder(path: str) -> Path | None:
 def public_name(path: str) -> str:
     """The name of a model for readers on other machines: a hub id or a name of this package as it is, a folder's own name."""
     folder = local_folder(path)
-    if folder is None or folder == EMBEDDED or is_architecture(folder):
+    if folder is None or path in _SHIPPED or is_architecture(folder):
         return path
     return folder.resolve().name
 
@@ -79,10 +92,10 @@ def _front_matter(card: Path) -> dict[str, Any]:
 
 
 def counted_as(path: str) -> str:
-    """`path`, or for a hub id the architecture whose configs are counted in its place: an SDXL by its name, else an SD 1.5."""
+    """`path`, or for a hub id the architecture whose configs are counted in its place, by its name; else an SD 1.5."""
     if local_folder(path) is not None:
         return path
-    return "random-sdxl" if re.search(r"xl|playground-v2", path.lower()) else "random-sd15"
+    return next((found for pattern, found in _BY_NAME.items() if re.search(pattern, path.lower())), "random-sd15")
 
 
 def is_architecture(folder: Path) -> bool:
@@ -96,28 +109,65 @@ def resolve(model: recipe.Model) -> Path:
     return folder if folder is not None else _download(model)
 
 
+def component_folder(folder: Path, name: str) -> Path:
+    """The folder of a component of a diffusers folder. The embedded flow model shares all but two with the embedded model."""
+    is_shared = folder == EMBEDDED_FLOW and name not in ("unet", "scheduler")
+    return (EMBEDDED if is_shared else folder) / name
+
+
 def read_config(folder: Path, component: str) -> dict[str, Any]:
     """The JSON config of one component of a diffusers folder. Raises RunError if it is missing or cannot be read."""
     name = "scheduler_config.json" if component == "scheduler" else "config.json"
-    path = folder / component / name
+    path = component_folder(folder, component) / name
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
-        hint = " (a transformer model such as SD3 or FLUX?)" if (folder / "transformer").is_dir() else ""
+        is_unnamed = component == "unet" and (folder / "transformer").is_dir()
+        hint = ", and its model_index.json names no pipeline with a transformer that is known" if is_unnamed else ""
         raise RunError(
-            f"model.path: {folder} has no {component}/{name}; a Stable Diffusion folder in diffusers format is needed{hint}"
+            f"model.path: {folder} has no {component}/{name}; a folder in diffusers format is needed{hint}"
         ) from None
     except (OSError, json.JSONDecodeError) as error:
         raise RunError(f"model.path: cannot read {path}: {error}") from None
 
 
+def latent_shape(folder: Path, resolution: int | None, patch: int = 1) -> tuple[int, int, int]:
+    """(C, H, W) of a latent of a square picture.
+
+    Args:
+        resolution: the picture's side in pixels; None takes the model's own.
+        patch:      of which H and W must be multiples.
+
+    Raises:
+        UsageError: a resolution that does not fit the model.
+        RunError:   a config is missing or cannot be read.
+    """
+    vae, denoiser = read_config(folder, "vae"), read_config(folder, denoiser_of(folder))
+    factor = 2 ** (len(vae["block_out_channels"]) - 1)
+    resolution = resolution or int(denoiser.get("sample_size") or _TRANSFORMERS_SIDE) * factor
+    if resolution % (factor * patch):
+        raise UsageError(f"model.resolution={resolution} must be a multiple of {factor * patch} for this model")
+    return int(vae.get("latent_channels", 4)), resolution // factor, resolution // factor
+
+
+def denoiser_of(folder: Path) -> str:
+    """The name of the denoiser's folder."""
+    return "transformer" if (folder / "transformer").is_dir() else "unet"
+
+
 def _download(model: recipe.Model) -> Path:
     variant = f".{model.variant}" if model.variant else ""
-    weights = [f"{encoder}/model{variant}*.safetensors*" for encoder in ("text_encoder", "text_encoder_2")]
-    weights += [
-        f"{part}/diffusion_pytorch_model{variant}{rest}"
-        for part in ("unet", "vae")
+    encoders = [f"text_encoder{suffix}" for suffix in ("", "_2", "_3")]
+    weights = [
+        f"{encoder}/model{variant}{rest}"
+        for encoder in encoders
         for rest in (".safetensors", "-*", ".safetensors.index*")
     ]
-    patterns = ["README.md", "model_index.json", "*/*.json", "tokenizer/*", "tokenizer_2/*", *weights]
+    weights += [
+        f"{part}/diffusion_pytorch_model{variant}{rest}"
+        for part in ("unet", "transformer", "vae")
+        for rest in (".safetensors", "-*", ".safetensors.index*")
+    ]
+    tokenizers = [f"tokenizer{suffix}/*" for suffix in ("", "_2", "_3")]
+    patterns = ["README.md", "model_index.json", "*/*.json", *tokenizers, *weights]
     return hub.snapshot("model.path", model.path, patterns, _LOCAL_HINT, model.revision, ["safety_checker/*"])

@@ -32,13 +32,18 @@ def validate(recipe: Recipe) -> list[str]:
     )
     if train.rollout == "one_pass":
         problems += _one_pass_problems(recipe)
+    if recipe.sampler.sde == "flow_grpo" and recipe.balance is not None and not recipe.has_prior:
+        problems.append(
+            "sampler.sde=flow_grpo: no noising kernel reverses its steps, so detailed balance against P_B cannot hold; "
+            "set objective.prior=pretrained, or use posterior"
+        )
     problems += _step_choice_problems(recipe)
     problems += _gradient_problems(recipe)
     if recipe.sampler.uncond == "frozen" and adapter.kind == "full":
         problems.append("sampler.uncond=frozen needs adapter.kind=lora: a full fine-tune keeps no pretrained copy")
     if recipe.memory.base != "compute" and adapter.kind == "full":
         problems.append(f"memory.base={recipe.memory.base} needs adapter.kind=lora: quantised weights are frozen")
-    if adapter.kind == "lora" and not adapter.targets:
+    if adapter.kind == "lora" and adapter.targets == ():
         problems.append("adapter.targets: name at least one layer")
     if adapter.kind == "full" and recipe.regulariser.pretrained_kl > 0:
         problems.append("regulariser.pretrained_kl needs adapter.kind=lora: a full fine-tune keeps no pretrained copy")

@@ -1,6 +1,6 @@
 """Noise prediction on pictures of the rollout that are noised anew, for objectives that weigh or compare pictures by their reward.
 
-    m(x_0) = mean over the latent of |o_theta(x_k) - o*|^2,    x_k = sqrt(alpha_bar_k) x_0 + sqrt(1 - alpha_bar_k) epsilon
+    m(x_0) = mean over the latent of |o_theta(x_k) - o*|^2,    x_k = a_k x_0 + s_k epsilon
 
 with o* the output that predicts this noise exactly, k one of the sampler's own noise levels, and the conditional branch alone.
 
@@ -86,11 +86,11 @@ class Denoising:
         k = self._levels(first, draw)
         shape = tuple(x_0.shape[1:])
         noise = draw_noise(trajectories.seed, first, _DRAWS + draw % _DRAWS, shape, torch.float32)
-        alpha_bar, x0_x, x0_output = (
+        signal, noise_level, x0_x, x0_output = (
             column[k][:, None, None, None].float()
-            for column in (schedule.alpha_bar_t, schedule.x0_x, schedule.x0_output)
+            for column in (schedule.signal_t, schedule.noise_t, schedule.x0_x, schedule.x0_output)
         )
-        x_k = alpha_bar.sqrt() * x_0 + (1 - alpha_bar).sqrt() * noise
+        x_k = signal * x_0 + noise_level * noise
         return x_k, k, (x_0 - x0_x * x_k) / x0_output
 
     def _levels(self, first: Tensor, draw: int) -> Tensor:

@@ -121,7 +121,7 @@ class FlowGradient:
         if clean.grad_fn is not None and (is_final or self.section.jacobian != "none"):
             y = backwards(clean, x, vector, keeps_graph=keeps_graph)
         else:
-            y = self.schedule.alpha_bar_t[k].sqrt() * vector
+            y = self.schedule.shrinkage[k] * vector
         if has_flow and self.flow_fit is not None and not is_final:
             y = y + self.of_flow(x, k, whose.prompt_id)
         return Look(y, log_looking)

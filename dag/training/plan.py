@@ -1,10 +1,10 @@
 """Counts what a recipe will do, without loading any weight, for `--plan` and run.json."""
 
-import json
 import math
 from dataclasses import dataclass
 
-from dag.models.source import counted_as, local_folder
+from dag.errors import RunError
+from dag.models.source import counted_as, latent_shape, local_folder
 from dag.recipe import AdjointMatching, Backpropagation, NablaBalance, Recipe, is_scored
 
 
@@ -33,13 +33,12 @@ def latent_elements(recipe: Recipe) -> int:
     """D. A folder without configs, which loading will refuse, counts as an SD 1.5."""
     folder = local_folder(counted_as(recipe.model.path))
     assert folder is not None
-    if not ((folder / "unet/config.json").is_file() and (folder / "vae/config.json").is_file()):
-        folder = local_folder("random-sd15")
-        assert folder is not None
-    unet, vae = (json.loads((folder / name / "config.json").read_text(encoding="utf-8")) for name in ("unet", "vae"))
-    factor = 2 ** (len(vae["block_out_channels"]) - 1)
-    resolution = recipe.model.resolution or unet["sample_size"] * factor
-    return unet["in_channels"] * (resolution // factor) ** 2
+    try:
+        return math.prod(latent_shape(folder, recipe.model.resolution))
+    except RunError:
+        standing_in = local_folder("random-sd15")
+        assert standing_in is not None
+        return math.prod(latent_shape(standing_in, recipe.model.resolution))
 
 
 def make_plan(recipe: Recipe) -> Plan:
@@ -137,6 +136,11 @@ def describe(recipe: Recipe, num_prompts: int) -> str:
         beta = recipe.target.beta
         unit = "sd of the first rollout's reward" if beta.unit == "reward_sd" else "unit of reward"
         lines.append(f"beta          {beta.value:g}, effective inverse temperature {plan.beta_eff:g} nats per {unit}")
+    if recipe.balance is not None and not recipe.has_prior and sampler.eta < 1:
+        lines.append(
+            f"reversal      sampler.eta={sampler.eta:g}, objective.prior=none: only with eta 1 can the noising kernel P_B reverse "
+            "P_F; residuals cannot all become zero"
+        )
     if train.micro_batch != sampler.tile and train.rollout == "stored":
         lines.append(
             f"ratio         micro-batch {train.micro_batch} is not the tile {sampler.tile}: log P_F is recomputed up to float "

@@ -2,9 +2,10 @@
 
 import pytest
 import torch
-from diffusers import DDIMScheduler, DDPMScheduler, PNDMScheduler
+from diffusers import DDIMScheduler, DDPMScheduler, FlowMatchEulerDiscreteScheduler, PNDMScheduler
 
-from dag.chain.schedule import PREDICTION_TYPES, Schedule
+from dag.chain.levels import PREDICTION_TYPES, Levels
+from dag.chain.schedule import Schedule
 from dag.objectives.transition import residual
 
 SD = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
@@ -21,9 +22,27 @@ def data(*seed: int) -> torch.Tensor:
 
 def network_output(schedule: Schedule, x_t: torch.Tensor, x_0: torch.Tensor, k: int) -> torch.Tensor:
     """The output, in the schedule's prediction type, of a perfect network for data that is the single point x_0."""
-    signal, noise = schedule.alpha_bar_t[k].sqrt(), (1 - schedule.alpha_bar_t[k]).sqrt()
+    signal, noise = schedule.signal_t[k], schedule.noise_t[k]
     eps = (x_t - signal * x_0) / noise
-    return {"epsilon": eps, "v_prediction": signal * eps - noise * x_0, "sample": x_0}[schedule.prediction_type]
+    return {
+        "epsilon": eps,
+        "v_prediction": signal * eps - noise * x_0,
+        "sample": x_0,
+        "velocity": eps - x_0,
+    }[schedule.prediction_type]
+
+
+SD3: dict[str, object] = {"shift": 3.0}
+FLUX: dict[str, object] = {"use_dynamic_shifting": True, "base_shift": 0.5, "max_shift": 1.15}
+
+
+def flow(config: dict[str, object], steps: int = 28, eta: float = 1.0, sde: str = "posterior") -> Schedule:
+    """The chain of a flow-matching model for a picture of 1,024 tokens."""
+    return Schedule.from_levels(Levels.of_flow(config, steps, tokens=1024), "velocity", eta, sde)
+
+
+def diffusion(prediction_type: str, steps: int = 50) -> Schedule:
+    return Schedule.from_diffusers(stable_diffusion(prediction_type=prediction_type), steps)
 
 
 # Values at some of 50 steps of Stable Diffusion's schedule, computed apart from this code from the DDIM formulas in float64.
@@ -50,30 +69,37 @@ COLUMNS = (
 @pytest.mark.parametrize("k", TABLE)
 def test_coefficients_of_stable_diffusion(k: int) -> None:
     schedule = Schedule.from_diffusers(stable_diffusion(), 50)
-    found = [float(getattr(schedule, name)[k]) for name in COLUMNS]
+    columns = {**vars(schedule), "alpha_bar_next": schedule.signal_next**2}
+    found = [float(columns[name][k]) for name in COLUMNS]
     # The values above have at least five decimals.
     assert found == pytest.approx(TABLE[k], rel=0, abs=5.1e-6)
 
 
-@pytest.mark.parametrize("prediction_type", PREDICTION_TYPES)
-@pytest.mark.parametrize("steps", [1, 7, 50])
-def test_detailed_balance_holds_exactly_for_a_point_mass(prediction_type: str, steps: int) -> None:
+CHAINS = {
+    **{f"{kind}, {steps} steps": (kind, steps) for kind in PREDICTION_TYPES[:3] for steps in (1, 7, 50)},
+    "Stable Diffusion 3": (SD3, 28),
+    "FLUX": (FLUX, 28),
+    "schnell": ({"shift": 1.0}, 4),
+}
+
+
+@pytest.mark.parametrize("kind", CHAINS)
+def test_detailed_balance_holds_exactly_for_a_point_mass(kind: str) -> None:
     """With log F_t = log q(x_t | x_0) and the perfect network as P_F, every residual is zero by Bayes' rule, at any states."""
-    schedule = Schedule.from_diffusers(stable_diffusion(prediction_type=prediction_type), steps)
+    model, steps = CHAINS[kind]
+    schedule = diffusion(model, steps) if isinstance(model, str) else flow(model, steps)  # type: ignore[arg-type]
     x_0 = data(1)
     for k in range(schedule.num_transitions):
         x_t, x_next = data(2 + k), data(100 + k)
 
-        def log_q(x: torch.Tensor, alpha_bar: torch.Tensor) -> torch.Tensor:
-            return (
-                torch.distributions.Normal(alpha_bar.sqrt() * x_0, (1 - alpha_bar).sqrt()).log_prob(x).flatten(1).sum(1)
-            )
+        def log_q(x: torch.Tensor, signal: torch.Tensor, noise: torch.Tensor) -> torch.Tensor:
+            return torch.distributions.Normal(signal * x_0, noise).log_prob(x).flatten(1).sum(1)
 
         delta = residual(
-            log_q(x_t, schedule.alpha_bar_t[k]),
+            log_q(x_t, schedule.signal_t[k], schedule.noise_t[k]),
             schedule.log_pf(x_t, x_next, network_output(schedule, x_t, x_0, k), k),
             schedule.log_pb(x_t, x_next, k),
-            log_q(x_next, schedule.alpha_bar_next[k]),
+            log_q(x_next, schedule.signal_next[k], schedule.noise_next[k]),
         )
         # The tolerance is relative to the four terms, whose rounding errors do not cancel.
         assert float(delta.abs().max()) < 1e-9 * float(schedule.log_pb(x_t, x_next, k).abs().max().clamp(min=1))
@@ -81,9 +107,9 @@ def test_detailed_balance_holds_exactly_for_a_point_mass(prediction_type: str, s
 
 @pytest.mark.parametrize("prediction_type", PREDICTION_TYPES)
 def test_x0_hat_inverts_the_prediction(prediction_type: str) -> None:
-    schedule = Schedule.from_diffusers(stable_diffusion(prediction_type=prediction_type), 50)
+    schedule = flow(SD3) if prediction_type == "velocity" else diffusion(prediction_type)
     x_0 = data(1)
-    for k in (0, 25, 49):
+    for k in (0, 12, schedule.num_transitions - 1):
         x_t = data(2)
         torch.testing.assert_close(
             schedule.x0_hat(x_t, network_output(schedule, x_t, x_0, k), k), x_0, rtol=0, atol=1e-10
@@ -230,9 +256,121 @@ def test_multistep_schedulers_are_refused() -> None:
 
 
 def test_unknown_prediction_type_is_refused() -> None:
-    levels = torch.tensor([0.5, 0.9])
+    levels = Levels.of_alpha_bars(torch.tensor([9, 1]), torch.tensor([0.5, 0.9, 0.99]))
     with pytest.raises(ValueError, match="known: epsilon"):
-        Schedule.from_alpha_bars(torch.tensor([9, 1]), levels, torch.tensor([0.9, 0.99]), "flow")
+        Schedule.from_levels(levels, "flow")
+
+
+# -- flow matching ---------------------------------------------------------------------------------------------------
+
+# Values at some of 28 steps of Stable Diffusion 3.5's grid as its pipeline's default makes it (the last two levels differ from
+# ours), computed apart from this code: s_t, mean_x, mean_output, sigma, r, c of a step from the level before.
+PUBLISHED_GRID = {
+    0: (1.0, 0.98738, 0.01262, -0.01262, 0.98738, 0.0, 1.0),
+    1: (0.98738, 0.97411, 0.49427, -0.01966, 0.85411, 0.48738, 0.86575),
+    14: (0.73706, 0.70728, 0.90238, -0.05545, 0.35855, 0.89827, 0.37364),
+    25: (0.19983, 0.11091, 0.94449, -0.13334, 0.09608, 0.89999, 0.17311),
+    26: (0.11091, 0.00893, 0.99172, -0.10934, 0.00891, 0.89710, 0.11062),
+}
+
+
+@pytest.mark.parametrize("k", PUBLISHED_GRID)
+def test_coefficients_of_a_flow(k: int) -> None:
+    s_t, s_next, *expected = PUBLISHED_GRID[k]
+    noise = torch.tensor([s_t, s_next, 0.0], dtype=torch.float64)
+    schedule = Schedule.from_levels(Levels(1000 * noise[:-1], 1 - noise, noise), "velocity")
+    names = ("mean_x", "mean_output", "sigma", "noising_x", "noising_std")
+    # The levels above are rounded to five decimals; their ratios magnify that where signal or noise is small.
+    tolerance = 1e-5 * (1 + 0.5 / (1 - s_next) + 0.5 / s_next)
+    assert [float(getattr(schedule, name)[0]) for name in names] == pytest.approx(expected, rel=0, abs=tolerance)
+    assert schedule.final is not None
+    assert (schedule.final.mean_x, schedule.final.mean_output) == (1.0, pytest.approx(-s_next))
+
+
+@pytest.mark.parametrize("config", [SD3, FLUX, {"shift": 1.0}])
+def test_the_levels_are_those_of_diffusers(config: dict[str, object]) -> None:
+    """diffusers shifts the levels that it is given once; FLUX's pipeline gives it ours."""
+    levels = Levels.of_flow(config, 10, tokens=1024)
+    scheduler = FlowMatchEulerDiscreteScheduler(**config)
+    is_dynamic = "use_dynamic_shifting" in config
+    mu = {"mu": 0.5 + (1.15 - 0.5) * (1024 - 256) / (4096 - 256)} if is_dynamic else {}
+    scheduler.set_timesteps(sigmas=[1 - i / 10 for i in range(10)], **mu)
+    torch.testing.assert_close(levels.noise.float(), scheduler.sigmas, rtol=0, atol=2e-7)
+    torch.testing.assert_close(levels.timesteps.float(), scheduler.timesteps, rtol=0, atol=2e-4)
+    assert torch.equal(Levels.of_flow(config, 10, tokens=256, shift=3.0).noise, Levels.of_flow(SD3, 10, 1024).noise)
+
+
+def test_without_noise_a_step_is_eulers() -> None:
+    """eta -> 0, and the last step, against the scheduler's own."""
+    schedule, scheduler = flow(SD3, 10, eta=1e-9), FlowMatchEulerDiscreteScheduler(shift=3.0)
+    scheduler.set_timesteps(sigmas=[1 - i / 10 for i in range(10)])
+    x_t, output = data(1), data(2)
+    for k in range(9):
+        ours = schedule.step_mean(x_t, output, k)
+        theirs = x_t + (scheduler.sigmas[k + 1] - scheduler.sigmas[k]) * output
+        torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-6)
+    assert schedule.final is not None
+    torch.testing.assert_close(
+        schedule.final(x_t, output), (x_t - scheduler.sigmas[9] * output).float(), rtol=0, atol=1e-6
+    )
+
+
+@pytest.mark.parametrize("eta", [0.3, 0.495, 1.0])
+def test_steps_keep_signal_and_noise(eta: float) -> None:
+    """From x_t = a x_0 + s eps, a perfect step leads to a state with exactly the next signal and the next noise."""
+    for schedule in (flow(SD3, eta=eta), Schedule.from_diffusers(stable_diffusion(), 50, eta)):
+        zero, one = torch.zeros(SHAPE, dtype=torch.float64), torch.ones(SHAPE, dtype=torch.float64)
+        for k in range(schedule.num_transitions):
+            a, s = schedule.signal_t[k], schedule.noise_t[k]
+            # The step is linear: its effect on x_0 = 1 without noise, and on eps = 1 without data.
+            outputs = {"velocity": (-one, one), "epsilon": (zero, one)}[schedule.prediction_type]
+            of_data = schedule.step_mean(a * one, outputs[0], k)
+            of_noise = schedule.step_mean(s * one, outputs[1], k)
+            torch.testing.assert_close(of_data, schedule.signal_next[k] * one, rtol=0, atol=1e-13)
+            variance = of_noise.square() + schedule.sigma[k].square()
+            torch.testing.assert_close(variance, schedule.noise_next[k].square() * one, rtol=0, atol=1e-13)
+
+
+def test_a_flow_is_a_diffusion_in_stretched_coordinates() -> None:
+    """With x / sqrt(a^2 + s^2) for x and a^2 / (a^2 + s^2) for alpha_bar, the chain of a flow has DDIM's coefficients."""
+    levels = Levels.of_flow(SD3, 28, tokens=1024)
+    norm = (levels.signal**2 + levels.noise**2).sqrt()
+    stretched = Levels.of_alpha_bars(levels.timesteps, (levels.signal / norm) ** 2)
+    ours, theirs = flow(SD3), Schedule.from_levels(stretched, "sample")
+    before, after = norm[:-2], norm[1:-1]
+    x0_hat = data(3)
+    for k in range(ours.num_transitions):
+        x_t = data(4)
+        output = (x_t - x0_hat) / ours.noise_t[k]  # the velocity that points at x0_hat
+        mean = theirs.step_mean(x_t / before[k], x0_hat, k)
+        torch.testing.assert_close(ours.step_mean(x_t, output, k) / after[k], mean, rtol=0, atol=1e-12)
+    torch.testing.assert_close(ours.sigma / after, theirs.sigma, rtol=1e-12, atol=0)
+    torch.testing.assert_close(ours.noising_x * after / before, theirs.noising_x, rtol=1e-12, atol=1e-15)
+
+
+def test_flow_grpos_noise_is_ours_for_small_steps() -> None:
+    """Its steps by their published formula, with a = 0.7; and eta = 0.7 / sqrt(2) gives our posterior's noise as h -> 0."""
+    eta = 0.7 / 2**0.5
+    schedule = flow(SD3, 10, eta, "flow_grpo")
+    s, s_next = schedule.noise_t, schedule.noise_next
+    x_t, output = data(1), data(2)
+    for k in range(schedule.num_transitions):
+        std = 0.7 * (s[k] / (1 - (s[1] if k == 0 else s[k]))).sqrt()
+        dt = s_next[k] - s[k]
+        mean = x_t * (1 + std**2 / (2 * s[k]) * dt) + output * (1 + std**2 * (1 - s[k]) / (2 * s[k])) * dt
+        torch.testing.assert_close(schedule.step_mean(x_t, output, k), mean, rtol=0, atol=1e-12)
+        assert float(schedule.sigma[k]) == pytest.approx(float(std * (-dt).sqrt()), rel=1e-12)
+    fine, ours = (flow({"shift": 1.0}, 1000, eta, sde) for sde in ("flow_grpo", "posterior"))
+    torch.testing.assert_close(fine.sigma[300:900], ours.sigma[300:900], rtol=2e-3, atol=0)
+    with pytest.raises(ValueError, match="flow_grpo"):
+        Schedule.from_levels(Levels.of_diffusion(stable_diffusion(), 10), "epsilon", 0.5, "flow_grpo")
+
+
+def test_grids_of_another_kind_are_refused() -> None:
+    with pytest.raises(ValueError, match="use_karras_sigmas"):
+        Levels.of_flow({"use_karras_sigmas": True}, 10, tokens=256)
+    with pytest.raises(ValueError, match="1 to 1000"):
+        Levels.of_flow({}, 1001, tokens=256)
 
 
 def test_the_scheduler_is_left_alone() -> None:

@@ -17,6 +17,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from dag.chain.levels import Levels
 from dag.chain.schedule import Schedule
 from dag.objectives import Objective, UpdateScalars, pathwise
 from dag.objectives.transition import Transition, residual_table
@@ -84,7 +85,7 @@ def toy_schedule(mode_sd: float, steps: int = 16) -> Schedule:
     """
     alpha_bars = torch.linspace(-5, 5, steps + 1, dtype=torch.float64).sigmoid()
     ab_t, ab_next = alpha_bars[:-1], alpha_bars[1:]
-    schedule = Schedule.from_alpha_bars(torch.arange(steps).flip(0), ab_t, ab_next, "epsilon")
+    schedule = Schedule.from_levels(Levels.of_alpha_bars(torch.arange(steps).flip(0), alpha_bars), "epsilon")
     rho = ab_t / ab_next
     posterior_variance = 1 / (1 / noised_variance(mode_sd, ab_next) + rho / (1 - rho))
     return replace(schedule, sigma=posterior_variance.sqrt())
@@ -394,7 +395,7 @@ def best_gaussian_steps(reward: Density, schedule: Schedule, prior: Mixture | No
     log_F = reward.log_prob(GRID.float()[:, None]).double()
     kernels = []
     for k in reversed(range(schedule.num_transitions)):
-        rho, sigma = schedule.alpha_bar_t[k] / schedule.alpha_bar_next[k], schedule.sigma[k]
+        rho, sigma = schedule.noising_x[k].square(), schedule.sigma[k]
         step = (-0.5 * ((GRID - GRID[:, None]) / sigma).square()).softmax(1)
         if prior is None:
             misfit = (GRID[:, None] - rho.sqrt() * GRID).square() + rho * sigma.square()

@@ -24,7 +24,7 @@ FUSED = choose("triton", DEVICE)
 # Samples smaller than, equal to and larger than a kernel's block of elements, also with odd sides.
 SHAPES = [(4, 16, 16), (4, 33, 17), (3, 5, 7), (1, 1, 1), (4, 32, 32)]
 # Rows and channels of a map that fill a tile or a step, or a part of one, or several with a part.
-NORM_SHAPES = [(4, 8, 8), (4, 13, 7), (3, 5, 7), (1, 1, 1), (66, 3, 2)]
+NORM_SHAPES = [(4, 8, 8), (4, 13, 7), (3, 5, 7), (1, 1, 5), (66, 3, 2)]
 # The shapes of SD 1.x, of SDXL and of models with 16 channels; for a GPU only, since the interpreter would take minutes.
 LARGE_SHAPES = [(4, 64, 64), (4, 128, 128), (16, 64, 64)]
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]

@@ -48,7 +48,7 @@ def point_mass(x: Tensor, alpha_bar: Tensor) -> Tensor:
 
 def log_ratio_gradient(schedule: Schedule, k: int) -> Tensor:
     """() d/dx log G(x_k), with G the flow over the pretrained marginal, for data N(MEAN, 1 - ab_end) and reward SLOPE x_0."""
-    end = schedule.alpha_bar_next[-1]
+    end = schedule.signal_next[-1].square()
     alpha_bar = torch.cat([schedule.alpha_bar_t, end[None]])[k]
     return (alpha_bar / end).sqrt() * (1 - end) / (1 - alpha_bar) * SLOPE
 
@@ -99,7 +99,7 @@ def test_residuals_of_gradients_vanish_where_the_density_flow_is_exact(schedule:
     """Reward N(x_0; MEAN, 1 - ab_end): log F(x_k) is the noised density and the optimal noise prediction the policy."""
     x_t, x_next = states()
     for k in range(schedule.num_transitions):
-        alpha_bar, following = schedule.alpha_bar_t[k], schedule.alpha_bar_next[k]
+        alpha_bar, following = schedule.alpha_bar_t[k], schedule.signal_next[k].square()
         x = x_t.clone().requires_grad_(True)
         output = point_mass(x, alpha_bar)
         y = -(x_next - following.sqrt() * MEAN) / (1 - following)

@@ -17,6 +17,7 @@ Stages, in order; each leaves files in the work folder, so that one can be repea
     continue  the denoiser again, from the weights in the out folder
     tiny_vae  the decoder for previews; again after each run of denoiser or continue, which replace its folder
     measure   fidelity table and sample picture
+    flow      the flow-matching model, distilled from the model in the out folder; needs no drawings
 """
 
 import argparse
@@ -26,7 +27,7 @@ from pathlib import Path
 
 import numpy as np
 
-from dag.assets.build import data, denoiser, judge, measure, scorer, tiny_vae, tokenizer, vae
+from dag.assets.build import data, denoiser, flow, judge, measure, scorer, tiny_vae, tokenizer, vae
 from dag.assets.build.clock import Clock
 
 _RECONSTRUCTED = 16_000
@@ -75,6 +76,10 @@ def _measure(work: Path, out: Path, clock: Clock) -> None:
     measure.report(work, out, data.load(work))
 
 
+def _flow(work: Path, out: Path, clock: Clock) -> None:
+    flow.train(out)
+
+
 STAGES: dict[str, Callable[[Path, Path, Clock], None]] = {
     "data": _data,
     "vae": _vae,
@@ -84,6 +89,7 @@ STAGES: dict[str, Callable[[Path, Path, Clock], None]] = {
     "continue": _continue,
     "tiny_vae": _tiny_vae,
     "measure": _measure,
+    "flow": _flow,
 }
 
 
@@ -99,7 +105,7 @@ def main() -> None:
     parser.add_argument("--speed", type=float, default=1.0, help="divide every time budget by this, for trials")
     arguments = parser.parse_args()
     packages = arguments.work / "npm/node_modules"
-    if not packages.is_dir():
+    if arguments.stage != ["flow"] and not packages.is_dir():
         parser.error(f"{packages} is missing; the first lines of dag/assets/build/__main__.py say what to install")
     for stage in arguments.stage:
         start = time.monotonic()

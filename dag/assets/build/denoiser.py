@@ -201,16 +201,16 @@ def save(work: Path, out: Path, unet: UNet2DConditionModel, text: CLIPTextModel)
     ).to(dtype=torch.float16)
     folder, fresh = out / "embedded", out / "embedded.new"
     pipeline.save_pretrained(fresh)
-    _rewrite(fresh / "vae/config.json", lambda config: config.pop("_name_or_path", None))
+    rewrite(fresh / "vae/config.json", lambda config: config.pop("_name_or_path", None))
     # Without a dtype argument transformers loads in the dtype of this config, and diffusers in float32: they must agree.
-    _rewrite(fresh / "text_encoder/config.json", lambda config: config.update(dtype="float32"))
+    rewrite(fresh / "text_encoder/config.json", lambda config: config.update(dtype="float32"))
     for name in ("vocab.json", "merges.txt"):
         shutil.copy(work / "tokenizer" / name, fresh / "tokenizer" / name)
     shutil.rmtree(folder, ignore_errors=True)
     fresh.rename(folder)
 
 
-def _rewrite(path: Path, change: Callable[[dict[str, Any]], object]) -> None:
+def rewrite(path: Path, change: Callable[[dict[str, Any]], object]) -> None:
     """Change a JSON config and write it back."""
     config = json.loads(path.read_text(encoding="utf-8"))
     change(config)

@@ -215,21 +215,21 @@ class SceneMaker:
             slack = (SIDE - width) / 2 * 0.9
             centre = (SIDE / 2 + rng.uniform(-slack, slack), SIDE / 2 + rng.uniform(-slack, slack))
             self._paste(rng, picture, first, centre, width)
-            words = self._describe(rng, first)
+            words = self.describe(rng, first)
         elif kind == "several":
             count = rng.randint(2, 4)
             width = SIDE * rng.uniform(0.36, 0.44)
             for place in _PLACES[count]:
                 self._paste(rng, picture, first, self._near(rng, place), width)
-            words = self._describe(rng, first, count)
+            words = self.describe(rng, first, count)
         else:
             second = self._thing(rng, background, 0.0 if first.colour is None else 1.0)
             things, width = (first, second), SIDE * rng.uniform(0.38, 0.47)
             relation = rng.choice(tuple(_RELATIONS))
             for thing, place in zip(things, _RELATIONS[relation], strict=True):
                 self._paste(rng, picture, thing, self._near(rng, place), width)
-            words = f"{self._describe(rng, first)} {relation} {self._describe(rng, second)}"
-        caption = words + self._describe_background(rng, background, texture)
+            words = f"{self.describe(rng, first)} {relation} {self.describe(rng, second)}"
+        caption = words + self.describe_background(rng, background, texture)
         return np.array(picture), Scene(things, count, background, texture, caption)
 
     def _thing(self, rng: random.Random, background: str, shape_share: float) -> Thing:
@@ -264,14 +264,16 @@ class SceneMaker:
         return (place[0] + rng.uniform(-0.03, 0.03)) * SIDE, (place[1] + rng.uniform(-0.03, 0.03)) * SIDE
 
     @staticmethod
-    def _describe(rng: random.Random, thing: Thing, count: int = 1) -> str:
+    def describe(rng: random.Random, thing: Thing, count: int = 1) -> str:
+        """The words for `count` of a thing."""
         adjective = thing.colour or (thing.style if rng.random() < 0.3 else None)
         noun = thing.name if count == 1 else plural(thing.name)
         words = f"{adjective} {noun}" if adjective else noun
         return with_article(words) if count == 1 else f"{COUNTS[count]} {words}"
 
     @staticmethod
-    def _describe_background(rng: random.Random, background: str, texture: str) -> str:
+    def describe_background(rng: random.Random, background: str, texture: str) -> str:
+        """The words for a background, parts of which are left out at random; possibly none."""
         words = []
         if rng.random() < (0.2 if texture == "plain" else 0.5):
             words.append(texture)

@@ -1,0 +1,123 @@
+"""Text encoders of a diffusers folder: loaded when they are first needed, and freed once all prompts are encoded.
+
+Legend: P texts, S text tokens, D width.
+"""
+
+import re
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers.hooks import apply_group_offloading
+from torch import Tensor
+from transformers import CLIPTokenizer, T5EncoderModel, T5TokenizerFast
+
+from dag.models.source import component_folder, is_architecture, read_config
+from dag.models.weights import load_text_encoder, load_tokenizer
+
+# Texts in one call of an encoder.
+_AT_ONCE = 64
+# Tokens of a prompt if the text encoder's config does not say; transformers' own default.
+_CLIP_TOKENS = 77
+# A vocabulary of fewer tokens is a closed list of words: a word outside it is split into letters.
+_OPEN_VOCABULARY = 10_000
+_ORDINALS = ("", "second ", "third ")
+
+
+class TextEncoder:
+    """A tokenizer and its text encoder.
+
+    Args:
+        folder:    the model's folder.
+        index:     0 for `text_encoder`, 1 for `text_encoder_2`, and so on.
+        component: transformers' class of the encoder.
+        dtype:     precision in which it computes.
+        device:    where it computes. A T5 stays in CPU memory and passes through a GPU layer by layer: it can be larger than
+                   what the denoiser beside it leaves free.
+        tokens:    S; None takes the encoder's own.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        index: int,
+        component: Any,
+        dtype: torch.dtype,
+        device: torch.device,
+        variant: str | None = None,
+        tokens: int | None = None,
+    ) -> None:
+        suffix = f"_{index + 1}" if index else ""
+        self.folder, self.component, self.dtype, self.device, self.variant = folder, component, dtype, device, variant
+        self.name, self.encoder_folder, self.tokenizer_folder = (
+            f"{_ORDINALS[index]}text encoder",
+            f"text_encoder{suffix}",
+            f"tokenizer{suffix}",
+        )
+        self._tokens = tokens
+        self._loaded: tuple[Any, Any] | None = None
+
+    @property
+    def tokens(self) -> int:
+        """S, the tokens that a text is padded or cut to."""
+        if self._tokens is not None:
+            return self._tokens
+        return int(read_config(self.folder, self.encoder_folder).get("max_position_embeddings", _CLIP_TOKENS))
+
+    @property
+    def module(self) -> Any:
+        """The encoder's network; None until it is needed, and once it is freed."""
+        return None if self._loaded is None else self._loaded[1]
+
+    @property
+    def is_absent(self) -> bool:
+        """Whether the model goes without this encoder, as Stable Diffusion 3 may without its T5.
+
+        A folder of configs alone counts as without a T5, whose random weights would fill the memory of a benchmark.
+        """
+        is_unneeded = is_architecture(self.folder) and self.component is T5EncoderModel
+        return is_unneeded or not component_folder(self.folder, self.encoder_folder).is_dir()
+
+    def free(self) -> None:
+        self._loaded = None
+
+    @torch.no_grad()
+    def embed(self, texts: Sequence[str], pick: Callable[[Any], tuple[Tensor, ...]]) -> tuple[Tensor, ...]:
+        """What `pick` takes of the encoder's output, for all texts (P, ...), on the CPU in the network's dtype."""
+        tokenizer, encoder = self._load()
+        found = tokenizer(
+            list(texts), padding="max_length", max_length=self.tokens, truncation=True, return_tensors="pt"
+        )
+        parts = []
+        for ids in found.input_ids.split(_AT_ONCE):
+            output = encoder(ids.to(self.device), output_hidden_states=True)
+            # Each part leaves the device at once: the hidden states of all layers would fill it.
+            parts.append(tuple(tensor.to(self.dtype).cpu() for tensor in pick(output)))
+        return tuple(torch.cat(column) for column in zip(*parts, strict=True))
+
+    def warnings(self, prompts: Sequence[str]) -> list[str]:
+        """One sentence for each prompt that is too long, and for each with words outside a closed vocabulary."""
+        tokenizer, _ = self._load()
+        room = self.tokens - tokenizer.num_special_tokens_to_add()
+        found = []
+        for prompt in prompts:
+            if len(tokenizer.tokenize(prompt)) > room:
+                found.append(f"prompt {prompt!r} is longer than the text encoder's {room} tokens and is cut")
+            unknown = [word for word in re.findall(r"[a-z]+", prompt.lower()) if len(tokenizer.tokenize(word)) > 1]
+            if unknown and len(tokenizer) < _OPEN_VOCABULARY:
+                found.append(f"prompt {prompt!r}: this model does not know {', '.join(map(repr, unknown))}")
+        return found
+
+    def _load(self) -> tuple[Any, Any]:
+        if self._loaded is None:
+            is_streamed = self.component is T5EncoderModel and self.device.type == "cuda"
+            place = torch.device("cpu") if is_streamed else self.device
+            encoder = load_text_encoder(
+                self.folder, self.dtype, place, self.variant, self.encoder_folder, self.component
+            )
+            if is_streamed:
+                apply_group_offloading(encoder, self.device, offload_type="leaf_level")
+            kind = T5TokenizerFast if self.component is T5EncoderModel else CLIPTokenizer
+            self._loaded = load_tokenizer(self.folder, self.tokenizer_folder, kind), encoder
+        return self._loaded
