@@ -42,10 +42,11 @@ class Mixture:
 
     def log_prob(self, x: Tensor) -> Tensor:
         """Log density (N,) at x (N, D)."""
-        return self._log_joint(x, torch.ones(())).logsumexp(1)
+        return self._log_joint(x, torch.ones(1, 1)).logsumexp(1)
 
     def eps(self, x: Tensor, alpha_bar: Tensor) -> Tensor:
-        """The optimal noise prediction (N, D): -sqrt(1 - ab) score(x) of this distribution noised to `alpha_bar`."""
+        """The optimal noise prediction (N, D): -sqrt(1 - ab) score(x) of this distribution noised to `alpha_bar`, () or (N,)."""
+        alpha_bar = alpha_bar.reshape(-1, 1)
         posterior = self._log_joint(x, alpha_bar).softmax(1)
         pull = x - alpha_bar.sqrt() * (posterior @ self.means)
         return (1 - alpha_bar).sqrt() * pull / noised_variance(self.sd, alpha_bar)
@@ -55,9 +56,9 @@ class Mixture:
         return torch.cdist(x, self.means).argmin(1)
 
     def _log_joint(self, x: Tensor, alpha_bar: Tensor) -> Tensor:
-        """log weight_i + log N(x; sqrt(ab) mean_i, V I), (N, M)."""
+        """log weight_i + log N(x; sqrt(ab) mean_i, V I), (N, M), for ab of shape (1, 1) or (N, 1)."""
         variance = noised_variance(self.sd, alpha_bar)
-        square = (x[:, None] - alpha_bar.sqrt() * self.means).square().sum(2)
+        square = (x[:, None] - alpha_bar.sqrt()[:, :, None] * self.means).square().sum(2)
         return self.weights.log() - 0.5 * square / variance - 0.5 * x.shape[1] * (2 * math.pi * variance).log()
 
 
@@ -233,43 +234,42 @@ class ToyGFN:
         section = getattr(objective, "config", None)
         if not isinstance(section, Balance) or not section.takes_gradient:
             return {}
-        closed, unexplained = [], []
-        for k in range(len(output)):
-            x_t, x_next = rollout.states[k], rollout.states[k + 1]
-            y, value = self._look(rollout.states[k + 1], k + 1, has_flow=section.has_flow)
-            if self.has_prior:
-                target = pathwise.against_pretrained(self.schedule, k, y, rollout.exact_eps[k])
-            else:
-                target = pathwise.against_noising(self.schedule, k, y, x_t)
-            ks = torch.full((len(x_t),), k)
-            kl = self.schedule.transition_log_probs(x_t, x_next, output[k], ks, 1.0, target.output).kl
-            assert kl is not None
-            closed.append(target.weight * kl)
-            scored = rollout.log_reward if k + 1 == len(output) else rollout.log_looking[k + 1]
-            unexplained.append(scored - value)
-        found = {"pathwise": torch.cat(closed)}
+        (T, N), x_t = rollout.log_looking.shape, rollout.states[:-1]
+        y, value = self._look(rollout.states[1:], has_flow=section.has_flow)
+        targets = [
+            pathwise.against_pretrained(self.schedule, k, y[k], rollout.exact_eps[k])
+            if self.has_prior
+            else pathwise.against_noising(self.schedule, k, y[k], x_t[k])
+            for k in range(T)
+        ]
+        x, k = x_t.flatten(0, 1), torch.arange(T).repeat_interleave(N)
+        towards = torch.cat([target.output for target in targets])
+        kl = self.schedule.transition_log_probs(x, x, output.flatten(0, 1), k, 1.0, towards).kl
+        assert kl is not None
+        found = {"pathwise": torch.tensor([float(target.weight) for target in targets])[k] * kl}
         if getattr(section, "policy_gradient", "") == "control_variate":
-            found["unexplained"] = torch.cat(unexplained)
+            scored = torch.cat([rollout.log_looking[1:], rollout.log_reward[None]])
+            found["unexplained"] = (scored - value).flatten()
         return found
 
-    def _look(self, x: Tensor, k: int, *, has_flow: bool) -> tuple[Tensor, Tensor]:
-        """(gradient (N, D) of log F, value (N,) of its forward-looking term or log reward) at the states x (N, D) before step k."""
+    def _look(self, states: Tensor, *, has_flow: bool) -> tuple[Tensor, Tensor]:
+        """(gradient (T, N, D) of log F, value (T, N) of its forward-looking term or log reward) at the states after each step."""
         reward = self.reward.log_prob if self.stand_in is None else self.stand_in
+        T, N = states.shape[:2]
+        k = torch.arange(1, T).repeat_interleave(N)
         with torch.enable_grad():
-            x = x.detach().requires_grad_(True)
-            if k == len(self.weights):
-                value = reward(x)
-            else:
-                exact = self.data.eps(x, self.schedule.alpha_bar_t[k])
-                output = exact
-                if self.looks_through_policy:
-                    output = self.output(k, basis(x, self.centres), exact)
-                x0_hat = self.schedule.x0_hat(x, output, k)
-                value = self.weights[k] * reward(x0_hat)
-            log_F = value
-            if has_flow and k < len(self.weights):
-                log_F = value + self._lookup(self.flow[k : k + 1], basis(x, self.centres)[None])[0, :, 0]
-            (gradient,) = torch.autograd.grad(log_F.sum(), x)
+            x = states.detach().requires_grad_(True)
+            noisy = x[:-1].flatten(0, 1)
+            output = self.data.eps(noisy, self.schedule.alpha_bar_t[k])
+            features = basis(noisy, self.centres).view(T - 1, N, -1)
+            if self.looks_through_policy:
+                output = output + self._lookup(self.policy[1:], features).flatten(0, 1)
+            looking = self.weights[k] * reward(self.schedule.x0_hat(noisy, output, k))
+            value = torch.cat([looking, reward(x[-1])]).view(T, N)
+            log_F = value.sum()
+            if has_flow:
+                log_F = log_F + self._lookup(self.flow[1:], features).sum()
+            (gradient,) = torch.autograd.grad(log_F, x)
         return gradient, value.detach()
 
     @torch.no_grad()
