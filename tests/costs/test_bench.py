@@ -20,7 +20,7 @@ from dag.run.folder import RunFolder
 from dag.training.trainer import Trainer
 
 ROOT = Path(__file__).parents[2]
-STEPS, TRAJECTORIES = 5, 2
+STEPS, TRAJECTORIES = 3, 2
 PATHWISE = "objective.policy_gradient=pathwise"
 FLOWLESS = ("objective.learnt_flow=false", "objective.huber=null", "objective.residual_scale=none")
 SMALL = (
@@ -47,18 +47,23 @@ def trainer_of(recipe: Recipe, folder: Path) -> Trainer:
     return trainer
 
 
-def counted(epoch: Any) -> float:
-    """GFLOP per transition, counted while an epoch really runs."""
+def counted(epoch: Any, steps: int = STEPS) -> float:
+    """GFLOP per transition, counted while an epoch of so many steps really runs."""
     with flops.counter() as counter:
         epoch()
-    return counter.get_total_flops() / 1e9 / (STEPS * TRAJECTORIES)
+    return counter.get_total_flops() / 1e9 / (steps * TRAJECTORIES)
 
 
 @pytest.mark.parametrize(
     "overrides",
     [
         (),
-        ("train.rollout=one_pass", "objective.forward_looking.decoder=tiny", "objective.forward_looking.stride=2"),
+        # The last three states are scored always: five steps have one that is not.
+        (
+            "train.rollout=one_pass",
+            *(f"objective.forward_looking.{x}" for x in ("decoder=tiny", "stride=2")),
+            "sampler.steps=5",
+        ),
         ("train.rollout=one_pass", "sampler.uncond=frozen", "memory.checkpointing=full"),
         ("objective.forward_looking.source=none",),
         ("adapter.kind=full",),
@@ -72,7 +77,8 @@ def test_work_counted_from_configs_is_the_work_of_a_run(tmp_path: Path, override
     recipe = recipe_of(*overrides)
     trainer = trainer_of(recipe, tmp_path)
     real = counted(
-        (lambda: one_pass(trainer, 0)) if trainer.is_one_pass(0) else lambda: updated(trainer, sampled(trainer, 0), 0)
+        (lambda: one_pass(trainer, 0)) if trainer.is_one_pass(0) else lambda: updated(trainer, sampled(trainer, 0), 0),
+        recipe.sampler.steps,
     )
     assert sum(flops.of_recipe(recipe).values()) == pytest.approx(real, rel=0.01)
 

@@ -97,15 +97,18 @@ def in_one_pass(trainer: Trainer, monkeypatch: pytest.MonkeyPatch) -> list[torch
     return captured(trainer, monkeypatch, lambda: one_pass(trainer, 1))
 
 
+# Two micro-batches an update, whose gradients add up in order; the others have one.
+TWO: dict[str, Any] = {"trajectories": 8}
 CHANGES: list[dict[str, Any]] = [
-    {},
+    {"train": TWO},
     {"objective": KL},
     {"objective": {**KL, "advantage_clip": 0.5, "weight": 3.0}},
     {"objective": {**DB, "detach_next": False}},
     {"objective": {**DB, "prior": "pretrained"}},
     {"objective": {**DB, "huber": 0.5, "step_weight": "balanced", "residual_scale": "running"}},
     {"objective": {**DB, "forward_looking": {"source": "none"}}},
-    {"objective": {**DB, "forward_looking": {"stride": 3, "weight": "one"}}},
+    # The last three states are scored always: five steps have one that is not.
+    {"objective": {**DB, "forward_looking": {"stride": 3, "weight": "one"}}, "sampler": {"steps": 5}},
     {"objective": {**DB, "forward_looking": {"decoder": "half"}}},
     {"objective": {**DB, "log_prob_reduction": "mean"}},
     {"flow": {"slopes": True}},
@@ -114,10 +117,10 @@ CHANGES: list[dict[str, Any]] = [
     {"sampler": {"chain_dtype": "fp16"}},
     {"regulariser": {"pretrained_kl": 0.1}},
     {"train": {"step_fraction": 0.5}},
-    {"train": {"micro_batch": 3}, "sampler": {"tile": 3}},
+    {"train": {**TWO, "micro_batch": 3}, "sampler": {"tile": 3}},
     {"prompts": {"texts": ["a cat", "a dog"], "per_group": 2, "shared_start": True}},
     {"memory": {"checkpointing": "full"}},
-    {"objective": PATHWISE},
+    {"objective": PATHWISE, "train": TWO},
     {"objective": {**PATHWISE, "prior": "pretrained", "learnt_flow": False}},
     {"objective": {**PATHWISE, "jacobian": "none", "log_prob_reduction": "mean"}},
     {"objective": {**PATHWISE, "prior": "pretrained", "learnt_flow": False, "jacobian": "pretrained"}},
@@ -126,7 +129,7 @@ CHANGES: list[dict[str, Any]] = [
     {"objective": PATHWISE, "sampler": {"uncond": "frozen"}},
     {"objective": PATHWISE, "memory": {"checkpointing": "full"}, "sampler": {"uncond": "frozen"}},
     {"objective": {**PATHWISE, "prior": "pretrained"}, "reward": MIXED, "regulariser": {"pretrained_kl": 0.1}},
-    {"objective": {**NABLA, "learnt_flow": False}},
+    {"objective": {**NABLA, "learnt_flow": False}, "train": TWO},
     {"objective": {**NABLA, "prior": "pretrained"}},
     {"objective": {**NABLA, "weight": "one", "reverse": 0.3}, "reward": JPEG, "train": {"step_fraction": 0.5}},
 ]
@@ -143,8 +146,8 @@ def test_the_gradient_is_that_of_two_passes(
 ) -> None:
     """Equal to the last bit, since one pass does the same operations on the same numbers, only earlier."""
     sections = copy.deepcopy(change)
-    sections["train"] = {"updates": 1, "rollout": "one_pass", **sections.get("train", {})}
-    sections["sampler"] = {"steps": 5, **sections.get("sampler", {})}
+    sections["train"] = {"updates": 1, "rollout": "one_pass", "trajectories": 4, **sections.get("train", {})}
+    sections["sampler"] = {"steps": 4, **sections.get("sampler", {})}
     if "reward" in sections:
         sections["flow"] = {"warmup_epochs": 1}  # a critic must have learnt before
     recipe = make_recipe(**sections, model={"dtype": dtype})
