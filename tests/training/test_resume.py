@@ -71,8 +71,7 @@ KINDS: dict[str, dict[str, Any]] = {
     "subtb": {"objective": {"name": "subtb"}, "flow": {"passes": 1}, "train": {"step_fraction": 0.5}},
     "backprop": {"objective": {"name": "backprop", "last": [1, 3]}, "regulariser": {"pretrained_kl": 0.1}},
     "full": {"adapter": {"kind": "full"}, "train": {"learning_rate": 1e-5}},
-    "one_pass": {"train": {"rollout": "one_pass"}, "flow": {"passes": 1, "warmup_epochs": 1}},
-    "one_pass_slopes": {"train": {"rollout": "one_pass"}, "flow": {"slopes": True, "warmup_epochs": 1}},
+    "one_pass": {"train": {"rollout": "one_pass"}, "flow": {"slopes": True, "passes": 1, "warmup_epochs": 1}},
 }
 
 
@@ -103,7 +102,7 @@ def test_a_run_in_pieces_is_the_undisturbed_one(make_recipe: MakeRecipe, tmp_pat
     assert (parted.samples / "before_after.png").read_bytes() == (undisturbed.samples / "before_after.png").read_bytes()
 
 
-@pytest.mark.parametrize("kind", ["dag_db", "one_pass", "one_pass_slopes"])
+@pytest.mark.parametrize("kind", ["dag_db", "one_pass"])
 def test_what_is_in_flight_comes_back_on_the_policys_device(
     make_recipe: MakeRecipe, tmp_path: Path, kind: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -52,9 +52,15 @@ def gradients(trainer: Trainer, trajectories: Trajectories, monkeypatch: pytest.
     return [gradient for group in captured for gradient in group]
 
 
-@pytest.mark.parametrize("objective", [DB, KL, DDPO])
-@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
-@pytest.mark.parametrize("chain", ["fp32", "fp16", "bf16"])
+# The objective has no part in log P_F: every precision with one of them, and the others with one precision.
+@pytest.mark.parametrize(
+    ("objective", "dtype", "chain"),
+    [
+        *((DB, dtype, chain) for dtype in ("fp32", "bf16") for chain in ("fp32", "fp16", "bf16")),
+        (KL, "bf16", "fp16"),
+        (DDPO, "bf16", "fp16"),
+    ],
+)
 def test_ratio_is_exactly_one_with_equal_tiles(
     make_recipe: MakeRecipe, run: RunFolder, objective: dict[str, Any], dtype: str, chain: str
 ) -> None:
@@ -336,7 +342,7 @@ def test_fused_kernels_give_the_same_gradient(
         recipe = make_recipe(
             objective=objective,
             regulariser={"sampling": 1.0, "pretrained_kl": 0.1},
-            train={"micro_batch": 4, "updates": 1},
+            train={"trajectories": 4, "micro_batch": 2, "updates": 1},
         ).model_copy(update={"kernels": kernels})
         trainer = trainer_of(recipe, run)
         assert trainer.components.kernels.name == kernels
