@@ -36,7 +36,6 @@ KINDS: dict[str, dict[str, Any]] = {
         "objective": {"name": "tb", "prior": "pretrained"},
         "prompts": {"texts": ["a cat", "a dog"], "per_group": 2},
     },
-    "one_pass": {"train": {"rollout": "one_pass"}, "flow": {"passes": 1, "warmup_epochs": 1}},
     "critic": {
         "objective": {
             "name": "dag_kl",
@@ -50,7 +49,7 @@ KINDS: dict[str, dict[str, Any]] = {
         "reward_critic": {"width": 8, "passes": 1, "learning_rate": 1e-5},
         "train": {"updates": 1, "step_fraction": 0.5, "step_choice": "informative", "keep_terminal": False},
     },
-    "one_pass_slopes": {"train": {"rollout": "one_pass"}, "flow": {"slopes": True, "warmup_epochs": 1}},
+    "one_pass": {"train": {"rollout": "one_pass"}, "flow": {"slopes": True, "passes": 1, "warmup_epochs": 1}},
 }
 
 
