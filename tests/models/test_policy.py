@@ -94,7 +94,7 @@ def test_missing_text_component(copy_of_model: Path, component: str) -> None:
 
 def test_transformer_models_are_named(copy_of_model: Path) -> None:
     (copy_of_model / "unet").rename(copy_of_model / "transformer")
-    with pytest.raises(RunError, match="SD3 or FLUX"):
+    with pytest.raises(RunError, match="names no pipeline with a transformer that is known"):
         load(copy_of_model)
 
 

@@ -100,7 +100,10 @@ def main() -> None:
         "--out", type=Path, required=True, help="folder that gets embedded/, scorer/, judge/, samples.png"
     )
     parser.add_argument(
-        "--stage", nargs="+", choices=list(STAGES), default=[name for name in STAGES if name != "continue"]
+        "--stage",
+        nargs="+",
+        choices=list(STAGES),
+        default=[name for name in STAGES if name not in ("continue", "flow")],
     )
     parser.add_argument("--speed", type=float, default=1.0, help="divide every time budget by this, for trials")
     arguments = parser.parse_args()
