@@ -25,6 +25,7 @@ DOORS = (
     "train_dag",
     "dag.bench",
     "dag.evaluate",
+    "dag.new",
     "dag.publish",
     "dag.report",
     "dag.reproduce",

@@ -1,6 +1,6 @@
 """Whether a recipe fits into memory, and which levers would make it fit: for `--plan` and `memory.budget_gib`."""
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
 from dag.chain.schedule import Schedule
 from dag.costs.memory import Forecast, Simulation
@@ -21,8 +21,9 @@ def forecast(recipe: Recipe) -> Forecast:
     return Simulation(recipe).forecast()
 
 
+Lever = tuple[str, str, object]
 # Levers to try where a recipe does not fit, as (section, key, value), the cheapest first.
-LEVERS: tuple[tuple[str, str, object], ...] = (
+LEVERS: tuple[Lever, ...] = (
     ("memory", "checkpointing", "selective"),
     ("memory", "checkpointing", "full"),
     ("train", "optimizer", "adamw8bit"),
@@ -35,14 +36,17 @@ LEVERS: tuple[tuple[str, str, object], ...] = (
 )
 
 
-def savings(recipe: Recipe, now: Forecast) -> Iterator[tuple[str, int]]:
-    """Yield (key=value, peak bytes with it) for each lever that alone would lower the peak of a recipe by at least 2 %.
+def lowered(
+    recipe: Recipe, now: Forecast, levers: Iterable[Lever] | None = None
+) -> Iterator[tuple[Lever, Recipe, Forecast]]:
+    """Yield (lever, the recipe with it, its forecast) for each lever that alone would lower the peak by at least 2 %.
 
     Args:
-        now: the recipe's own forecast.
+        now:    the recipe's own forecast.
+        levers: those that are tried; None takes all of LEVERS.
     """
     highest, enough = max(now.phases, key=lambda phase: now.phases[phase]), _WORTH_NAMING * now.peak
-    for section, key, value in LEVERS:
+    for section, key, value in LEVERS if levers is None else levers:
         if getattr(getattr(recipe, section), key) == value:
             continue
         changed = recipe.model_copy(update={section: getattr(recipe, section).model_copy(update={key: value})})
@@ -50,8 +54,20 @@ def savings(recipe: Recipe, now: Forecast) -> Iterator[tuple[str, int]]:
             continue
         simulation = Simulation(changed)
         # If the highest phase stays high, the other phases need not be counted.
-        if simulation.peak(highest) < enough and (peak := simulation.forecast().peak) < enough:
-            yield f"{section}.{key}={str(value).lower()}", peak
+        if simulation.peak(highest) < enough and (found := simulation.forecast()).peak < enough:
+            yield (section, key, value), changed, found
+
+
+def savings(recipe: Recipe, now: Forecast) -> Iterator[tuple[str, int]]:
+    """Yield (key=value, peak bytes with it) for each of `LEVERS` that `lowered` finds; `now` is the recipe's own forecast."""
+    for lever, _, found in lowered(recipe, now):
+        yield named(lever), found.peak
+
+
+def named(lever: Lever) -> str:
+    """A lever as `section.key=value`."""
+    section, key, value = lever
+    return f"{section}.{key}={str(value).lower()}"
 
 
 def describe(recipe: Recipe) -> Iterator[str]:

@@ -12,7 +12,7 @@ from dag.errors import RunError, UsageError
 
 _ASSETS = Path(__file__).parent.parent / "assets"
 EMBEDDED, EMBEDDED_FLOW = _ASSETS / "embedded", _ASSETS / "embedded_flow"
-_SHIPPED = {"embedded": EMBEDDED, "embedded_flow": EMBEDDED_FLOW}
+SHIPPED = {"embedded": EMBEDDED, "embedded_flow": EMBEDDED_FLOW}
 # Configurations without weights, for plans and benchmarks.
 _ARCHITECTURES = {
     f"random-{name}": _ASSETS / "architectures" / name for name in ("sd15", "sdxl", "sd35m", "sd35l", "flux")
@@ -21,7 +21,7 @@ _ARCHITECTURES = {
 _TRANSFORMERS_SIDE = 128
 # Licences of base models that have no card beside their weights; identifiers of the hub's list.
 _LICENCES = {
-    **dict.fromkeys(_SHIPPED, "apache-2.0"),
+    **dict.fromkeys(SHIPPED, "apache-2.0"),
     "black-forest-labs/flux.1-schnell": "apache-2.0",
     **dict.fromkeys(
         (
@@ -51,8 +51,8 @@ def local_folder(path: str) -> Path | None:
 
     Raises UsageError if it is neither a folder nor a hub id.
     """
-    if path in _SHIPPED:
-        return _SHIPPED[path]
+    if path in SHIPPED:
+        return SHIPPED[path]
     if path in _ARCHITECTURES:
         return _ARCHITECTURES[path]
     folder = Path(path).expanduser()
@@ -70,7 +70,7 @@ def local_folder(path: str) -> Path | None:
 def public_name(path: str) -> str:
     """The name of a model for readers on other machines: a hub id or a name of this package as it is, a folder's own name."""
     folder = local_folder(path)
-    if folder is None or path in _SHIPPED or is_architecture(folder):
+    if folder is None or path in SHIPPED or is_architecture(folder):
         return path
     return folder.resolve().name
 
