@@ -1,11 +1,13 @@
-"""Score pictures with any reward of a recipe.
+"""Score pictures with any reward of a recipe, or check a reward of your own.
 
+    python -m dag.score --check my_reward.py:redness
     python -m dag.score --reward aesthetic a.png b.jpg
     python -m dag.score --reward pickscore --prompts prompts.txt --set path=/models/PickScore_v1 *.png
 
 `--prompts` is a text file (or .jsonl) with one prompt for all pictures or one for each, in their order. A table comes
 first, one line of JSON last. A picture that cannot be read is reported and skipped; the exit code is 1 if none could
-be read, 2 for a mistake in the command.
+be read, 2 for a mistake in the command. `--check` asks a reward about a few made-up pictures and prints a line for each part
+of its contract; the exit code is 1 if it breaks one.
 """
 
 import argparse
@@ -25,6 +27,7 @@ from dag.errors import RunError, UsageError, exit_code, quiet_on_broken_pipe
 from dag.recipe.load import parse_reward
 from dag.recipe.prompts import read_prompt_file
 from dag.rewards import Reward, build_reward, checked
+from dag.rewards.contract import contract
 from dag.run.gpu import out_of_memory_ends
 
 
@@ -81,15 +84,42 @@ def table(results: Sequence[Scored]) -> str:
     return "\n".join(lines)
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m dag.score", description="Score pictures with a reward.")
-    parser.add_argument("images", nargs="+", metavar="IMAGE")
-    parser.add_argument("--reward", required=True, metavar="NAME", help="as in a recipe, e.g. aesthetic")
+def check(given: argparse.Namespace) -> int:
+    """Print a line for each part of a reward's contract; returns the exit code. Raises UsageError if there is no such reward."""
+    is_own = ":" in given.check
+    term = parse_reward("custom" if is_own else given.check, [f"path={given.check}"] if is_own else given.set)
+    with out_of_memory_ends("out of GPU memory while checking; --device cpu needs none"):
+        broken = 0
+        for line in contract(build_reward(term, torch.device(given.device)), torch.device(given.device)):
+            print(f"{'ok' if line.is_kept else 'FAILED':<8}{line.title:<12}{line.found}", flush=True)
+            broken += not line.is_kept
+    print(f"{given.check}: {f'{broken} of its checks failed' if broken else 'keeps the contract of a reward'}")
+    return 1 if broken else 0
+
+
+def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="python -m dag.score", description="Score pictures with a reward, or check a reward."
+    )
+    parser.add_argument("images", nargs="*", metavar="IMAGE")
+    parser.add_argument("--reward", metavar="NAME", help="as in a recipe, e.g. aesthetic")
+    parser.add_argument("--check", metavar="FILE.py:FUNCTION", help="check a reward of yours, or one by name")
     parser.add_argument("--set", action="append", default=[], metavar="key=value", help="option of the reward")
     parser.add_argument("--prompts", metavar="FILE", help="one prompt for all pictures, or one for each")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     given = parser.parse_args(arguments)
+    if given.check is None and not (given.reward and given.images):
+        parser.error("give --reward NAME and pictures, or --check FILE.py:FUNCTION")
+    if given.check is not None and (given.reward or given.images or given.prompts):
+        parser.error("--check makes its own pictures and prompts; give no others, and no --reward")
+    return given
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    given = parse_arguments(arguments)
     try:
+        if given.check is not None:
+            return check(given)
         prompts = prompts_for(given.images, given.prompts)
         term = parse_reward(given.reward, given.set)
         with out_of_memory_ends("out of GPU memory while scoring; --device cpu needs none"):

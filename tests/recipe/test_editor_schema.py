@@ -83,7 +83,7 @@ def test_the_schema_says_what_sections_say() -> None:
     key = {"type": "string", "title": "Title"}
     is_like_a_word = {"title": "A", "properties": {"title": key, "properties": key}}
     assert editor_schema._tidy(is_like_a_word) == {
-        "properties": dict.fromkeys(("title", "properties"), {"type": "string"})
+        "properties": {name: {"type": "string"} for name in ("title", "properties")}
     }
 
 
