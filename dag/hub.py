@@ -1,7 +1,8 @@
 """Files from the Hugging Face hub, and to it. Every error becomes one sentence; only data is downloaded, no code."""
 
+import errno
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 from dag.errors import RunError, UsageError
@@ -48,26 +49,52 @@ def file(key: str, repo: str, name: str, hint: str) -> Path:
 
 
 def _fetched(fetch: Callable[[], str], what: str, hint: str, revision: str | None) -> Path:
-    from huggingface_hub import errors as hub
-
     try:
         return Path(fetch())
-    except hub.GatedRepoError:
-        reason = "is gated: accept its terms on its page and log in with `hf auth login`,"
-    except hub.RepositoryNotFoundError:
-        reason = "does not exist on the hub (or is private and you are not logged in): check the name,"
-    except hub.RevisionNotFoundError:
-        reason = f"has no revision {revision!r}: correct it,"
-    except hub.LocalEntryNotFoundError:
-        reason = "is not in the local cache and the hub cannot be reached: connect once to download it,"
-    except hub.EntryNotFoundError:
-        reason = "is not in that repository: check the name,"
-    except (hub.OfflineModeIsEnabled, OSError):
-        reason = "is not in the local cache and the hub cannot be reached: connect once to download it,"
     except Exception as error:
-        # The hub's HTTP client raises its own family of connection errors, which changes between versions.
-        reason = f"could not be downloaded ({type(error).__name__}): try again,"
+        # The hub's library raises some errors from others, of which it keeps the cause alone.
+        reasons = (_reason(cause, revision) for cause in reversed(list(_causes(error))))
+        reason = next(filter(None, reasons), f"could not be downloaded ({type(error).__name__}): try again,")
     raise RunError(f"{what} {reason} {hint}")
+
+
+def _causes(error: BaseException | None) -> Iterator[BaseException]:
+    """An error, and those that it was raised from."""
+    while error is not None:
+        yield error
+        error = error.__cause__
+
+
+def _reason(error: BaseException, revision: str | None) -> str | None:
+    """Why a file could not be fetched and what to do, as the middle of a sentence; None if the error does not tell."""
+    from huggingface_hub import constants
+    from huggingface_hub import errors as hub
+
+    away = "is not in the local cache and the hub cannot be reached: connect once to download it,"
+    kinds = {
+        hub.GatedRepoError: "is gated: accept its terms on its page and log in with `hf auth login`,",
+        hub.RepositoryNotFoundError: (
+            "does not exist on the hub (or is private and you are not logged in): check the name,"
+        ),
+        hub.RevisionNotFoundError: f"has no revision {revision!r}: correct it,",
+        hub.LocalEntryNotFoundError: away,
+        hub.EntryNotFoundError: "is not in that repository: check the name,",
+    }
+    for kind, reason in kinds.items():
+        if isinstance(error, kind):
+            return reason
+    # The library's downloader in Rust has no type for a full disk.
+    if getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT) or "no space left" in str(error).lower():
+        return f"does not fit on the disk of the cache, {constants.HF_HUB_CACHE}: free space or set HF_HOME to another disk,"
+    if isinstance(error, PermissionError):
+        return f"cannot be written to the cache, {constants.HF_HUB_CACHE}: mend its permissions or set HF_HOME to another folder,"
+    status = getattr(getattr(error, "response", None), "status_code", None)
+    if status in (401, 403):
+        return f"is refused by the hub ({status}): accept its terms on its page, `hf auth login` with a token that may read it,"
+    if status is not None:
+        return f"could not be downloaded, the hub answered {status}: try again later,"
+    # The hub's HTTP client raises its own family of connection errors, which changes between versions.
+    return away if isinstance(error, OSError) else None
 
 
 def check_repo(key: str, repo: str) -> None:

@@ -216,7 +216,10 @@ def flaw(folder: Path, is_thorough: bool = True) -> str | None:
     try:
         manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
         if manifest["format"] != FORMAT:
-            return f"has format {manifest['format']!r}; this version reads {FORMAT}"
+            return (
+                f"has format {manifest['format']!r}, and this version reads {FORMAT}: go on with the version that wrote it, whose "
+                "commit is in run.json, or start anew"
+            )
         files = {name: (int(known["bytes"]), str(known["sha256"])) for name, known in manifest["files"].items()}
     except FileNotFoundError:
         return f"{MANIFEST} is missing"

@@ -74,7 +74,7 @@ def versions() -> dict[str, str | None]:
         **{name: _version(name) for name in _PACKAGES},
         "cuda": torch.version.cuda,
         "cudnn": None if cudnn is None else str(cudnn),
-        "driver": _driver() if torch.cuda.is_available() else None,
+        "driver": driver() if torch.cuda.is_available() else None,
     }
 
 
@@ -90,8 +90,8 @@ def _version(package: str) -> str | None:
         return None
 
 
-def _driver() -> str | None:
-    """The version of NVIDIA's driver. PyTorch only knows which CUDA version the driver supports."""
+def driver() -> str | None:
+    """The version of NVIDIA's driver; None without one. PyTorch only knows which CUDA version the driver supports."""
     try:
         first = _DRIVER_FILE.read_text(encoding="utf-8", errors="replace").partition("\n")[0]
     except OSError:  # Windows and its subsystem for Linux have no such file

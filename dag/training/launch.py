@@ -15,12 +15,14 @@ from accelerate.utils import broadcast_object_list
 
 from dag.errors import RunError, UsageError
 from dag.models.levers import compilations
+from dag.models.source import SHIPPED
 from dag.recipe import Recipe
 from dag.recipe.load import flat
 from dag.run.determinism import deterministic
 from dag.run.folder import RunFolder
-from dag.run.gpu import indexed, limit_memory, out_of_memory_ends
+from dag.run.gpu import indexed, limit_memory, out_of_memory_ends, this_device
 from dag.run.machine import num_cores
+from dag.run.missing_gpu import missing_gpu, no_card, unfit_gpu
 from dag.run.processes import Processes
 from dag.run.signals import Interrupt
 from dag.training.build import build, describe_run
@@ -49,6 +51,7 @@ def train(config: Recipe, opener: Callable[[], tuple[RunFolder, bool]]) -> None:
         RunError, StoppedError: see `Trainer.fit`.
     """
     _end_with_launcher()
+    _check_gpu(config)
     with deterministic(config.deterministic), ExitStack() as stack:
         # Without a GPU accelerate connects the processes that torchrun started only if it is explicitly given the CPU.
         state = PartialState(cpu=_takes_cpu())
@@ -59,12 +62,25 @@ def train(config: Recipe, opener: Callable[[], tuple[RunFolder, bool]]) -> None:
             stack.enter_context(run.held())
             several = f", {state.num_processes} processes" if state.num_processes > 1 else ""
             print(f"run folder {run.path}{several}", flush=True)
-            if _has_mac_gpu():
-                print(f"device: cpu ({_NO_MAC_GPU})", flush=True)
+            if remark := _why_cpu():
+                print(f"device: cpu ({remark})", flush=True)
             found = [str(run.path), is_resumed]
         if state.num_processes > 1:
             broadcast_object_list(found, from_process=0)
         _train(config, RunFolder(Path(found[0])), found[1])
+
+
+def _check_gpu(config: Recipe) -> None:
+    """Raises RunError if this machine has an NVIDIA GPU that cannot be used. The embedded models then take the CPU."""
+    if (reason := missing_gpu()) and config.model.path not in SHIPPED:
+        raise RunError(f"{reason}; to train on the CPU all the same, set CUDA_VISIBLE_DEVICES=-1")
+    if torch.cuda.is_available() and (reason := unfit_gpu(this_device())):
+        raise RunError(reason)
+
+
+def _why_cpu() -> str | None:
+    """Why the CPU is taken, where a GPU could be expected."""
+    return _NO_MAC_GPU if _has_mac_gpu() else missing_gpu() or no_card()
 
 
 def _end_with_launcher() -> None:

@@ -1,14 +1,17 @@
 """Loading models: every failure is one clear sentence, and adapters reach the layers that they name."""
 
+import errno
 import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import cast
 
 import pytest
 import torch
 from helpers.building import CPU, parts_of
+from huggingface_hub import errors
 
 from dag.chain.policy import Policy
 from dag.errors import RunError, UsageError
@@ -59,23 +62,54 @@ def test_hub_out_of_reach_says_how_to_give_a_local_path(monkeypatch: pytest.Monk
     assert "\n" not in str(caught.value)
 
 
-@pytest.mark.parametrize(
-    ("name", "expected"),
-    [
-        ("GatedRepoError", "is gated"),
-        ("RepositoryNotFoundError", "does not exist"),
-        ("RevisionNotFoundError", "no revision"),
-    ],
-)
-def test_hub_refusals(monkeypatch: pytest.MonkeyPatch, name: str, expected: str) -> None:
-    from huggingface_hub import errors
+def answered(status: int) -> Exception:
+    """The error of the hub's library for an answer that it has no class for."""
+    error = errors.HfHubHTTPError.__new__(errors.HfHubHTTPError)
+    error.response = SimpleNamespace(status_code=status)  # type: ignore[assignment]
+    return error
 
+
+def wrapped(error: Exception) -> Exception:
+    """As the library reports an error where it finds nothing in its cache."""
+    outer = errors.LocalEntryNotFoundError("not found")
+    outer.__cause__ = error
+    return outer
+
+
+def bare(name: str) -> Exception:
+    kind = getattr(errors, name)
+    return kind.__new__(kind)
+
+
+@pytest.mark.parametrize(
+    ("error", "expected"),
+    [
+        (bare("GatedRepoError"), "owner/name is gated: accept its terms on its page and log in"),
+        (bare("RepositoryNotFoundError"), "does not exist"),
+        (bare("RevisionNotFoundError"), "no revision"),
+        (bare("LocalEntryNotFoundError"), "the hub cannot be reached: connect once"),
+        (wrapped(bare("GatedRepoError")), "is gated"),
+        (answered(401), r"is refused by the hub \(401\): accept its terms"),
+        (wrapped(answered(403)), r"is refused by the hub \(403\).*hf auth login"),
+        (answered(503), "the hub answered 503: try again later"),
+        (OSError(errno.ENOSPC, "No space left on device"), "does not fit on the disk of the cache, .*set HF_HOME"),
+        (RuntimeError("Data processing error: No space left on device (os error 28)"), "does not fit on the disk"),
+        (PermissionError(errno.EACCES, "Permission denied"), "cannot be written to the cache, .*permissions"),
+        (ConnectionError("refused"), "the hub cannot be reached"),
+        (ValueError("what"), r"could not be downloaded \(ValueError\): try again"),
+    ],
+    ids=str,
+)
+def test_what_the_hub_or_its_cache_refuses_is_one_sentence(
+    monkeypatch: pytest.MonkeyPatch, error: Exception, expected: str
+) -> None:
     def refuse(*args: object, **options: object) -> None:
-        raise getattr(errors, name).__new__(getattr(errors, name))
+        raise error
 
     monkeypatch.setattr("huggingface_hub.snapshot_download", refuse)
-    with pytest.raises(RunError, match=expected):
+    with pytest.raises(RunError, match=expected) as caught:
         load("owner/name")
+    assert "\n" not in str(caught.value) and str(caught.value).endswith("--set model.path=/path/to/model")
 
 
 @pytest.mark.parametrize("component", ["unet", "vae", "scheduler"])

@@ -327,6 +327,16 @@ def test_a_manifest_names_files_of_its_own_folder_alone(tmp_path: Path, name: st
     assert checkpoint.flaw(path) == f"manifest.json names {name!r}, which is no file of it"
 
 
+def test_a_checkpoint_of_another_version_says_how_to_go_on(tmp_path: Path) -> None:
+    path = saved(tmp_path, 1)
+    manifest = json.loads((path / checkpoint.MANIFEST).read_text())
+    (path / checkpoint.MANIFEST).write_text(json.dumps({**manifest, "format": 1}))
+    with pytest.raises(
+        RunError, match="has format 1, and this version reads 2: go on with the version that wrote it, whose"
+    ):
+        checkpoint.newest(path.parent, lambda state: None)
+
+
 def test_what_a_killed_start_left_does_not_stand_in_the_way(tmp_path: Path) -> None:
     run = RunFolder.create(tmp_path / "run")
     (run.path / ".tmp-17-run.json").write_text("{")
