@@ -37,6 +37,7 @@ from dag.checklist import missing, runner, trial_run
 from dag.costs.commands import count, launches, previews, profile, storage, train_step
 from dag.costs.train_step import Row
 from dag.errors import RunError, UsageError, exit_code, quiet_on_broken_pipe
+from dag.recipe import shipped
 from dag.run.determinism import reserve_workspace
 from dag.run.durable import write_json
 from dag.run.gpu import this_device
@@ -102,6 +103,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         reserve_workspace()  # cuBLAS reads this setting only once, at the first matrix product of the first row
     device = this_device()
     try:
+        if given.command in ("checklist", "missing") and not shipped.is_checkout():
+            raise UsageError(
+                f"{given.command}: needs a checkout of this project's repository; this code is installed without"
+            )
         if given.command == "checklist":
             return runner.run(given.folder, given.minutes, device.type == "cuda")
         if given.command == "missing":

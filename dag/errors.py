@@ -5,6 +5,8 @@ import signal
 import sys
 from collections.abc import Callable
 
+# Windows has no such signal.
+_SIGPIPE = 13
 # Exit code of a run whose numbers are no longer finite.
 DIVERGED = 3
 
@@ -58,4 +60,4 @@ def quiet_on_broken_pipe(main: Callable[[], int]) -> int:
     except BrokenPipeError:
         # What is still buffered goes nowhere; else Python would fail to write it at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 128 + signal.SIGPIPE
+        return 128 + _SIGPIPE

@@ -52,7 +52,7 @@ def _write_page(run: RunFolder) -> None:
 
 def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m dag.report", description="The epochs of a run, and its curves.")
-    parser.add_argument("run", type=Path, metavar="RUN")
+    parser.add_argument("run", type=Path, metavar="RUN", help="run folder")
     way = parser.add_mutually_exclusive_group()
     way.add_argument("--watch", action="store_true", help="go on until the run's last epoch")
     way.add_argument("--html", action="store_true", help="write RUN/report.html, one file with everything in it")

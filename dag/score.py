@@ -101,12 +101,14 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="python -m dag.score", description="Score pictures with a reward, or check a reward."
     )
-    parser.add_argument("images", nargs="*", metavar="IMAGE")
+    parser.add_argument("images", nargs="*", metavar="IMAGE", help="picture files")
     parser.add_argument("--reward", metavar="NAME", help="as in a recipe, e.g. aesthetic")
     parser.add_argument("--check", metavar="FILE.py:FUNCTION", help="check a reward of yours, or one by name")
     parser.add_argument("--set", action="append", default=[], metavar="key=value", help="option of the reward")
     parser.add_argument("--prompts", metavar="FILE", help="one prompt for all pictures, or one for each")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument(
+        "--device", default="cuda" if torch.cuda.is_available() else "cpu", help="default: the GPU if there is one"
+    )
     given = parser.parse_args(arguments)
     if given.check is None and not (given.reward and given.images):
         parser.error("give --reward NAME and pictures, or --check FILE.py:FUNCTION")

@@ -66,6 +66,7 @@ TORCH_FREE = (
     "dag.run.folder",
     "dag.run.metrics",
     "dag.run.durable",
+    "dag.run.locks",
     "dag.run.signals",
     "dag.models.source",
     "dag.training.plan",

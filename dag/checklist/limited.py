@@ -44,7 +44,10 @@ def run_limited(command: Sequence[str], seconds: float, log: IO[str], folder: Pa
     finally:
         # Also after a good end: processes that it left behind would hold memory that the next command needs.
         with suppress(ProcessLookupError, PermissionError):
-            os.killpg(process.pid, signal.SIGKILL)
+            if sys.platform == "win32":
+                process.kill()
+            else:
+                os.killpg(process.pid, signal.SIGKILL)
         process.wait()
 
 

@@ -9,7 +9,6 @@ kernels.md, logs.txt (all that the stages printed).
 """
 
 import argparse
-import fcntl
 import json
 import re
 import signal
@@ -29,6 +28,7 @@ from dag.checklist.stages import Stage, stages
 from dag.errors import RunError, UsageError
 from dag.evaluation.study import ROOT
 from dag.run.durable import replacing, write_json
+from dag.run.locks import lock
 
 DONE, FAILED, BEGAN, MISSING = "done", "failed", "began", "not measured"
 # A stage with less time would be killed before its first row.
@@ -99,12 +99,10 @@ class Checklist:
         except OSError as error:
             raise UsageError(f"{self.folder}: cannot write there: {error.strerror}") from None
         with log:
-            try:
-                fcntl.flock(log, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except OSError:
+            if not lock(log):
                 raise UsageError(
                     f"{self.folder}: a checklist, or a stage of one that was killed, is still running there"
-                ) from None
+                )
             yield log
 
     def begin(self, machine: dict[str, Any]) -> None:
@@ -243,7 +241,9 @@ def _ended_by_signals() -> Iterator[None]:
         print(f"\nended by {signal.Signals(number).name}; the same command goes on from here", flush=True)
         raise SystemExit(128 + number)
 
-    before = {number: signal.signal(number, end) for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)}
+    # Windows closes a terminal without a signal.
+    ends = [getattr(signal, name) for name in ("SIGTERM", "SIGINT", "SIGHUP") if hasattr(signal, name)]
+    before = {number: signal.signal(number, end) for number in ends}
     try:
         yield
     finally:

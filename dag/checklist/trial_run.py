@@ -59,7 +59,7 @@ def rows(recipe: str, given: Sequence[str], device: str) -> Iterator[Row]:
     overrides = [*_SMALL, *_without_download(recipe, given), *given]
     loaded = load(recipe, overrides)
     overrides = [f"train.trajectories={loaded.train.updates * loaded.train.micro_batch}", *overrides]
-    command = [sys.executable, "train_dag.py", "--recipe", recipe]
+    command = [sys.executable, str(ROOT / "train_dag.py"), "--recipe", recipe]
     command += [word for override in overrides for word in ("--set", override)]
     files = (*_FILES, *(_LORA if loaded.adapter.kind == "lora" else ()))
     with tempfile.TemporaryDirectory() as folder:

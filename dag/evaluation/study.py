@@ -4,7 +4,6 @@ A study's folder holds a run folder for each (method, setting, seed). A complete
 resumed, and a folder that holds another recipe's run is refused.
 """
 
-import fcntl
 import os
 import queue
 import subprocess
@@ -19,9 +18,10 @@ from typing import Any
 
 from dag.errors import RunError, UsageError
 from dag.evaluation.curves import ends, evaluated
-from dag.recipe import Recipe
+from dag.recipe import Recipe, shipped
 from dag.recipe.load import load
 from dag.run.folder import RunFolder
+from dag.run.locks import lock
 from dag.run.machine import num_cores
 
 ROOT = Path(__file__).parents[2]
@@ -118,7 +118,7 @@ class Case:
     @property
     def file(self) -> Path:
         """The recipe's file."""
-        return ROOT / "recipes" / self.method.recipe
+        return shipped.folder() / self.method.recipe
 
     @property
     def log(self) -> Path:
@@ -249,10 +249,10 @@ class _Trainings:
         """Train a case until its process ends, unless it is complete or all are being stopped."""
         if self._stopping.is_set():
             return
-        with _locked(case.folder) as lock:
+        with _locked(case.folder) as held:
             if case.is_complete():  # another process has completed it since it was found missing
                 return
-            self._train(case, lock)
+            self._train(case, held)
 
     def stop(self) -> None:
         """Ask all processes to end, and start no further ones."""
@@ -260,7 +260,7 @@ class _Trainings:
         for child in set(self._children):
             child.terminate()
 
-    def _train(self, case: Case, lock: int) -> None:
+    def _train(self, case: Case, held: int) -> None:
         _say(case, "resumed" if _has_begun(case) else "started")
         with case.log.open("ab") as log, _taken(self._free) as gpu:
             child = subprocess.Popen(
@@ -268,8 +268,8 @@ class _Trainings:
                 stdout=log,
                 stderr=subprocess.STDOUT,
                 env={**os.environ, "OMP_NUM_THREADS": str(self._threads), **gpu},
-                # The child inherits the lock, so that the run stays locked if this process is killed.
-                pass_fds=[lock],
+                # The child inherits the lock, so that the run stays locked if this process is killed. Windows cannot do that.
+                pass_fds=() if sys.platform == "win32" else [held],
             )
             self._children.add(child)
             if self._stopping.is_set():  # it was set after the check in `run`, before the child was in `_children`
@@ -325,8 +325,6 @@ def _locked(folder: Path) -> Iterator[int]:
     """
     folder.parent.mkdir(parents=True, exist_ok=True)
     with folder.with_name(f"{folder.name}.lock").open("w") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            raise RunError(f"{folder}: another process is training it") from None
+        if not lock(file):
+            raise RunError(f"{folder}: another process is training it")
         yield file.fileno()

@@ -13,7 +13,7 @@ import yaml
 from pydantic import ValidationError
 
 from dag.errors import UsageError
-from dag.recipe import ObjectiveTerm, Recipe, validate
+from dag.recipe import ObjectiveTerm, Recipe, shipped, validate
 from dag.recipe.reward_sections import RewardTerm
 from dag.recipe.search_sections import SEARCHES, SHARED, SearchRecipe, SearchTerm
 from dag.recipe.section import Section
@@ -60,9 +60,12 @@ def load_search(path: str | Path, method: str | None = None, overrides: typing.S
 
 
 def read(path: str | Path, overrides: typing.Sequence[str]) -> tuple[dict[str, Any], list[str]]:
-    """(the mapping in a YAML file, with overrides, the overridden keys). Raises UsageError."""
+    """(the mapping in a YAML file, with overrides, the overridden keys). Raises UsageError.
+
+    A `path` recipes/... that is not there is taken from the recipes that are installed with this code.
+    """
     try:
-        text = Path(path).read_text(encoding="utf-8")
+        text = shipped.found(path).read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise UsageError(f"{path}: cannot read the recipe: {getattr(error, 'strerror', None) or error}") from None
     try:

@@ -11,7 +11,6 @@ It holds:
     faults/                             transitions whose gradients were not finite
 """
 
-import fcntl
 import json
 import re
 import time
@@ -23,7 +22,7 @@ from typing import Any, TextIO
 from dag.errors import RunError, UsageError
 from dag.recipe import Recipe
 from dag.recipe.load import parse
-from dag.run import durable
+from dag.run import durable, locks
 from dag.run.metrics import MetricsFile
 
 # Locked while a process trains in the folder.
@@ -94,12 +93,9 @@ class RunFolder:
         """Whether a process trains in this folder now."""
         try:
             with (self.path / _LOCK).open() as file:
-                fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
-        except BlockingIOError:
-            return True
+                return locks.is_locked(file)
         except OSError:
             return False
-        return False
 
     def write_description(self, description: dict[str, Any]) -> None:
         durable.write_json(self.path / "run.json", description)
@@ -122,12 +118,9 @@ class RunFolder:
 def _locked(file: TextIO) -> bool:
     """Lock a file for this process alone; returns whether that worked. Tries twice, since `is_held` may have it for a moment."""
     for pause in (0.05, 0.0):
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            time.sleep(pause)
-        else:
+        if locks.lock(file):
             return True
+        time.sleep(pause)
     return False
 
 

@@ -14,6 +14,7 @@ import torch
 from dag.run.gpu import GIB, this_device
 
 _PACKAGES = (
+    "dag-align",
     "torch",
     "diffusers",
     "transformers",
@@ -57,14 +58,19 @@ def tell_machine() -> None:
 
 
 def git_commit() -> str | None:
-    """The commit of this code, with -dirty if files have changed since; None outside a git repository."""
+    """The commit of this code, with -dirty if files have changed since; None outside its git repository."""
     try:
-        command = ["git", "describe", "--always", "--dirty", "--abbrev=12"]
-        return subprocess.run(
-            command, cwd=Path(__file__).parent, capture_output=True, text=True, check=True
-        ).stdout.strip()
+        # An installed copy may lie in a folder of somebody else's repository.
+        if Path(_git("rev-parse", "--show-toplevel")).resolve() != Path(__file__).resolve().parents[2]:
+            return None
+        return _git("describe", "--always", "--dirty", "--abbrev=12")
     except (OSError, subprocess.CalledProcessError):
         return None
+
+
+def _git(*words: str) -> str:
+    folder = Path(__file__).parent
+    return subprocess.run(["git", *words], cwd=folder, capture_output=True, text=True, check=True).stdout.strip()
 
 
 def versions() -> dict[str, str | None]:

@@ -187,7 +187,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--op", choices=list(OPS), action="append", help="only this one; may be repeated")
     parser.add_argument("--check", action="store_true", help="check and do not time")
     parser.add_argument("--csv", type=Path, metavar="FILE", help="append the rows there as they come")
-    parser.add_argument("--plot", type=Path, metavar="DIR")
+    parser.add_argument("--plot", type=Path, metavar="DIR", help="draw the times there")
     parser.add_argument("--checklist", type=Path, metavar="DIR", help="times, tests and registers, into DIR")
     given = parser.parse_args(arguments)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")

@@ -94,7 +94,9 @@ STAGES: dict[str, Callable[[Path, Path, Clock], None]] = {
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(prog="python -m dag.assets.build")
+    parser = argparse.ArgumentParser(
+        prog="python -m dag.assets.build", description="Draw the data of the embedded model and train its networks."
+    )
     parser.add_argument("--work", type=Path, required=True, help="folder for the drawings, data and checkpoints")
     parser.add_argument(
         "--out", type=Path, required=True, help="folder that gets embedded/, scorer/, judge/, samples.png"
