@@ -12,13 +12,12 @@ from typing import Any
 import yaml
 
 from dag.evaluation.figures import markdown
+from dag.evaluation.prices import DIVERSITY, Judgement, Price, prices
 from dag.models import lora_file
 from dag.recipe import Recipe, RewardTerm
 
 BEFORE_AFTER = "before_after.png"
 _SHOWN_PROMPTS = 12
-# Diversity below this share of the base model's is a warning.
-_KEPT_DIVERSITY = 2 / 3
 _PAPER = "[Diffusion Alignment with GFlowNets](https://arxiv.org/abs/2406.00633)"
 _XL = "StableDiffusionXLPipeline"
 
@@ -45,9 +44,7 @@ class Judged:
 
     table: str
     """Markdown."""
-    base: Mapping[str, Any]
-    """The base model's measures."""
-    trained: Mapping[str, Any]
+    rows: Judgement
 
 
 @dataclass(frozen=True)
@@ -157,25 +154,18 @@ def _quoted(text: str) -> str:
 
 
 def warnings(story: Story) -> list[str]:
-    """One line for each measure that shows a price of the reward: diversity that fell by more than a third, prompts that are kept
-    less well although the reward rose."""
-    found: list[str] = []
-    pairs = [("diversity", story.first, story.last), ("noun_top1", story.first, story.last)]
-    if story.judged is not None:
-        pairs += [(name, story.judged.base, story.judged.trained) for name in ("diversity", "noun_top1", "alignment")]
-    has_risen = story.last["eval_reward_mean"] > story.first["eval_reward_mean"]
-    for name, before, after in pairs:
-        was, now = before.get(name), after.get(name)
-        if was is None or now is None or any(f" {name} " in line for line in found):
-            continue
-        change = f"from {was:.3g} to {now:.3g}"
-        if name == "diversity" and now < _KEPT_DIVERSITY * was:
-            found.append(
-                f"**Warning:** diversity fell {change}: pictures of one prompt are more alike than the base model's."
-            )
-        if name != "diversity" and now < was and has_risen:
-            found.append(f"**Warning:** {name} fell {change} while the reward rose: prompts are kept less well.")
-    return found
+    """One line for each price of the reward: see `dag.evaluation.prices`."""
+    found = prices(story.first, story.last, None if story.judged is None else story.judged.rows)
+    return [
+        f"**Warning:** {price.measure} fell from {price.before:.3g} to {price.after:.3g}{_why(price)}"
+        for price in found
+    ]
+
+
+def _why(price: Price) -> str:
+    if price.measure == DIVERSITY:
+        return ": pictures of one prompt are more alike than the base model's."
+    return " while the reward rose: prompts are kept less well."
 
 
 def _front_matter(story: Story) -> str:

@@ -15,7 +15,8 @@ from safetensors import SafetensorError
 from dag.errors import RunError, UsageError
 from dag.evaluation import sheets
 from dag.evaluation.card import BEFORE_AFTER, Base, Judged, Story, card
-from dag.evaluation.measure import BASE
+from dag.evaluation.measure import BASE, BASE_AGAIN
+from dag.evaluation.prices import Judgement
 from dag.evaluation.privacy import public
 from dag.models import families, lora_file
 from dag.models.source import licence, public_name
@@ -204,6 +205,8 @@ def _pictures(run: RunFolder, recipe: Recipe, found: PromptSet | None, folder: P
     columns = config.images_per_prompt
     with _readable(sheet) as picture:
         cells = sheets.cells(picture, len(prompts) * columns, columns)
+    if not cells:
+        return []
     (folder / "images").mkdir()
     shown = []
     for number, (prompt, cell) in enumerate(zip(prompts[:_WIDGETS], cells[::columns], strict=False), 1):
@@ -216,7 +219,7 @@ def _readable(file: Path) -> Image.Image:
     try:
         picture = Image.open(file)
         picture.load()
-    except (OSError, ValueError, SyntaxError) as error:
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
         raise RunError(f"{file}: cannot be read: {error}") from None
     return picture
 
@@ -227,9 +230,9 @@ def _judged(run: RunFolder) -> Judged | None:
     if newest is None:
         return None
     weights = durable.sha256(newest / "policy.safetensors")
-    for file in sorted(run.path.glob(f"evaluation*/{_EVALUATION}"), reverse=True):
+    for folder in run.evaluations():
         with suppress(OSError, ValueError, LookupError, TypeError, StopIteration):
-            return _read_judgement(file, weights)
+            return _read_judgement(folder / _EVALUATION, weights)
     return None
 
 
@@ -240,4 +243,5 @@ def _read_judgement(file: Path, weights: str) -> Judged:
     rows = {row["model"]: row for row in data["models"]}
     table = file.with_name("evaluation.md").read_text(encoding="utf-8").rstrip()
     features = str(data["features"])
-    return Judged(table.replace(features, public(features, "features")), rows[BASE], rows[name])
+    judgement = Judgement(rows[BASE], rows[name], rows.get(BASE_AGAIN))
+    return Judged(table.replace(features, public(features, "features")), judgement)

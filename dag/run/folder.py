@@ -46,6 +46,13 @@ class RunFolder:
         """The picture file of the evaluation after `epoch` epochs."""
         return self.samples / f"epoch_{epoch:04d}.png"
 
+    def evaluations(self) -> list[Path]:
+        """The folders of `dag.evaluate` in the run's folder, evaluation/, evaluation_001/, ..., the newest first."""
+        numbered = [(re.fullmatch(r"evaluation(?:_(\d+))?", path.name), path) for path in self.path.glob("evaluation*")]
+        return [
+            path for _, path in sorted(((int(match[1] or 0), path) for match, path in numbered if match), reverse=True)
+        ]
+
     @classmethod
     def create(cls, path: Path) -> "RunFolder":
         """A new run. Raises UsageError if the folder holds any file or cannot be written."""
@@ -87,7 +94,10 @@ class RunFolder:
             for left in (*self.path.glob(f"{durable.TEMPORARY}*"), *self.samples.glob(f"{durable.TEMPORARY}*")):
                 if left.is_file():
                     left.unlink(missing_ok=True)
-            yield
+            try:
+                yield
+            finally:
+                locks.unlock(file)
 
     def is_held(self) -> bool:
         """Whether a process trains in this folder now."""

@@ -19,6 +19,7 @@ from PIL import Image, ImageChops
 
 from dag.errors import RunError
 from dag.evaluation import card, publish, sheets
+from dag.evaluation.prices import Judgement
 from dag.evaluation.privacy import SERVER, public
 from dag.models import lora_file
 from dag.models.source import licence
@@ -165,6 +166,27 @@ def test_cells_are_what_a_grid_was_made_of() -> None:
         assert float(close) < 1 / 254
 
 
+def test_a_sheet_stays_small_enough_for_pillow_to_open(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sheets, "_MOST_PIXELS", 60_000)
+    monkeypatch.setattr(sheets, "_MOST_JOINED_PIXELS", 100_000)
+    images = torch.rand(6, 3, 128, 128)
+    sheet = sheets.grid(images, ["a"] * 6, 2)
+    assert 40_000 < sheet.width * sheet.height <= 60_000
+    assert len(sheets.cells(sheet, 6, 2)) == 6 and sheets.cells(sheet, 7, 2) == [] == sheets.cells(sheet, 6, 5)
+    joined = sheets.before_after(sheet, sheet)
+    assert joined.width * joined.height < 110_000
+
+
+def test_a_sheet_that_pillow_refuses_is_one_line(
+    finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 100)
+    assert main([str(finished), "--to", str(tmp_path / "out")]) == 1
+    said = capsys.readouterr().err
+    assert "epoch_0001.png: cannot be read: Image size" in said and said.count("\n") == 1
+    assert not (tmp_path / "out").exists()
+
+
 # -- the card -----------------------------------------------------------------------------------------------------
 
 
@@ -270,6 +292,7 @@ def test_the_newest_judgement_of_these_weights_is_shown(run: Path, tmp_path: Pat
     judge(run, "evaluation", digest, 31.0)
     judge(run, "evaluation_001", digest, 12.0)
     judge(run, "evaluation_002", "0" * 64, 33.0)
+    judge(run, "evaluation_old", digest, 34.0)
     assert main([str(run), "--to", str(tmp_path / "out")]) == 0
     text = (tmp_path / "out/README.md").read_text()
     assert "| table of evaluation_001 |\n\nfeatures of clip.\n" in text
@@ -282,6 +305,7 @@ def test_the_newest_judgement_of_these_weights_is_shown(run: Path, tmp_path: Pat
         ({"diversity": 0.3}, {"diversity": 0.21}, []),
         ({"noun_top1": 0.9}, {"noun_top1": 0.8}, ["noun_top1 fell from 0.9 to 0.8 while the reward rose"]),
         ({"noun_top1": 0.8}, {"noun_top1": 0.9}, []),
+        ({"noun_top1": 0.9}, {"noun_top1": 0.87}, []),
         ({"noun_top1": 0.9}, {"noun_top1": 0.8, "eval_reward_mean": 0.5}, []),
     ],
 )
@@ -294,9 +318,15 @@ def test_what_fell_is_a_warning(
 
 
 def test_a_judgement_warns_of_prompts_that_are_kept_less_well(finished: Path) -> None:
-    judged = card.Judged("", {"alignment": 30.0, "diversity": None}, {"alignment": 29.0, "diversity": 0.1})
+    judged = card.Judged("", Judgement({"alignment": 30.0, "diversity": None}, {"alignment": 29.0, "diversity": 0.1}))
     (line,) = card.warnings(told(finished, {}, {}, judged))
     assert line.startswith("**Warning:** alignment fell from 30 to 29 while the reward rose")
+
+
+@pytest.mark.parametrize(("own", "is_told"), [(50.0, True), (58.1, False)])
+def test_alignment_is_held_against_the_noise_of_other_seeds(finished: Path, own: float, is_told: bool) -> None:
+    judged = card.Judged("", Judgement({"alignment": 60.0}, {"alignment": own}, {"alignment": 59.0}))
+    assert bool(card.warnings(told(finished, {}, {}, judged))) is is_told
 
 
 def told(

@@ -3,14 +3,10 @@
 from collections.abc import Iterator, Sequence
 from typing import Any
 
+from dag.evaluation.measure import BASE, BASE_AGAIN
 from dag.evaluation.page.facts import DONE, Facts
+from dag.evaluation.prices import ALIGNMENT, DIVERSITY, Judgement, Price, prices
 
-# Diversity that falls by more than this share of its first value is a concern.
-_DIVERSITY_FALL = 1 / 3
-# noun_top1 of some dozen pictures moves by a few hundredths without any cause.
-_NOUN_FALL = 0.05
-# Alignment must fall by more than twice what other seeds of the base model change, and by more than this share.
-_ALIGNMENT_FALL = 0.02
 # Residuals of the last quarter against those of the first one, without the first epoch, in which the flow is not fitted yet.
 _RESIDUAL_GROWTH, _FEWEST_RESIDUALS = 1.5, 5
 
@@ -18,9 +14,7 @@ _RESIDUAL_GROWTH, _FEWEST_RESIDUALS = 1.5, 5
 def concerns(facts: Facts) -> list[str]:
     """A sentence or two for each concern, the gravest first."""
     return [
-        *_diversity(facts),
-        *_subject(facts),
-        *_alignment(facts),
+        *map(_sentence, prices(*_ends(facts), _judgement(facts))),
         *_reward(facts),
         *_residuals(facts),
         *_missing(facts),
@@ -34,44 +28,36 @@ def _change(facts: Facts, key: str) -> tuple[float, float] | None:
     return (values[0][1], values[-1][1]) if len(values) > 1 else None
 
 
-def _has_risen(facts: Facts) -> bool:
-    change = _change(facts, "eval_reward_mean")
-    return change is not None and change[1] > change[0]
+def _ends(facts: Facts) -> tuple[dict[str, float], dict[str, float]]:
+    """The first and the last value of what evaluations measure."""
+    keys = ("eval_reward_mean", "diversity", "noun_top1")
+    changes = {key: change for key in keys if (change := _change(facts, key)) is not None}
+    return {key: first for key, (first, _) in changes.items()}, {key: last for key, (_, last) in changes.items()}
 
 
-def _diversity(facts: Facts) -> Iterator[str]:
-    change = _change(facts, "diversity")
-    if change is not None and change[1] < (1 - _DIVERSITY_FALL) * change[0]:
-        lost = 100 * (1 - change[1] / change[0])
-        yield (
-            f"Diversity fell by {lost:.0f} %, from {change[0]:.3f} to {change[1]:.3f}: pictures of one prompt look alike now. "
-            "An earlier checkpoint, a smaller beta or a regulariser keeps more of it."
+def _judgement(facts: Facts) -> Judgement | None:
+    """The rows of the newest judgement that concern this run; None if there is none of it."""
+    models = {str(row.get("model")): row for row in (facts.judged.models if facts.judged else [])}
+    base, own = models.get(BASE), models.get(facts.run.path.resolve().name)
+    return None if base is None or own is None else Judgement(base, own, models.get(BASE_AGAIN))
+
+
+def _sentence(price: Price) -> str:
+    was, now = price.before, price.after
+    if price.measure == DIVERSITY:
+        return (
+            f"Diversity fell by {100 * (1 - now / was):.0f} %, from {was:.3f} to {now:.3f}: pictures of one prompt look alike "
+            "now. An earlier checkpoint, a smaller beta or a regulariser keeps more of it."
         )
-
-
-def _subject(facts: Facts) -> Iterator[str]:
-    change = _change(facts, "noun_top1")
-    if change is not None and _has_risen(facts) and change[1] < change[0] - _NOUN_FALL:
-        first, last = (f"{100 * share:.0f} %" for share in change)
-        yield (
-            f"The reward rises while the subject is lost: the judge saw the prompt's noun in {first} of the pictures before "
-            f"training and sees it in {last} now (noun_top1). The reward may be bought by something else."
-        )
-
-
-def _alignment(facts: Facts) -> Iterator[str]:
-    models = {str(row.get("model")): row.get("alignment") for row in (facts.judged.models if facts.judged else [])}
-    base, again = models.get("base"), models.get("base, other seeds")
-    own = models.get(facts.run.path.resolve().name)
-    known = [value for value in (base, again, own) if isinstance(value, int | float)]
-    if len(known) < 3 or not _has_risen(facts):
-        return
-    base, again, own = known
-    if base - own > max(2 * abs(base - again), _ALIGNMENT_FALL * abs(base)):
-        yield (
-            f"The reward rises while the pictures follow their prompts less: alignment is {own:.1f}, and was {base:.1f} for "
+    if price.measure == ALIGNMENT:
+        return (
+            f"The reward rises while the pictures follow their prompts less: alignment is {now:.1f}, and was {was:.1f} for "
             "the base model."
         )
+    return (
+        f"The reward rises while the subject is lost: the judge saw the prompt's noun in {100 * was:.0f} % of the pictures before "
+        f"training and sees it in {100 * now:.0f} % now (noun_top1). The reward may be bought by something else."
+    )
 
 
 def _reward(facts: Facts) -> Iterator[str]:

@@ -1,7 +1,6 @@
 """What a run's folder tells, read for its page. Whatever is missing or damaged is left out and named, never raised."""
 
 import json
-import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -60,7 +59,7 @@ def read(run: RunFolder) -> Facts:
     except (OSError, ValueError, AttributeError):
         rows = []
         unreadable.append("metrics.jsonl cannot be read, so there are no curves.")
-    facts = Facts(run, description, rows, STOPPED, _judged(run.path), unreadable)
+    facts = Facts(run, description, rows, STOPPED, _judged(run), unreadable)
     return Facts(run, description, rows, _status(facts), facts.judged, unreadable)
 
 
@@ -71,10 +70,9 @@ def _status(facts: Facts) -> str:
     return RUNNING if facts.run.is_held() else STOPPED
 
 
-def _judged(folder: Path) -> Judged | None:
-    """The evaluation with the highest number; None if there is none that can be read."""
-    numbered = [(re.fullmatch(r"evaluation(?:_(\d+))?", path.name), path) for path in folder.glob("evaluation*")]
-    for _, path in sorted(((int(match[1] or 0), path) for match, path in numbered if match), reverse=True):
+def _judged(run: RunFolder) -> Judged | None:
+    """The newest evaluation; None if there is none that can be read."""
+    for path in run.evaluations():
         try:
             text = (path / "evaluation.md").read_text(encoding="utf-8")
         except (OSError, ValueError):

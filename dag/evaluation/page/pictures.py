@@ -13,7 +13,7 @@ from PIL import Image
 from dag.errors import UsageError
 from dag.evaluation.page.charts import spread
 from dag.evaluation.page.facts import Facts
-from dag.evaluation.sheets import rows_of
+from dag.evaluation.sheets import Grid
 from dag.recipe.prompts import load_prompts
 from dag.run.folder import RunFolder
 
@@ -83,7 +83,8 @@ def layout(facts: Facts, sheets: list[Sheet]) -> dict[str, Any]:
     if not sheets:
         return {"rows": 0, "ratio": 1.0, "prompts": []}
     (width, height), columns = sheets[-1].size, facts.asked("evaluation.images_per_prompt")
-    rows = (rows_of(width, height, columns) if isinstance(columns, int) else None) or 1
+    found = Grid.of(width, height, columns) if isinstance(columns, int) else None
+    rows = 1 if found is None else found[1]
     prompts = _prompts(facts)[:rows] if rows > 1 else []
     return {"rows": rows, "ratio": width / (height / rows), "prompts": prompts}
 
