@@ -19,7 +19,7 @@ from functools import partial
 from pathlib import Path
 
 from dag.errors import RunError, StoppedError, UsageError, exit_code, quiet_on_broken_pipe
-from dag.recipe import Recipe, prompts
+from dag.recipe import Recipe, captions, prompts
 from dag.recipe.load import flat, load
 from dag.run.folder import RunFolder, default_path, newest_run
 from dag.training import plan
@@ -109,10 +109,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         config = load(arguments.recipe, arguments.set)
         if arguments.plan:
-            print(plan.describe(config, len(prompts.load_prompts(config.prompts).training)), flush=True)
+            counts = len(prompts.load_prompts(config.prompts).training), len(captions.given_pictures(config))
+            print(plan.describe(config, *counts), flush=True)
             plan_memory(config)
             return 0
         prompts.load_prompts(config.prompts)
+        captions.given_pictures(config)
         check_memory(config)
         train(config, arguments)
     except (UsageError, RunError, StoppedError) as error:

@@ -37,7 +37,7 @@ class Prediction:
 
 
 class Decoder(Protocol):
-    """Decodes latents to pictures."""
+    """Decodes latents to pictures, and encodes pictures."""
 
     @property
     def vae(self) -> nn.Module: ...
@@ -45,6 +45,15 @@ class Decoder(Protocol):
     @property
     def tiny(self) -> nn.Module | None:
         """A cheaper decoder for previews; None unless the recipe asks for one."""
+        ...
+
+    @property
+    def side(self) -> int:
+        """Pixels of a picture's side for each of a latent's."""
+        ...
+
+    def encode(self, images: Tensor) -> Tensor:
+        """(B, C, h, w) float32 clean latents of images (B, 3, H, W) in [0, 1]."""
         ...
 
     def at_work(self) -> AbstractContextManager[None]:

@@ -21,6 +21,8 @@ COMPARISON_AGAIN = 1 << 43
 """First id of the base model's second set of pictures in `python -m dag.evaluate`, to which distances are measured."""
 SEARCH = 1 << 44
 """First id of the particles of `python -m dag.search`; each of its pictures has 2^16 ids, of which the first is not used."""
+GIVEN = 1 << 46
+"""First id of given pictures that are trained on (`data.folder`), counted through all epochs, up to the next whole group."""
 
 
 def of_particles(picture: int, count: int) -> Tensor:
@@ -30,6 +32,11 @@ def of_particles(picture: int, count: int) -> Tensor:
     compared with.
     """
     return torch.cat([torch.tensor([COMPARISON + picture]), SEARCH + (picture << 16) + torch.arange(1, count)])
+
+
+def of_given(first: int, count: int, per_group: int) -> Tensor:
+    """(count,) the ids of given pictures from the number `first` on, so that `first_of_group` finds their groups."""
+    return -(-GIVEN // per_group) * per_group + first + torch.arange(count)
 
 
 def first_of_group(sample_id: Tensor, per_group: int) -> Tensor:

@@ -14,6 +14,7 @@ from itertools import islice
 import torch
 from torch import Tensor
 
+from dag.chain.noising import last_state, noised_chain
 from dag.chain.rollout import Score, sample_tile, score_tile
 from dag.chain.trajectory import ChainStore, Trajectories
 from dag.costs.fake_gpu import FakeGpu
@@ -75,7 +76,9 @@ class Simulation:
     def phases(self) -> tuple[str, ...]:
         """Names of the phases, in the order of an epoch."""
         if not self.is_one_pass:
-            return "rollout", "update", "evaluation"
+            data = self.recipe.data
+            sources = [*["rollout"] * data.samples, *(() if data.folder is None else ("given pictures",))]
+            return *sources, "update", "evaluation"
         return ("one pass", *(("warm-up rollout",) if self.recipe.warmup_epochs > 0 else ()), "evaluation")
 
     def peak(self, phase: str) -> int:
@@ -88,7 +91,7 @@ class Simulation:
         made, train = self.made, self.recipe.train
         N, scores_again = train.trajectories, self.recipe.scores_in_training
         standing, fetched = made.standing(), made.fetched_for_scoring()
-        chains = [] if self.recipe.memory.chains == "cpu" else [self._chain(N)]
+        chains = [] if self.recipe.memory.chains == "cpu" else self._chains(N)
         everything = [tensor for tensors in standing.values() for tensor in tensors]
         # An update begins without gradients: it drops the old ones and makes its own.
         ungraded = [tensor for kind, tensors in standing.items() if kind != "gradients" for tensor in tensors]
@@ -102,9 +105,12 @@ class Simulation:
             updated = self._peak_of(lambda: self.update(chain), [*ungraded, *scoring, *chains])
             return max(updated, self._critic_peak(chain, [*scoring, *chains]))
         if phase == "evaluation":
-            return self._peak_of(
-                self.evaluation, [*everything, *fetched, *self._states_left_out(self._evaluated(), False)]
-            )
+            replayed = chains[len(chains) - self.recipe.data.replay :]
+            left_out = self._states_left_out(self._evaluated(), False)
+            return self._peak_of(self.evaluation, [*everything, *fetched, *replayed, *left_out])
+        if phase == "given pictures":
+            left_out = [] if self.recipe.objective.num_draws else self._states_left_out(self._sampled(), False)
+            return self._peak_of(self.given, [*everything, *fetched, *chains, *left_out])
         left_out = self._states_left_out(self._sampled(), self.recipe.forward_looking is not None)
         return self._peak_of(self.rollout, [*everything, *fetched, *chains, *left_out])
 
@@ -127,6 +133,14 @@ class Simulation:
     def _chain(self, trajectories: int, place: torch.device = META) -> Tensor:
         """Chains (T + 1, N, C, H, W) with all steps of the recipe, also those that are left out here."""
         return self.made.chain(trajectories, self.recipe.sampler.steps + 1, place)
+
+    def _chains(self, trajectories: int) -> list[Tensor]:
+        """The chains that an epoch keeps: of the rollout, of given pictures, and last those of `data.replay`."""
+        data, draws = self.recipe.data, self.recipe.objective.num_draws
+        other = 1 if draws else self.recipe.sampler.steps + 1
+        count = data.replay + (data.folder is not None)
+        sampled = [self._chain(trajectories)] if data.samples else []
+        return [*sampled, *(self.made.chain(trajectories, other) for _ in range(count))]
 
     def _states_left_out(self, rows: int, is_scored: bool) -> list[Tensor]:
         """What a tile of so many rows keeps of the steps that do not run: their states, and x0_hat where it is scored."""
@@ -153,6 +167,21 @@ class Simulation:
         text, looking = made.text[tile.prompt_id], recipe.forward_looking
         drawn = sample_tile(made.policy, text, tile.sample_id, recipe.seed, sampler, looking, recipe.samples_prior)
         score_tile(made.policy, drawn, self.score)
+
+    @torch.no_grad()
+    def given(self) -> None:
+        """Encode and noise a tile of given pictures, then decode and score the ends of their chains."""
+        made, recipe = self.made, self.made.recipe
+        policy, tile = made.policy, made.batch(self._sampled())
+        side, ids = policy.latent_shape[1] * policy.decoder.side, tile.sample_id.to(META)
+        x_0 = policy.decoder.encode(torch.zeros(len(ids), 3, side, side))
+        if recipe.objective.num_draws:
+            chain = last_state(policy.schedule, x_0, ids, recipe.seed, recipe.sampler)
+        else:
+            chain, _ = noised_chain(policy.schedule, x_0, ids, recipe.seed, recipe.sampler)
+        if recipe.samples_prior:
+            policy.predict(chain[0], policy.schedule.timesteps[0].expand(len(ids)), made.text[tile.prompt_id])
+        self.score(policy.decode(chain[-1].float()), torch.arange(len(ids)))
 
     def evaluation(self) -> None:
         """Sample a tile, then decode and score its final pictures."""

@@ -1,4 +1,4 @@
-"""Decodes latents to pictures: by the VAE, or by a cheaper decoder to show predicted latents to a reward.
+"""Decodes latents to pictures: by the VAE, or by a cheaper decoder to show predicted latents to a reward. Encodes given pictures.
 
 Gradients reach latents that require them, and nothing else.
 
@@ -95,6 +95,15 @@ class Decoder:
             # Enlarged, so that the reward gets the size of the final picture.
             return functional.interpolate(small, scale_factor=2, mode="bilinear").clamp(0, 1)
         return self(x0_hat)
+
+    @torch.no_grad()
+    def encode(self, images: Tensor) -> Tensor:
+        """(B, C, h, w) float32 latents of images (B, 3, H, W) in [0, 1]: the mean of the VAE's posterior."""
+        latents, dtype, config = [], next(self.vae.parameters()).dtype, self.vae.config
+        for part in (2 * images.to(self.device) - 1).split(self.batch):
+            posterior = self.vae.encode(part.to(dtype).contiguous(memory_format=self.layout)).latent_dist
+            latents.append(config.scaling_factor * (posterior.mode().float() - (config.get("shift_factor") or 0.0)))
+        return torch.cat(latents)
 
     def _decoded(self, vae: Any, latents: Tensor) -> Tensor:
         images, dtype = [], next(vae.parameters()).dtype

@@ -6,7 +6,8 @@ For the best and the worst picture w, l of a group, with rho = log P_F - log p_p
 
 in every step k. Its gradient is that of the policy with advantages +-strength sigmoid(-strength (rho_w - rho_l)), which are taken
 at the policy that sampled: exact in the first update of a rollout, and bounded by the clipped ratio in later ones. Pictures
-between best and worst, and groups in which all score alike, have no gradient. With `form: denoise` the sign of the advantage says
+between best and worst, and groups in which all score alike, have no gradient. The pairs may come from anywhere, and on replayed
+and given trajectories rho is the present policy's. With `form: denoise` the sign of the advantage says
 which picture is preferred, and `dag.training.denoising` has the loss.
 """
 

@@ -56,6 +56,10 @@ class UpdateScalars:
     """(T,) what the residuals of each step are divided by."""
     running_mean: Tensor | None = None
     """(T,) running means of the residuals of earlier rollouts."""
+    is_off_policy: bool = False
+    """Whether another policy, or P_B, gave the trajectories. `log_ratio` then has the present policy's log P_F."""
+    log_start: Tensor | None = None
+    """(N,) log p(x_T) of the first noise, up to a constant; only off-policy, and None if it cancels in the balance."""
 
 
 class Objective(Protocol):

@@ -9,7 +9,8 @@ The pieces' residuals are sums of those of single steps, so the loss has the gra
     d loss / d log F(x_k)        = T (sum_{j > k} 2 w_kj delta_kj - sum_{i < k} 2 w_ik delta_ik)
 
 of which `detach_next` drops the last sum. Towards lambda = 0 it is DAG-DB with a square loss, towards infinity T times trajectory
-balance. `flow.passes` train the flow by the residuals of single steps, whose optimum is the same.
+balance. All of them vanish at once on every trajectory, whatever sampled it; on replayed and given ones log P_F is the present
+policy's. `flow.passes` train the flow by the residuals of single steps, whose optimum is the same.
 """
 
 import torch

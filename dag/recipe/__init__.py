@@ -1,6 +1,7 @@
 """Recipes: their schema, how a file is read and checked, and their prompts. Imports no torch."""
 
 from dag.recipe.contradictions import validate
+from dag.recipe.data_sections import Data
 from dag.recipe.first_order_sections import AdjointMatching, Backpropagation, RewardFeedback
 from dag.recipe.network_sections import Flow, OptimizerKind, RewardCritic
 from dag.recipe.objective_sections import (
@@ -46,6 +47,7 @@ __all__ = [
     "Balance",
     "Beta",
     "Checkpoint",
+    "Data",
     "DetailedBalance",
     "DirectPreference",
     "Evaluation",

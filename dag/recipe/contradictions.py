@@ -61,9 +61,36 @@ def validate(recipe: Recipe) -> list[str]:
             for section, keys in inert.items()
             for key in keys
         ]
+    problems += _data_problems(recipe)
     problems += _deterministic_problems(recipe)
     if recipe.evaluation.held_out and recipe.prompts.set not in ("drawbench", "hpdv2"):
         problems.append("evaluation.held_out: only prompts.set=drawbench and hpdv2 keep prompts back")
+    return problems
+
+
+def _data_problems(recipe: Recipe) -> list[str]:
+    """Keys that contradict training on trajectories of another policy."""
+    data, objective, train = recipe.data, recipe.objective, recipe.train
+    problems = data.problems()
+    if not data.keys:
+        return problems
+    given = f"data.{data.keys[0]}"
+    if objective.needs_own_rollouts:
+        problems.append(f"{given}: not with objective.name={objective.name}: {objective.needs_own_rollouts}")
+    if train.rollout == "one_pass":
+        problems.append(f"{given}: train.rollout=one_pass trains while it samples; use stored")
+    if recipe.regulariser.sampling > 0:
+        problems.append(f"{given}: regulariser.sampling pulls towards the policy that sampled; use pretrained_kl")
+    if data.samples:
+        return problems
+    if recipe.balance is not None:
+        problems.append(f"{given}: {objective.name}'s flow is fitted to sampled rollouts; set data.sample=true")
+    if train.inner_epochs > 1:
+        problems.append(
+            f"train.inner_epochs={train.inner_epochs} repeats sampled rollouts, and {given} takes their place"
+        )
+    if recipe.prompts.shared_start:
+        problems.append(f"prompts.shared_start is about sampled rollouts, and {given} takes their place")
     return problems
 
 

@@ -99,6 +99,16 @@ class Objective(Section):
         """Whether the reward critic predicts the final reward at every state, to compare it with."""
         return False
 
+    @property
+    def needs_own_rollouts(self) -> str:
+        """Why the objective cannot train on trajectories of another policy, in words; "" if it can."""
+        return "its gradient is an expectation over trajectories of the present policy"
+
+    @property
+    def weighs_by_log_pf(self) -> bool:
+        """Whether the weight of a trajectory's gradient depends on the present policy's log P_F of it."""
+        return False
+
     def problems(self, around: Around) -> list[str]:
         """Mistakes that involve this section and others of its recipe, in words; empty if there are none."""
         return []
@@ -142,6 +152,12 @@ class Balance(Target):
     @property
     def learns_gradient(self) -> bool:
         return self.reward_gradient == "learnt"
+
+    @property
+    def needs_own_rollouts(self) -> str:
+        if self.forward_looking.source == "none":
+            return ""
+        return "the forward-looking rewards are the sampling policy's; use forward_looking.source=none"
 
     @property
     def has_flow(self) -> bool:
@@ -211,6 +227,12 @@ class ScalarBalance(ValueBalance):
         return self.policy_gradient != "score"
 
     @property
+    def needs_own_rollouts(self) -> str:
+        if self.takes_gradient:
+            return "the gradient of the flow is taken at the present policy's previews; use policy_gradient=score"
+        return super().needs_own_rollouts
+
+    @property
     def _asks(self) -> str:
         return f"objective.policy_gradient={self.policy_gradient}"
 
@@ -251,6 +273,10 @@ class KLDivergence(ScalarBalance):
     clip_range: float = Field(0.2, gt=0)
     """PPO's clip of the ratio; it acts from the second update of a rollout on. 1e-4, with mean log-probs, is published."""
 
+    @property
+    def needs_own_rollouts(self) -> str:
+        return "the KL whose gradient its policy follows is an expectation over the present policy"
+
     def problems(self, around: Around) -> list[str]:
         problems = super().problems(around)
         if self.policy_gradient != "score":
@@ -281,6 +307,10 @@ class NablaBalance(Balance):
     latent (published), which counts late steps far more."""
     reverse: float = Field(1.0, gt=0)
     """Weight of the reverse residual, which trains the state flow if there is one."""
+
+    @property
+    def needs_own_rollouts(self) -> str:
+        return "the gradient of the flow is taken at the present policy's previews"
 
     @property
     def takes_gradient(self) -> bool:

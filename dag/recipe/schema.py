@@ -8,6 +8,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 
+from dag.recipe.data_sections import Data
 from dag.recipe.first_order_sections import AdjointMatching, Backpropagation, RewardFeedback
 from dag.recipe.network_sections import Flow, OptimizerKind, RewardCritic
 from dag.recipe.objective_sections import (
@@ -143,9 +144,9 @@ class Train(Section):
     trajectories: int = Field(64, ge=2)
     """Trajectories per epoch."""
     updates: int = Field(2, ge=1)
-    """Optimizer updates per epoch; each takes an equal share of the trajectories."""
+    """Optimizer updates per epoch; each takes an equal share of the trajectories. `data` may add as many for older ones."""
     inner_epochs: int = Field(1, ge=1)
-    """Times that each rollout is trained on."""
+    """Times that each new rollout is trained on."""
     micro_batch: int = Field(8, ge=1)
     """Transitions per UNet backward pass; memory grows with it, the gradient does not depend on it. Halved whenever a GPU runs
     out of memory."""
@@ -204,7 +205,6 @@ class Memory(Section):
     """Keep the VAE in CPU memory while the UNet trains; costs two transfers of the VAE an epoch."""
     decode_batch: int | None = Field(None, ge=1)
     """Pictures per VAE call; null takes `sampler.tile`."""
-
     gradient_batch: int | None = Field(None, ge=1)
     """Pictures per backward pass through decoder and reward, where the reward's gradient is taken; null takes
     `train.micro_batch`. Memory grows with it, the gradient does not depend on it."""
@@ -272,6 +272,7 @@ class Recipe(Section):
     flow: Flow = Flow()
     reward_critic: RewardCritic = RewardCritic()
     regulariser: Regulariser = Regulariser()
+    data: Data = Data()
     train: Train = Train()
     memory: Memory = Memory()
     evaluation: Evaluation = Evaluation()

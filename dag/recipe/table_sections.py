@@ -53,6 +53,14 @@ class TrajectoryBalance(Target):
     advantage_clip: float | None = Field(None, gt=0)
     """Clip of a trajectory's residual minus that of the others, in nats; null does not clip."""
 
+    @property
+    def needs_own_rollouts(self) -> str:
+        return ""
+
+    @property
+    def weighs_by_log_pf(self) -> bool:
+        return True
+
     def problems(self, around: Around) -> list[str]:
         problems = super().problems(around)
         if around.per_update < 2:
@@ -66,6 +74,10 @@ class SubTrajectoryBalance(ValueBalance):
     """lambda: a piece of n steps has weight lambda^n. Towards 0 it is detailed balance, towards infinity trajectory balance."""
     clip_range: float = Field(0.2, gt=0)
     """PPO's clip of the ratio; it acts from the second update of a rollout on."""
+
+    @property
+    def weighs_by_log_pf(self) -> bool:
+        return True
 
     def problems(self, around: Around) -> list[str]:
         problems = super().problems(around)
@@ -88,6 +100,10 @@ class OnPictures(Objective):
     """With `chain`: PPO's clip of the ratio; it acts from the second update of a rollout on."""
 
     @property
+    def needs_own_rollouts(self) -> str:
+        return ""
+
+    @property
     def num_draws(self) -> int:
         return self.draws if self.form == "denoise" else 0
 
@@ -108,6 +124,10 @@ class DirectPreference(OnPictures):
     @property
     def has_prior(self) -> bool:
         return True
+
+    @property
+    def weighs_by_log_pf(self) -> bool:
+        return self.form == "chain"
 
     def problems(self, around: Around) -> list[str]:
         problems = super().problems(around)

@@ -17,7 +17,8 @@ from dag.models import families
 from dag.objectives import OBJECTIVES
 from dag.objectives.reward_critic import RewardCritic
 from dag.objectives.state_flow import StateFlow
-from dag.recipe import Recipe, ScalarBalance, prompts
+from dag.recipe import Recipe, ScalarBalance, captions, prompts
+from dag.recipe.captions import Captioned
 from dag.rewards import RewardSum
 from dag.run.fingerprint import of_texts, of_weights
 from dag.run.machine import describe_machine, git_commit
@@ -39,7 +40,11 @@ class Components:
     learner: Learner
     evaluator: Evaluator
     prompts: tuple[str, ...]
-    """P prompts to train on."""
+    """P prompts to train on: first the recipe's, which are sampled, then others of given pictures."""
+    num_sampled: int
+    """How many of them are sampled."""
+    pictures: tuple[Captioned, ...]
+    """The pictures of `data.folder`."""
     text: Tensor
     """(P, S, D) embeddings of the prompts, on the CPU."""
     fingerprint: dict[str, str]
@@ -93,7 +98,10 @@ def build(
         RunError:   the model or a reward cannot be loaded.
     """
     found = prompts.load_prompts(recipe.prompts)
-    texts = (*found.training, *found.held_out)
+    pictures = captions.given_pictures(recipe)
+    known = set(found.training)
+    training = (*found.training, *dict.fromkeys(one.text for one in pictures if one.text not in known))
+    texts = (*training, *found.held_out)
     try:
         kernels = choose(recipe.kernels, device)
     except ValueError as error:
@@ -102,15 +110,18 @@ def build(
     policy = families.load(recipe, device, recipe.forward_looking, kernels)
     for warning in policy.prompt_warnings(texts):
         warn(f"warning: {warning}")
-    text, held_out = policy.encode(texts).split([len(found.training), len(found.held_out)])
+    text, held_out = policy.encode(texts).split([len(training), len(found.held_out)])
     # After encoding, since only then all text encoders are there.
     fingerprint = {name: of_weights(weights) for name, weights in policy.base_weights().items()}
     fingerprint["prompts"] = of_texts(texts)
+    if pictures:
+        fingerprint["folder of pictures"] = captions.fingerprint(pictures)
     policy.free_text_encoder()
     learner = learner_of(recipe, policy, text, kernels, warn, processes)
-    evaluated = (found.held_out, held_out) if recipe.evaluation.held_out else (found.training, text)
+    num_sampled = len(found.training)
+    evaluated = (found.held_out, held_out) if recipe.evaluation.held_out else (found.training, text[:num_sampled])
     evaluator = Evaluator(recipe, *evaluated, device, processes)
-    return Components(policy, reward, learner, evaluator, found.training, text, fingerprint)
+    return Components(policy, reward, learner, evaluator, training, num_sampled, pictures, text, fingerprint)
 
 
 def learner_of(

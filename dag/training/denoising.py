@@ -7,8 +7,8 @@ with o* the output that predicts this noise exactly, k one of the sampler's own 
     regression   n w_n m(x_0^n)                                                                  (RAFT, reward-weighted regression)
     dpo          -log sigmoid(-strength / 2 [(m_w - m_w,pretrained) - (m_l - m_l,pretrained)])   (Wallace et al. 2024)
 
-Only x_0 is needed of a trajectory, so any sampler could have drawn it. Level and noise depend on the group, the update and the
-number of the draw alone; the pictures of a group share them.
+Only x_0 is needed of a trajectory, so any sampler could have drawn it, or a painter: replayed and given pictures have this loss
+too. Level and noise depend on the group, the update and the number of the draw alone; the pictures of a group share them.
 
 Legend: B pictures of a micro-batch, K of a group.
 """
@@ -80,7 +80,7 @@ class Denoising:
     def _noised(self, rollout: Rollout, rows: Rows, update: int, number: int) -> tuple[Tensor, Tensor, Tensor]:
         """(noised latents (B, C, H, W), their levels (B,), the exact outputs (B, C, H, W))."""
         trajectories, schedule, text = rollout.trajectories, self.schedule, self.loss.text_of(rollout, rows)
-        x_0 = last_latents(self.policy, trajectories.states(schedule.num_transitions, rows), text)
+        x_0 = last_latents(self.policy, trajectories.states(-1, rows), text)
         first = first_of_group(trajectories.sample_id[rows], self.per_group)
         draw = update * self.section.draws + number
         k = self._levels(first, draw)

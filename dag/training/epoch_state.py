@@ -102,6 +102,10 @@ class EpochState:
     """Safe points passed."""
     sampled: list[Trajectories] = field(default_factory=list)
     """Sampled and scored tiles, without their chains. Empty in one pass."""
+    given_store: ChainStore | None = None
+    """The chains of the trajectories in `given`; None without `data.folder`."""
+    given: list[Trajectories] = field(default_factory=list)
+    """Scored tiles of given pictures, without their chains."""
     has_begun: bool = False
     """Whether the first update may start: the rollout's residuals and advantages are computed and the flow is
     fitted. One pass needs no such preparation."""
@@ -136,6 +140,11 @@ class EpochState:
         return sum(tile.num_trajectories for tile in self.sampled)
 
     @property
+    def num_given(self) -> int:
+        """Given pictures that are noised and scored."""
+        return sum(tile.num_trajectories for tile in self.given)
+
+    @property
     def num_walked(self) -> int:
         """One pass: trajectories of the unfinished update that are back-propagated."""
         return sum(tile.num_trajectories for tile in self.walked)
@@ -143,6 +152,11 @@ class EpochState:
     def rollout(self) -> Trajectories:
         """All sampled trajectories with their chains."""
         return concatenate(self.sampled, self.store.finish())
+
+    def given_rollout(self) -> Trajectories:
+        """The trajectories of all given pictures with their chains."""
+        assert self.given_store is not None
+        return concatenate(self.given, self.given_store.finish())
 
     # -- the course of an epoch ----------------------------------------------------------------------------------
 
@@ -167,8 +181,9 @@ class EpochState:
 
     def end_updates(self, metrics: dict[str, Any]) -> None:
         """Keep the epoch's metrics, and drop everything that only updates need."""
-        self.sampled, self.drawn, self.residuals = [], [], []
+        self.sampled, self.given, self.drawn, self.residuals = [], [], [], []
         self.advantages, self.store, self.metrics = None, self.store.emptied(), metrics
+        self.given_store = None if self.given_store is None else self.given_store.emptied()
         self.has_begun = False
 
     # -- on disk -------------------------------------------------------------------------------------------------
@@ -176,7 +191,10 @@ class EpochState:
     def state(self) -> dict[str, Any]:
         """The state as a tree of tensors and plain values, for a checkpoint. Its keys are those of format 2 of checkpoints."""
         sampled = vars(concatenate(self.sampled, self.store.so_far())) if self.sampled else None
-        return {"metrics": self.metrics, "sampled": sampled, "progress": self._progress() if self.has_begun else None}
+        state = {"metrics": self.metrics, "sampled": sampled, "progress": self._progress() if self.has_begun else None}
+        if self.given and self.given_store is not None:
+            state["given"] = vars(concatenate(self.given, self.given_store.so_far()))
+        return state
 
     def _progress(self) -> dict[str, Any]:
         """The part of the state that updates change."""
@@ -198,18 +216,21 @@ class EpochState:
         """Restore what `state` returned, on the policy's device, into this state, which must be new."""
         self.metrics = stored["metrics"]
         if stored["sampled"] is not None:
-            rollout = _trajectories(stored["sampled"], device)
+            rollout = restored(stored["sampled"], device)
             self.store.put(rollout.chain)
             self.sampled = [rollout.without_chain()]
+        if "given" in stored:
+            rollout = restored(stored["given"], device)
+            assert self.given_store is not None
+            self.given_store.put(rollout.chain)
+            self.given = [rollout.without_chain()]
         progress = stored["progress"]
         if progress is None:
             return
         self.has_begun, self.measured, self.advantages = True, progress["metrics"], progress["per_trajectory"]
         self.sums, self.share = (UpdateSums.of(progress[name], device) for name in ("outcome", "share"))
         self.micro_batches = progress["micro_batches"]
-        self.drawn, self.walked = (
-            [_trajectories(one, device) for one in progress[name]] for name in ("drawn", "tiles")
-        )
+        self.drawn, self.walked = ([restored(one, device) for one in progress[name]] for name in ("drawn", "tiles"))
         self.probes = [Probe.of(one, device) for one in progress.get("probes", [])]
         self.residuals, self.log_F_tilde = (
             [table.to(device) for table in progress[name]] for name in ("residuals", "log_F_tilde")
@@ -218,5 +239,6 @@ class EpochState:
         self.excess = [table.to(device) for table in progress.get("excess", [])]
 
 
-def _trajectories(stored: dict[str, Any], device: torch.device) -> Trajectories:
+def restored(stored: dict[str, Any], device: torch.device) -> Trajectories:
+    """The trajectories whose `vars` were stored, with their scalars on the policy's device."""
     return Trajectories(**{_RENAMED.get(name, name): value for name, value in stored.items()}).to(device)

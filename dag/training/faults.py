@@ -13,6 +13,7 @@ from dag.errors import DivergedError
 from dag.objectives import ObjectiveOutput
 from dag.run import durable
 from dag.run.metrics import finite
+from dag.run.processes import Processes
 
 # Transitions that a dump shows if all losses are finite.
 _SHOWN = 8
@@ -96,6 +97,20 @@ def dump(folder: Path, name: str, rows: list[dict[str, Any]], states: dict[str, 
     if states:
         save_file(states, folder / f"{name}.safetensors")
     return folder / f"{name}.json"
+
+
+def dumped(error: NotFiniteError, processes: Processes, folder: Path, update: int) -> str:
+    """Write the transitions that an error names; returns the end of a sentence that says where, or "". A collective."""
+    suspects = error.suspects
+    if suspects is None:
+        return ""
+    worst = suspects.worst()
+    found = processes.objects((worst, suspects.states(worst)))
+    if not processes.is_main:
+        return ""
+    rows = [row for rows, _ in found for row in rows]
+    states = {name: tensor for _, tensors in found for name, tensor in tensors.items()}
+    return f"; the transitions are in {dump(folder, f'update_{update:06d}', rows, states)}"
 
 
 def not_finite(trajectories: Trajectories) -> str | None:

@@ -110,6 +110,7 @@ class Learner:
         groups: int = 1,
         *,
         is_new: bool = True,
+        is_off_policy: bool = False,
     ) -> Rollout:
         """The rollout of these trajectories, with their log-probs and rewards on the objective's scale.
 
@@ -117,6 +118,7 @@ class Learner:
             score:  see `Rollout.score`.
             groups: the number of updates that share the trajectories.
             is_new: the scales have not learnt from these trajectories yet; now they do.
+            is_off_policy: see `Rollout`.
 
         Raises:
             NotFiniteError: a number of the trajectories, in any process, is not finite.
@@ -125,12 +127,13 @@ class Learner:
         if self.processes.any((bad is not None,))[0]:
             raise NotFiniteError(bad or "a number of another process is not finite")
         if self.recipe.target is None:
-            return Rollout(trajectories, None, epoch, groups, score)
+            return Rollout(trajectories, None, epoch, groups, score, is_off_policy)
         if is_new:
             previews = trajectories.x0_hat_reward
             everyones = None if previews is None else self.processes.everyones(previews, groups)
             self.log_scale.see(self.processes.everyones(trajectories.reward, groups), everyones)
-        return Rollout(trajectories, self.log_scale.terms(trajectories, epoch), epoch, groups, score)
+        terms = self.log_scale.terms(trajectories, epoch)
+        return Rollout(trajectories, terms, epoch, groups, score, is_off_policy)
 
     @property
     def value_fit(self) -> FlowFit | None:

@@ -37,6 +37,8 @@ class Rollout:
     """The number of updates that share the trajectories."""
     score: Score | None = None
     """Computes the rewards of images of these trajectories, for `forward_looking.source: current`, and their gradients."""
+    is_off_policy: bool = False
+    """Another policy, or P_B, gave the trajectories: P_F at sampling time has no part in the loss, and the ratio is 1."""
 
 
 @dataclass(frozen=True)
@@ -272,6 +274,8 @@ class Loss:
             None if table is None else table[rows, k] for table in (tables.advantage, tables.flow_slope)
         )
         log_pf, log_pb = trajectories.log_pf[rows, k], trajectories.log_pb[rows, k]
+        if rollout.is_off_policy:
+            log_pf = now.log_pf.detach()
         transition = self.transition(k, now, log_pf, log_pb, flows, advantage, pull, slope)
         return self.output(transition, k, pull), self.regulariser(now)
 

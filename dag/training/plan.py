@@ -17,12 +17,13 @@ class Plan:
     counted_as: str
     """The model whose configs were read: the recipe's, or the architecture that a hub model is taken for."""
     trajectories: int
-    """Trajectories of the complete run."""
+    """Trajectories of the complete run, each once: sampled ones, and those of given pictures."""
     updates: int
     """Optimizer steps of the policy in the complete run."""
     transitions_per_update: int
     unet_rows_per_epoch: int
-    """UNet forward rows (two per state with guidance) in sampling and training, without evaluations."""
+    """UNet forward rows (two per state with guidance) in sampling and training, without evaluations; of an epoch in which
+    `data.replay` has all its rollouts."""
     rewards_per_epoch: int
     """Images that are decoded and scored in an epoch."""
     beta_eff: float | None
@@ -50,15 +51,21 @@ def make_plan(recipe: Recipe) -> Plan:
     steps = max(1, math.ceil(train.step_fraction * (end - first)))
     if isinstance(recipe.objective, Backpropagation):
         steps = recipe.objective.most_steps
-    steps = recipe.objective.num_draws or steps
+    data, objective = recipe.data, recipe.objective
+    steps = objective.num_draws or steps
     branches = 2 if recipe.sampler.guidance_scale > 1 else 1
-    trained_rows = train.trajectories * steps * train.inner_epochs
+    others, sources = data.replay + (data.folder is not None), data.samples + (data.folder is not None)
+    trained_rows = train.trajectories * steps * _passes_of_an_epoch(recipe)
     # In one pass the sampling pass is the training pass.
-    sampled_rows = train.trajectories * T + (trained_rows if train.rollout == "stored" else 0)
+    sampled_rows = train.trajectories * T * data.samples
+    training_rows = branches * trained_rows * (train.rollout == "stored")
+    if objective.num_draws:  # of the conditional branch alone, and of the reference
+        training_rows = trained_rows * (2 if recipe.has_prior else 1)
     extra = 0
     if recipe.regulariser.pretrained_kl > 0:
         extra += trained_rows
-    extra += train.trajectories * T if recipe.samples_prior else 0
+    extra += train.trajectories * T * sources if recipe.samples_prior else 0
+    extra += train.trajectories * T * others if objective.weighs_by_log_pf else 0
     extra += trained_rows * _gradient_passes(recipe)
     previews, section = 0, recipe.forward_looking
     if section is not None:
@@ -74,13 +81,23 @@ def make_plan(recipe: Recipe) -> Plan:
     return Plan(
         latent_elements=D,
         counted_as=counted_as(recipe.model.path),
-        trajectories=train.epochs * train.trajectories,
-        updates=(train.epochs - warmup) * train.updates * train.inner_epochs,
+        trajectories=train.epochs * train.trajectories * sources,
+        updates=train.updates * sum(_passes_of_an_epoch(recipe, epoch) for epoch in range(warmup, train.epochs)),
         transitions_per_update=train.trajectories // train.updates * steps,
-        unet_rows_per_epoch=branches * (sampled_rows + extra),
-        rewards_per_epoch=train.trajectories + previews,
+        unet_rows_per_epoch=training_rows + branches * (sampled_rows + extra),
+        rewards_per_epoch=train.trajectories * sources + previews,
         beta_eff=beta_eff,
     )
+
+
+def _passes_of_an_epoch(recipe: Recipe, epoch: int | None = None) -> int:
+    """How often an epoch trains on `train.trajectories`: new ones, and those of another policy; None is a late epoch.
+
+    The first epochs have few rollouts to replay.
+    """
+    data = recipe.data
+    replayed = data.replay if epoch is None else min(epoch, data.replay)
+    return recipe.train.inner_epochs * data.samples + (data.folder is not None) + replayed
 
 
 def _gradient_passes(recipe: Recipe) -> int:
@@ -111,13 +128,31 @@ def _gradients(recipe: Recipe) -> str:
     return f"; gradient {' + '.join(kinds)}"
 
 
-def describe(recipe: Recipe, num_prompts: int) -> str:
-    """The plan as text for the terminal."""
+def _given(recipe: Recipe, num_pictures: int) -> list[str]:
+    """The line about trajectories that the present policy did not sample, if there are any."""
+    data, parts = recipe.data, []
+    if data.folder is not None:
+        place = "after" if data.sample else "in the place of"
+        parts.append(
+            f"{recipe.train.trajectories} an epoch of {num_pictures} pictures in {data.folder}, {place} the rollout"
+        )
+    if data.replay:
+        parts.append(f"the last {data.replay} rollouts once more in each epoch")
+    return [f"data          {'; '.join(parts)}"] if parts else []
+
+
+def describe(recipe: Recipe, num_prompts: int, num_pictures: int = 0) -> str:
+    """The plan as text for the terminal.
+
+    Args:
+        num_pictures: pictures in `data.folder`.
+    """
     plan, train, sampler = make_plan(recipe), recipe.train, recipe.sampler
     is_known = plan.counted_as == recipe.model.path
     known = (
         "from the model's config" if is_known else f"of {plan.counted_as}: the model's files are not on this machine"
     )
+    updates = train.updates * _passes_of_an_epoch(recipe)
     lines = [
         f"model         {recipe.model.path}, {recipe.model.dtype}, {recipe.adapter.kind}"
         + (f" rank {recipe.adapter.rank}" if recipe.adapter.kind == "lora" else ""),
@@ -126,9 +161,10 @@ def describe(recipe: Recipe, num_prompts: int) -> str:
         f"reward        {' + '.join(f'{term.weight:g} {term.name}' for term in recipe.reward)}{_gradients(recipe)}",
         f"objective     {recipe.objective.name}{_target(recipe)}, log-probs reduced by {recipe.objective.log_prob_reduction}",
         f"sampling      {sampler.steps} steps, eta {sampler.eta:g}, guidance {sampler.guidance_scale:g}, {sampler.tile} at a time",
-        f"per epoch     {train.trajectories} trajectories, {plan.rewards_per_epoch} images decoded and scored, "
+        *_given(recipe, num_pictures),
+        f"per epoch     {plan.trajectories // train.epochs} trajectories, {plan.rewards_per_epoch} images decoded and scored, "
         f"{plan.unet_rows_per_epoch} UNet rows",
-        f"updates       {train.updates * train.inner_epochs} per epoch over {plan.transitions_per_update} transitions each, "
+        f"updates       {updates} per epoch over {plan.transitions_per_update} transitions each, "
         f"micro-batch {train.micro_batch}",
         f"run           {train.epochs} epochs, {plan.trajectories} trajectories, {plan.updates} policy updates",
     ]
@@ -141,7 +177,7 @@ def describe(recipe: Recipe, num_prompts: int) -> str:
             f"reversal      sampler.eta={sampler.eta:g}, objective.prior=none: only with eta 1 can the noising kernel P_B reverse "
             "P_F; residuals cannot all become zero"
         )
-    if train.micro_batch != sampler.tile and train.rollout == "stored":
+    if train.micro_batch != sampler.tile and train.rollout == "stored" and recipe.data.samples:
         lines.append(
             f"ratio         micro-batch {train.micro_batch} is not the tile {sampler.tile}: log P_F is recomputed up to float "
             "rounding; set them equal for a first ratio of exactly 1"

@@ -1,8 +1,9 @@
 """Writes the checkpoints of a run, and resumes a run from one.
 
-A checkpoint holds the trained weights, optimizer states, scales and counters, which are the same in every process, and the
-metrics so far. One taken inside an epoch also holds the `EpochState` of each process, and the gradients of its unfinished
-update. The files' keys are those of format 2 (`flight`, `rests`), whatever the code calls them today.
+A checkpoint holds the trained weights, optimizer states, scales and counters, which are the same in every process, the metrics
+so far, and the rollouts that each process keeps for `data.replay`. One taken inside an epoch also holds the `EpochState` of each
+process, and the gradients of its unfinished update. The files' keys are those of format 2 (`flight`, `rests`), whatever the code
+calls them today.
 """
 
 from collections.abc import Iterator
@@ -20,6 +21,7 @@ from dag.run.folder import RunFolder
 from dag.run.processes import Processes
 from dag.training.build import Components
 from dag.training.epoch_state import EpochState
+from dag.training.replay import Replay
 
 _METRICS = "metrics.jsonl"
 
@@ -32,6 +34,7 @@ class Checkpoints:
     components: Components
     processes: Processes
     keep: int
+    replay: Replay
 
     # -- saving --------------------------------------------------------------------------------------------------
 
@@ -46,12 +49,13 @@ class Checkpoints:
         Raises:
             RunError: it cannot be written, in every process. Earlier checkpoints stay, see `dag.run.checkpoint.save`.
         """
-        tensors: dict[str, Tensor] = {}
-        packed = None if epoch is None else tree.packed(self._unfinished(epoch), tensors)
-        of_all = [] if epoch is None else self.processes.objects((packed, {k: v.cpu() for k, v in tensors.items()}))
+        flight = [] if epoch is None else self._of_all(self._unfinished(epoch))
+        kept = self._of_all(self.replay.state()) if self.replay.rollouts else []
         problem = None
         if self.processes.is_main:
-            groups = {**self._groups(), **{f"flight_{rank}": group for rank, (_, group) in enumerate(of_all)}}
+            groups = self._groups()
+            for kind, of_all in (("flight", flight), ("replay", kept)):
+                groups |= {f"{kind}_{rank}": group for rank, (_, group) in enumerate(of_all)}
             state = {
                 "epoch": position.epoch,
                 "rests": position.points,
@@ -61,7 +65,8 @@ class Checkpoints:
                 "seconds": seconds,
                 "learner": self.components.learner.state_dict(),
                 "optimizers": {name: optimizer_state.numbers_of(one) for name, one in self._optimizers()},
-                "flight": [stored for stored, _ in of_all],
+                "flight": [stored for stored, _ in flight],
+                "replay": [stored for stored, _ in kept],
             }
             try:
                 texts = {_METRICS: self.run.metrics.text()}
@@ -72,6 +77,12 @@ class Checkpoints:
         if problem is not None:
             raise RunError(problem)
         return position.name
+
+    def _of_all(self, state: Any) -> list[tuple[Any, dict[str, Tensor]]]:
+        """[(JSON, tensors on the CPU)] of a tree, of every process."""
+        tensors: dict[str, Tensor] = {}
+        packed = tree.packed(state, tensors)
+        return self.processes.objects((packed, {name: tensor.cpu() for name, tensor in tensors.items()}))
 
     def _groups(self) -> dict[str, dict[str, Tensor]]:
         """The tensors that are the same in every process, by file and name."""
@@ -120,8 +131,12 @@ class Checkpoints:
         now, then = self.components.fingerprint, state["fingerprint"]
         if changed := [name for name in now if now[name] != then.get(name)]:
             return f"was trained on another {' and another '.join(changed)} than this recipe names now"
-        if state["flight"] and state["processes"] != self.processes.size:
+        if state["processes"] == self.processes.size:
+            return None
+        if state["flight"]:
             return f"was taken inside an epoch by {state['processes']} processes, this launch has {self.processes.size}"
+        if state.get("replay"):
+            return f"holds the rollouts of {state['processes']} processes, this launch has {self.processes.size}"
         return None
 
     def load(self, folder: Path, fresh: EpochState) -> tuple[dict[str, Any], EpochState | None]:
@@ -140,9 +155,12 @@ class Checkpoints:
         for name, optimizer in self._optimizers():
             tensors = checkpoint.load_tensors(folder, f"optimizer_{name}")
             optimizer_state.restore(optimizer, tensors, state["optimizers"][name])
+        rank = self.processes.rank
+        if state.get("replay"):
+            kept = tree.unpacked(state["replay"][rank], checkpoint.load_tensors(folder, f"replay_{rank}"))
+            self.replay.load_state(kept, learner.device)
         if not state["flight"]:
             return state, None
-        rank = self.processes.rank
         stored = tree.unpacked(state["flight"][rank], checkpoint.load_tensors(folder, f"flight_{rank}"))
         fresh.epoch, fresh.points = int(state["epoch"]), state["rests"]
         fresh.load_state(stored, learner.device)

@@ -31,7 +31,7 @@ class Sampling:
         """The prompts and sample ids of this process's share of an epoch."""
         count, updates = self.recipe.train.trajectories, self.recipe.train.updates
         per_group = self.recipe.prompts.per_group
-        drawn = prompts.draw(len(self.components.prompts), count, self.recipe.seed, epoch, per_group)
+        drawn = prompts.draw(self.components.num_sampled, count, self.recipe.seed, epoch, per_group)
         ids = epoch * count + torch.arange(count)
         return Batch(self.processes.mine(torch.from_numpy(drawn), updates), self.processes.mine(ids, updates))
 

@@ -22,6 +22,7 @@ from dag.training.epoch_state import EpochState
 from dag.training.flow_fit import describe_residuals
 from dag.training.learner import Learner, Lesson
 from dag.training.loss import Rollout, Tables
+from dag.training.replay import with_present_log_pf
 from dag.training.safe_points import Steps, agreed
 from dag.training.trust_region import PROBED, Probe
 
@@ -39,6 +40,7 @@ class StoredTraining:
         trajectories: Trajectories,
         score: Score | None = None,
         on_rows: Callable[[int], object] = lambda n: None,
+        earlier: Sequence[Trajectories] = (),
     ) -> Steps:
         """The updates of an epoch that `state` does not have yet. Yields after each micro-batch.
 
@@ -49,23 +51,31 @@ class StoredTraining:
             trajectories: this process's trajectories of the epoch, with their chains.
             score:        see `Rollout.score`.
             on_rows:      called with the number of transitions just back-propagated, for a progress bar.
+            earlier:      trajectories that another policy gave, which are trained on afterwards, once.
 
         Raises:
             TooManyRowsError: a GPU ran out of memory in a micro-batch. A new iterator over the same state continues.
             NotFiniteError:   see `Learner.rollout` and `Updates.step`.
         """
-        train, epoch = self.recipe.train, state.epoch
+        train, epoch, is_off_policy = self.recipe.train, state.epoch, not self.recipe.data.samples
         with self.meter.phase("update"):
             # First what may run out of memory, while nothing has changed yet.
             lesson = self._lesson(trajectories, score) if not state.has_begun else None
-            rollout = self.learner.rollout(trajectories, epoch, score, train.updates, is_new=not state.has_begun)
-            if not state.has_begun:
+            is_new = not state.has_begun
+            rollout = self.learner.rollout(
+                trajectories, epoch, score, train.updates, is_new=is_new, is_off_policy=is_off_policy
+            )
+            if is_new:
                 self._begin(rollout, state, lesson)
+            others = [
+                self.learner.rollout(one, epoch, None, train.updates, is_new=False, is_off_policy=True)
+                for one in earlier
+            ]
         N = trajectories.num_trajectories
-        groups = cut(slice(0, N), N // train.updates)
+        groups, rollouts = cut(slice(0, N), N // train.updates), [*[rollout] * train.inner_epochs, *others]
         if epoch >= self.recipe.warmup_epochs:
-            for number in range(state.sums.updates, train.inner_epochs * len(groups)):
-                yield from self._update(rollout, groups[number % len(groups)], state, on_rows)
+            for number in range(state.sums.updates, len(rollouts) * len(groups)):
+                yield from self._update(rollouts[number // len(groups)], groups[number % len(groups)], state, on_rows)
         state.measured |= self.updates.metrics(state.sums)
         if self.recipe.fits_critic_afterwards:
             state.measured |= self.learner.fit_critic(self._lesson(trajectories, score), train.updates)
@@ -94,6 +104,9 @@ class StoredTraining:
     def _update(self, rollout: Rollout, rows: Rows, state: EpochState, on_rows: Callable[[int], object]) -> Steps:
         """One optimizer step on the transitions of `rows` in this process and their counterparts in the others."""
         with self.meter.phase("update"):
+            if rollout.is_off_policy and self.recipe.objective.weighs_by_log_pf:
+                present = partial(with_present_log_pf, self.learner.loss, rollout, rows, self.updates.micro_batch)
+                rollout = agreed(self.processes, present)
             tables = self._tables(rollout, rows, state.advantages)
             self.updates.begin(state)
         self.updates.suspects.trajectories = rollout.trajectories
@@ -154,6 +167,14 @@ class StoredTraining:
         placed[rows] = self.processes.mine(table)
         return placed
 
+    def _log_start(self, rollout: Rollout, rows: Rows) -> Tensor | None:
+        """(B,) see `UpdateScalars.log_start`. The pretrained model begins in the same noise, so that with it the term cancels."""
+        section = self.recipe.objective
+        if not (rollout.is_off_policy and section.weighs_by_log_pf) or section.has_prior:
+            return None
+        start = rollout.trajectories.states(0, rows).double().flatten(1)
+        return -0.5 * self.learner.log_scale.reduction_factor * start.square().sum(1)
+
     def _scalars(self, rollout: Rollout, rows: Rows) -> UpdateScalars:
         """What is known of the update whose trajectories in this process are `rows`."""
         learner, everyones, trajectories = self.learner, self.processes.everyones, rollout.trajectories
@@ -163,6 +184,8 @@ class StoredTraining:
             log_reward=None if terms is None else everyones(terms.log_reward[rows]),
             reward=everyones(trajectories.reward[rows]),
             values=None if (values := learner.state_values(trajectories, rows)) is None else everyones(values),
+            is_off_policy=rollout.is_off_policy,
+            log_start=None if (start := self._log_start(rollout, rows)) is None else everyones(start),
         )
         if flow_fit is None or terms is None:
             return known

@@ -25,8 +25,10 @@ from dag.training import faults
 from dag.training.build import Components
 from dag.training.epoch_state import EpochState
 from dag.training.faults import NotFiniteError
+from dag.training.given import Given
 from dag.training.one_pass import OnePass
 from dag.training.outputs import Outputs
+from dag.training.replay import Replay
 from dag.training.resume import Checkpoints
 from dag.training.safe_points import SafePoints, Steps, TooManyRowsError, agreed
 from dag.training.sampling import Sampling
@@ -60,7 +62,10 @@ class Trainer:
         self.outputs = Outputs(recipe, run, components, tracker)
         self.meter = PhaseMeter(components.device)
         self.sampling = Sampling(recipe, components, processes, self.meter)
-        self.checkpoints = Checkpoints(run, components, processes, recipe.checkpoint.keep)
+        self.given = Given(recipe, components, processes, self.meter)
+        place = torch.device("cpu") if recipe.memory.chains == "cpu" else components.device
+        self.replay = Replay(recipe.data.replay, place, ends_only=recipe.objective.num_draws > 0)
+        self.checkpoints = Checkpoints(run, components, processes, recipe.checkpoint.keep, self.replay)
         self.safe_points = SafePoints(processes, interrupt, recipe.checkpoint.minutes, self._save_inside_epoch)
         self.state: EpochState | None = None
         self.tile = recipe.sampler.tile
@@ -88,7 +93,8 @@ class Trainer:
             for epoch in range(start, self.recipe.train.epochs):
                 self.train_epoch(epoch)
         except NotFiniteError as error:
-            raise DivergedError(f"{error}{self._dumped(error)}{self._last_good()}") from None
+            where = faults.dumped(error, self.processes, self.run.faults, self.updates.optimizer_step)
+            raise DivergedError(f"{error}{where}{self._last_good()}") from None
         except RunError:
             self._save_after_failure()
             raise
@@ -120,8 +126,11 @@ class Trainer:
     def begin_epoch(self, epoch: int) -> EpochState:
         """Start an epoch: a new state, which `learn` continues."""
         self.meter.start_epoch()
-        self.state = EpochState(epoch, self.sampling.store())
+        self.state = self._fresh_state(epoch)
         return self.state
+
+    def _fresh_state(self, epoch: int) -> EpochState:
+        return EpochState(epoch, self.sampling.store(), given_store=self.given.store())
 
     def learn(self) -> dict[str, Any]:
         """The rollout and the updates of the epoch, as far as `state` does not have them yet. Returns the epoch's metrics."""
@@ -133,6 +142,7 @@ class Trainer:
             else:
                 trajectories = self.sample(state)
                 self.train_on(trajectories, state)
+                self.replay.keep(trajectories)
             state.end_updates(self._summary(trajectories) | state.measured)
             del trajectories  # else its chains would stay in memory through the evaluation
             self._safe_point()
@@ -144,31 +154,37 @@ class Trainer:
         return self.recipe.train.rollout == "one_pass" and epoch >= self.recipe.warmup_epochs
 
     def sample(self, state: EpochState) -> Trajectories:
-        """This process's trajectories of the epoch: sample and score those that `state` does not have yet."""
+        """This process's trajectories of the epoch, given ones if none are sampled: make those that `state` does not have yet."""
         T, each = self.components.policy.schedule.num_transitions, self.sampling.images_per_trajectory()
-        total, done = len(self.sampling.batch(state.epoch).sample_id), state.num_sampled
+        data, share = self.recipe.data, self.recipe.train.trajectories // self.processes.size
+        sources = [self.sampling] * data.samples + [self.given] * (data.folder is not None)
+        total, done = share * len(sources), state.num_sampled + state.num_given
         with (
             self.components.scoring(),
             self._bar("sample", total * T, done * T) as rows,
             self._bar("score", total * each, done * each) as images,
         ):
-            self._run(
-                lambda: self.sampling.steps(state, self.tile, rows.update, images.update),
-                self._halve_tile,
-            )
-        return state.rollout()
+            for source in sources:
+                steps = partial(source.steps, state, on_rows=rows.update, on_images=images.update)
+                self._run(partial(self._tiles, steps), self._halve_tile)
+        return state.rollout() if data.samples else state.given_rollout()
+
+    def _tiles(self, steps: Callable[..., Steps]) -> Steps:
+        """The steps, in tiles of the size that fits into memory now."""
+        return steps(tile=self.tile)
 
     def train_on(self, trajectories: Trajectories, state: EpochState) -> None:
         """Train on a stored rollout: the updates that `state` does not have yet."""
-        train = self.recipe.train
-        total = trajectories.num_trajectories * self.learner.schedule.num_transitions * train.inner_epochs
-        done = state.sums.updates * total // (train.updates * train.inner_epochs)
+        train, data = self.recipe.train, self.recipe.data
+        earlier = [*self.replay.rollouts, *([state.given_rollout()] if data.sample else [])]
+        once = trajectories.num_trajectories * self.learner.schedule.num_transitions
+        total, done = once * (train.inner_epochs + len(earlier)), state.sums.updates * once // train.updates
         score = self.sampling.scorer(Batch(trajectories.prompt_id, trajectories.sample_id.cpu()))
         training = StoredTraining(self.learner, self.meter)
         scoring = self.components.scoring() if self.recipe.scores_in_training else nullcontext()
         with scoring, self._bar("update", total, done) as bar:
             self._run(
-                lambda: training.steps(state, trajectories, score, bar.update),
+                lambda: training.steps(state, trajectories, score, bar.update, earlier),
                 lambda why: self.updates.halve_micro_batch(state, why),
             )
         self.components.reward.check()  # scores of previews are else checked with the next final picture, and here is none
@@ -292,7 +308,7 @@ class Trainer:
             if self.processes.is_main:
                 self.run.metrics.restore("")
             return None
-        stored, self.state = self.checkpoints.load(folder, EpochState(0, self.sampling.store()))
+        stored, self.state = self.checkpoints.load(folder, self._fresh_state(0))
         epoch = int(stored["epoch"])
         if epoch + (self.state is not None) > self.recipe.train.epochs:
             raise UsageError(
@@ -308,20 +324,6 @@ class Trainer:
         inside = "" if self.state is None else f", {self.state.points} safe points into the next,"
         self._say(f"resumed after epoch {epoch}{inside} from {folder}{why}")
         return epoch
-
-    def _dumped(self, error: NotFiniteError) -> str:
-        """Write the transitions that an error names; returns the end of a sentence that says where, or ""."""
-        suspects = error.suspects
-        if suspects is None:
-            return ""
-        worst = suspects.worst()
-        found = self.processes.objects((worst, suspects.states(worst)))
-        if self.processes.is_main:
-            rows = [row for rows, _ in found for row in rows]
-            states = {name: tensor for _, tensors in found for name, tensor in tensors.items()}
-            name = f"update_{self.updates.optimizer_step:06d}"
-            return f"; the transitions are in {faults.dump(self.run.faults, name, rows, states)}"
-        return ""
 
     def _last_good(self) -> str:
         """The end of a sentence that names the newest complete checkpoint, or ""."""

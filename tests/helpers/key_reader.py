@@ -7,6 +7,7 @@ from typing import Any
 
 from dag import recipe
 from dag.recipe import (
+    data_sections,
     first_order_sections,
     network_sections,
     objective_sections,
@@ -21,6 +22,7 @@ SCHEMAS = {
     "dag.recipe": recipe,
     "dag.recipe.schema": schema,
     "dag.recipe.network_sections": network_sections,
+    "dag.recipe.data_sections": data_sections,
     "dag.recipe.objective_sections": objective_sections,
     "dag.recipe.first_order_sections": first_order_sections,
     "dag.recipe.table_sections": table_sections,

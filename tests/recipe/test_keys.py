@@ -126,6 +126,7 @@ def test_every_key_of_the_schema_is_read_somewhere() -> None:
         "section",
         "contradictions",
         "network_sections",
+        "data_sections",
         "reward_sections",
         "objective_sections",
         "first_order_sections",
@@ -134,7 +135,14 @@ def test_every_key_of_the_schema_is_read_somewhere() -> None:
     schema_files = {ROOT / f"dag/recipe/{name}.py" for name in names}
     paths = [*(ROOT / "dag").rglob("*.py"), ROOT / "train_dag.py"]
     sources = [path.read_text(encoding="utf-8") for path in paths if path not in schema_files]
-    for name in ("schema", "objective_sections", "first_order_sections", "table_sections", "search_sections"):
+    for name in (
+        "schema",
+        "data_sections",
+        "objective_sections",
+        "first_order_sections",
+        "table_sections",
+        "search_sections",
+    ):
         sources.append(properties_of((ROOT / f"dag/recipe/{name}.py").read_text(encoding="utf-8")))
     read = set().union(*map(fields_read, sources))
     unread = sorted(f"{section}.{field}" for section, field in FIELDS - read)

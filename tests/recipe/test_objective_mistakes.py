@@ -14,6 +14,7 @@ reward: {name: colourfulness}
 objective: {name: dag_db, beta: {value: 10}}
 """
 JPEG = "reward={name: compressibility}"
+TB = "objective={name: tb, beta: {value: 1}}"
 MISTAKES: list[tuple[tuple[str, ...], str]] = [
     (("objective={name: backprop}", JPEG), "objective.name=backprop: compressibility has no gradient"),
     (("objective={name: backprop, step_weight: balanced}",), "step_weight=balanced changes the gradient of backprop"),
@@ -74,6 +75,30 @@ MISTAKES: list[tuple[tuple[str, ...], str]] = [
         ("objective={name: tb, beta: {value: 1}, prior: pretrained}", "adapter.kind=full"),
         "objective.prior=pretrained needs adapter.kind=lora",
     ),
+    (("data.sample=true",), "data.sample has no effect without data.folder"),
+    ((TB, "data={folder: x, replay: 1}"), "data.replay keeps sampled rollouts"),
+    ((TB, "data.replay=1", "train.rollout=one_pass"), "data.replay: train.rollout=one_pass trains while it samples"),
+    ((TB, "data.replay=1", "regulariser.sampling=1"), "data.replay: regulariser.sampling pulls towards the policy"),
+    ((TB, "data.folder=x", "train.inner_epochs=2"), "train.inner_epochs=2 repeats sampled rollouts"),
+    (
+        (TB, "data.folder=x", "prompts.per_group=2", "prompts.shared_start=true"),
+        "prompts.shared_start is about sampled rollouts, and data.folder takes their place",
+    ),
+    (("data.replay=1",), "data.replay: not with objective.name=dag_db: the forward-looking rewards are the sampling"),
+    (
+        ("objective={name: subtb, beta: {value: 1}, forward_looking: {source: none}}", "data.folder=x"),
+        "data.folder: subtb's flow is fitted to sampled rollouts; set data.sample=true",
+    ),
+    (("objective={name: ddpo}", "data.folder=x"), "data.folder: not with objective.name=ddpo: its gradient is an"),
+    (
+        ("objective={name: dag_kl, beta: {value: 1}}", "data.folder=x"),
+        "data.folder: not with objective.name=dag_kl: the KL whose gradient",
+    ),
+    (
+        ("objective={name: nabla_db, beta: {value: 1}}", "data.replay=1"),
+        "data.replay: not with objective.name=nabla_db: the gradient of the flow",
+    ),
+    (("objective={name: refl}", "data.replay=1"), "data.replay: not with objective.name=refl: its gradient is an"),
 ]
 
 
