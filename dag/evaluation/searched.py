@@ -7,6 +7,7 @@ It holds:
     pictures/NNNN.json                  their rewards and work; written last
     plain/NNNN.png                      the same without a search, from the noise with which the search began
     results.json, before_after.png      all prompts
+    metadata.jsonl, found/NNNN_M.png    each picture by itself, with its prompt and reward: a folder for `data.folder`
 """
 
 import json
@@ -31,6 +32,7 @@ class SearchFolder:
     def __init__(self, path: Path) -> None:
         self.path = path
         self.description, self.results = path / "search.json", path / "results.json"
+        self.metadata = path / "metadata.jsonl"
 
     def record(self, number: int) -> Path:
         """The file with the numbers of a prompt."""
@@ -39,6 +41,10 @@ class SearchFolder:
     def pictures(self, kind: str, number: int) -> Path:
         """The file with the pictures of a prompt; `kind` is "pictures" or "plain"."""
         return self.path / kind / f"{number:04d}.png"
+
+    def single(self, number: int, picture: int) -> Path:
+        """The file of one picture that was found for a prompt."""
+        return self.path / "found" / f"{number:04d}_{picture}.png"
 
     def is_one(self) -> bool:
         """Whether there is a search in the folder."""

@@ -128,7 +128,23 @@ class Searching:
         means = {key: _mean(rows, key) for key in ("reward_plain", "reward", "passes", "scored", "seconds")}
         durable.write_json(self.folder.results, {"method": self.recipe.search.name, **means, "prompts": rows})
         self._draw(rows)
+        self._write_as_data(rows)
         return means
+
+    def _write_as_data(self, rows: Sequence[dict[str, Any]]) -> None:
+        """Write what was found as a folder of pictures with prompts, which `data.folder` and the datasets library read."""
+        lines = []
+        for number, row in enumerate(rows):
+            pictures = to_bytes(side_by_side(self.folder.pictures("pictures", number), self.recipe.images))
+            for picture, (pixels, reward) in enumerate(zip(pictures, row["reward"], strict=True)):
+                file = self.folder.single(number, picture)
+                file.parent.mkdir(exist_ok=True)
+                with durable.replacing(file) as temporary:
+                    Image.fromarray(pixels).save(temporary)
+                name = file.relative_to(self.folder.path).as_posix()
+                lines.append(json.dumps({"file_name": name, "text": row["prompt"], "reward": reward}) + "\n")
+        with durable.replacing(self.folder.metadata) as temporary:
+            temporary.write_text("".join(lines), encoding="utf-8")
 
     def _found(self, particles: Particles, picture: int) -> Found:
         """One picture. Its choices depend on the seed and its place alone, so that a search goes on as if undisturbed."""

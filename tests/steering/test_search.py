@@ -12,6 +12,7 @@ from dag import search
 from dag.chain.rollout import generate
 from dag.chain.sample_ids import COMPARISON
 from dag.evaluation.searched import side_by_side
+from dag.recipe.captions import load_captions
 from dag.recipe.load import load_search
 from dag.steering import noise
 from dag.steering.particles import Particles
@@ -141,6 +142,11 @@ def test_a_search_goes_on_where_a_reward_failed(
     assert search.main([*words[:3], str(tmp_path / "whole")]) == 0
     assert results(tmp_path / "out") == results(tmp_path / "whole")
     assert (tmp_path / "out/before_after.png").read_bytes() == (tmp_path / "whole/before_after.png").read_bytes()
+    given = load_captions(tmp_path / "out")
+    assert [picture.text for picture in given] == ["a cat", "a cat", "a dog", "a dog"]
+    for number, picture in enumerate(given):
+        pair = side_by_side(tmp_path / f"out/pictures/{number // 2:04d}.png", 2)
+        assert torch.equal(side_by_side(picture.file, 1)[0], pair[number % 2])
     assert search.main(words) == 0, "nothing is missing"
     assert search.main([*words, "--set", "images=1"]) == 2
     assert "holds another search" in capsys.readouterr().err
