@@ -120,6 +120,14 @@ class DirectPreference(OnPictures):
     strength: float = Field(0.1, gt=0)
     """DPO's beta: the weight of log P_F - log p_pretrained against a preference, in the recipe's reduction (D3PO: 0.1 with means),
     or of the squared errors of noise prediction (published: 100 to 5000)."""
+    reference: Literal["pretrained", "past"] = "pretrained"
+    """What the policy is compared with: the pretrained model, or with `denoise` one of its own earlier states, drawn for each
+    update (SePPO)."""
+    past: int = Field(4, ge=1)
+    """With `reference: past`: the policies at the starts of the last n epochs are kept, in CPU memory and in checkpoints."""
+    flip: Literal["none", "anchor"] = "none"
+    """With `denoise`: `anchor` imitates the worse picture too where the policy denoises the better one worse than the reference
+    does, since a reference that is ahead is no bad example (SePPO)."""
 
     @property
     def has_prior(self) -> bool:
@@ -131,6 +139,10 @@ class DirectPreference(OnPictures):
 
     def problems(self, around: Around) -> list[str]:
         problems = super().problems(around)
+        if self.form == "chain":
+            problems += [f"objective.{key} needs form=denoise" for key in self.changed("reference", "flip")]
+        if self.reference == "pretrained":
+            problems += [f"objective.{key} belongs to reference=past" for key in self.changed("past")]
         if self.form == "denoise" and around.micro_batch % around.per_group:
             problems.append(
                 f"train.micro_batch={around.micro_batch} must be a multiple of prompts.per_group={around.per_group}: a group's "

@@ -5,7 +5,10 @@
 with o* the output that predicts this noise exactly, k one of the sampler's own noise levels, and the conditional branch alone.
 
     regression   n w_n m(x_0^n)                                                                  (RAFT, reward-weighted regression)
-    dpo          -log sigmoid(-strength / 2 [(m_w - m_w,pretrained) - (m_l - m_l,pretrained)])   (Wallace et al. 2024)
+    dpo          -log sigmoid(-strength / 2 [(m_w - m_w,reference) - (m_l - m_l,reference)])     (Wallace et al. 2024)
+
+The reference of a preference is the pretrained model, or an earlier policy of the run (`reference: past`). With `flip: anchor` the
+minus between the brackets is a plus where m_w > m_w,reference (SePPO; Zhang et al. 2024).
 
 Only x_0 is needed of a trajectory, so any sampler could have drawn it, or a painter: replayed and given pictures have this loss
 too. Level and noise depend on the group, the update and the number of the draw alone; the pictures of a group share them.
@@ -27,19 +30,24 @@ from dag.errors import RunError
 from dag.objectives import ObjectiveOutput
 from dag.recipe import DirectPreference, Recipe, Regression
 from dag.training.loss import Loss, Rollout, StepOutput, Tables
+from dag.training.past import PastPolicies
 
 # Steps of the counter-based noise above those of any chain.
 _DRAWS = 1 << 31
 
 
 class Denoising:
-    """Computes the losses of a recipe's objective, one with `form: denoise`."""
+    """Computes the losses of a recipe's objective, one with `form: denoise`.
+
+    Args:
+        past: the references of `reference: past`; None for others.
+    """
 
     is_sweep = False
 
-    def __init__(self, recipe: Recipe, policy: Policy, loss: Loss) -> None:
+    def __init__(self, recipe: Recipe, policy: Policy, loss: Loss, past: PastPolicies | None = None) -> None:
         assert isinstance(recipe.objective, DirectPreference | Regression)
-        self.recipe, self.section, self.loss = recipe, recipe.objective, loss
+        self.recipe, self.section, self.loss, self.past = recipe, recipe.objective, loss, past
         self.policy, self.schedule, self.per_group = policy, policy.schedule, recipe.prompts.per_group
 
     def steps(
@@ -63,11 +71,25 @@ class Denoising:
             raise RunError(
                 f"micro-batch {len(sign)} is smaller than a group; set prompts.per_group or train.micro_batch"
             )
-        with torch.no_grad():
-            pretrained = self._error(rollout, rows, update, number, pretrained=True)
-        worse = sign * (self._error(rollout, rows, update, number) - pretrained)
-        margin = worse.view(-1, self.per_group).sum(1).repeat_interleave(self.per_group)
+        reference = self._reference(rollout, rows, update, number)
+        worse = sign * (self._error(rollout, rows, update, number) - reference)
+        if self.section.flip == "anchor":
+            anchor = self._of_group(worse.detach() * (sign > 0))
+            worse = torch.where((sign < 0) & (anchor > 0), -worse, worse)
+        margin = self._of_group(worse)
         return (sign > 0) * -functional.logsigmoid(-0.5 * self.section.strength * margin)
+
+    def _of_group(self, values: Tensor) -> Tensor:
+        """(B,) the sum over the group of each."""
+        return values.view(-1, self.per_group).sum(1).repeat_interleave(self.per_group)
+
+    @torch.no_grad()
+    def _reference(self, rollout: Rollout, rows: Rows, update: int, number: int) -> Tensor:
+        """(B,) m of the reference."""
+        if self.past is None:
+            return self._error(rollout, rows, update, number, pretrained=True)
+        with self.past.one_of(self.recipe.seed * 1_000_003 + update):
+            return self._error(rollout, rows, update, number)
 
     def _error(self, rollout: Rollout, rows: Rows, update: int, number: int, *, pretrained: bool = False) -> Tensor:
         """(B,) m of the pictures at the level and noise of a draw."""

@@ -19,7 +19,7 @@ from dag.chain.rollout import Score, last_latents
 from dag.chain.trajectory import Rows, Trajectories, cut, on_cpu
 from dag.objectives import Objective
 from dag.objectives.log_scale import LogScale, RewardScale
-from dag.recipe import Balance, Recipe, ScalarBalance, ValueBalance
+from dag.recipe import Balance, DirectPreference, Recipe, ScalarBalance, ValueBalance
 from dag.run.processes import ALONE, Processes
 from dag.training.ascent import Ascent
 from dag.training.critic_fit import CriticFit, preview_steps
@@ -30,6 +30,7 @@ from dag.training.flow_fit import FlowFit
 from dag.training.flow_gradient import FlowGradient
 from dag.training.loss import Loss, Losses, Rollout
 from dag.training.optimizer import ClippedOptimizer
+from dag.training.past import PastPolicies
 from dag.training.pull import Pulls
 from dag.training.trust_region import TrustRegion
 from dag.training.updates import Updates
@@ -90,6 +91,9 @@ class Learner:
         parts = recipe, policy, flow_fit, critic_fit, text, self.log_scale
         pulls = Pulls(recipe, policy, FlowGradient(*parts), self.log_scale) if takes_gradient else None
         self.loss = Loss(recipe, policy, objective, flow_fit, pulls, text, self.log_scale)
+        self.past: PastPolicies | None = None
+        if isinstance(section, DirectPreference) and section.reference == "past":
+            self.past = PastPolicies(section.past, policy)
         self.losses = self._losses()
         flow, T = None if flow_fit is None else flow_fit.optimizer, self.schedule.num_transitions
         region = TrustRegion(recipe.train.max_kl, policy, text, optimizer, processes)
@@ -100,7 +104,7 @@ class Learner:
         section = self.recipe.objective
         if section.takes_gradient and not isinstance(section, Balance):
             return Ascent(self.recipe, self.policy, self.loss, self.log_scale)
-        return Denoising(self.recipe, self.policy, self.loss) if section.num_draws else self.loss
+        return Denoising(self.recipe, self.policy, self.loss, self.past) if section.num_draws else self.loss
 
     def rollout(
         self,
@@ -265,12 +269,12 @@ class Learner:
     # -- what a checkpoint keeps ---------------------------------------------------------------------------------
 
     def tensors(self) -> dict[str, Tensor]:
-        """The running statistics of the flow's residuals and of the rewards along a chain."""
+        """The running statistics of the flow's residuals and of the rewards along a chain, and earlier policies."""
         look_ahead = self.log_scale.look_ahead
         found = {} if look_ahead is None else look_ahead.tensors()
         if self.flow_fit is not None:
             found |= {"residual_scale": self.flow_fit.residual_scale, "baseline": self.flow_fit.baseline}
-        return found
+        return found if self.past is None else found | self.past.tensors()
 
     def state_dict(self) -> dict[str, Any]:
         """The state's plain numbers, for JSON. A checkpoint stores weights, optimizer states and `tensors` separately."""
@@ -294,3 +298,5 @@ class Learner:
             self.flow_fit.baseline = tensors["baseline"].to(self.device)
         if self.log_scale.look_ahead is not None:
             self.log_scale.look_ahead.load(tensors)
+        if self.past is not None:
+            self.past.load(tensors)

@@ -99,6 +99,8 @@ class StoredTraining:
         prompt_id = self.processes.everyones(trajectories.prompt_id, groups)
         advantages = self.learner.objective.observe(reward, prompt_id)
         state.advantages = None if advantages is None else self.processes.mine(advantages, groups)
+        if self.learner.past is not None:
+            self.learner.past.remember()
         state.has_begun = True
 
     def _update(self, rollout: Rollout, rows: Rows, state: EpochState, on_rows: Callable[[int], object]) -> Steps:

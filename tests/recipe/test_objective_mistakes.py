@@ -75,6 +75,11 @@ MISTAKES: list[tuple[tuple[str, ...], str]] = [
         ("objective={name: tb, beta: {value: 1}, prior: pretrained}", "adapter.kind=full"),
         "objective.prior=pretrained needs adapter.kind=lora",
     ),
+    (("objective={name: dpo, reference: past}", "prompts.per_group=2"), "objective.reference needs form=denoise"),
+    (
+        ("objective={name: dpo, form: denoise, past: 2}", "prompts.per_group=2"),
+        "objective.past belongs to reference=past",
+    ),
     (("data.sample=true",), "data.sample has no effect without data.folder"),
     ((TB, "data={folder: x, replay: 1}"), "data.replay keeps sampled rollouts"),
     ((TB, "data.replay=1", "train.rollout=one_pass"), "data.replay: train.rollout=one_pass trains while it samples"),

@@ -14,10 +14,12 @@ from dag.recipe import Recipe
 from dag.run.folder import RunFolder
 from dag.training.denoising import Denoising
 from dag.training.loss import Rollout, Tables
+from dag.training.past import PastPolicies
 from dag.training.trainer import Trainer
 
 MakeRecipe = Callable[..., Recipe]
 N, K = 8, 2
+PAST: dict[str, Any] = {"name": "dpo", "strength": 50.0, "reference": "past", "past": 2}
 GROUPS: dict[str, Any] = {"texts": ["a cat", "a dog"], "per_group": K}
 
 
@@ -97,7 +99,7 @@ def test_a_preference_compares_the_pictures_of_a_group(make_recipe: MakeRecipe, 
 
 @pytest.mark.parametrize(
     "objective",
-    [{"name": "dpo", "strength": 10.0}, {"name": "regression", "weights": "top"}, {"name": "regression"}],
+    [{**PAST, "flip": "anchor"}, {"name": "regression", "weights": "top"}, {"name": "regression"}],
     ids=str,
 )
 def test_the_whole_run_trains(make_recipe: MakeRecipe, tmp_path: Path, objective: dict[str, Any]) -> None:
@@ -107,3 +109,65 @@ def test_the_whole_run_trains(make_recipe: MakeRecipe, tmp_path: Path, objective
     trainer.state = None
     trainer.fit()
     assert any(not torch.equal(a, b) for a, b in zip(before, trainer.components.policy.trainable(), strict=True))
+
+
+# -- an earlier policy as the reference (SePPO) -------------------------------------------------------------------
+
+SIGN = torch.tensor([1.0, -1.0, -1.0, 1.0, 0.0, 0.0, 1.0, -1.0])
+
+
+def test_the_reference_is_a_kept_policy_and_the_present_one_comes_back(make_recipe: MakeRecipe, run: RunFolder) -> None:
+    trainer, denoising, rollout = made(make_recipe, run, is_disturbed=False, **PAST)
+    past, masters = trainer.learner.past, trainer.learner.policy.weights.masters
+    assert past is not None
+
+    def error() -> Tensor:
+        with torch.no_grad():
+            return denoising._error(rollout, slice(0, N), 3, 0)
+
+    errors = []
+    for number in range(3):
+        errors.append(error())
+        past.remember()
+        for parameter in masters:
+            parameter.data += 0.02 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(number))
+        trainer.learner.policy.weights.refresh()
+    now, present = [parameter.detach().clone() for parameter in masters], error()
+    found = [denoising._reference(rollout, slice(0, N), update, 0) for update in range(8)]
+    of_past = {
+        min(range(3), key=lambda n: float((errors[n] - denoising_error(past, seed, error)).abs().max()))
+        for seed in range(8)
+    }
+    assert of_past == {1, 2}, "the oldest of three is not kept, and the others are drawn"
+    assert len({tuple(one.tolist()) for one in found}) > 1
+    assert all(torch.equal(a, b) for a, b in zip(now, masters, strict=True))
+    assert torch.equal(error(), present)
+    restored = type(past)(2, trainer.learner.policy)
+    restored.load(past.tensors() | {"baseline": torch.zeros(1)})
+    assert all(
+        torch.equal(a, b)
+        for one, two in zip(past.weights, restored.weights, strict=True)
+        for a, b in zip(one, two, strict=True)
+    )
+
+
+def denoising_error(past: PastPolicies, seed: int, error: Callable[[], Tensor]) -> Tensor:
+    with past.one_of(seed):
+        return error()
+
+
+def test_where_the_reference_is_ahead_at_the_better_picture_the_worse_one_is_imitated_too(
+    make_recipe: MakeRecipe, run: RunFolder
+) -> None:
+    trainer, denoising, rollout = made(make_recipe, run, **PAST, flip="anchor")
+    assert trainer.learner.past is not None
+    trainer.learner.past.remember()
+    disturb(trainer.components)
+    with torch.no_grad():
+        ours = denoising._error(rollout, slice(0, N), 3, 0)
+    worse = ours - denoising._reference(rollout, slice(0, N), 3, 0)
+    found, pairs = losses(denoising, rollout, SIGN)[0], ((0, 1), (3, 2), (6, 7))
+    assert len({bool(worse[best] > 0) for best, _ in pairs}) == 2, "both cases are here"
+    for best, worst in pairs:
+        margin = worse[best] + (worse[worst] if worse[best] > 0 else -worse[worst])
+        torch.testing.assert_close(found[best], -torch.nn.functional.logsigmoid(-25 * margin), rtol=1e-4, atol=1e-5)
