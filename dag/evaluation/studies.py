@@ -135,7 +135,7 @@ def _reward(name: str, title: str, scale: str) -> Study:
 
 _BY_NAME = (
     *("dag_db", "dag_kl", "ddpo", "nabla_db", "tb", "rtb", "subtb", "grpo", "prdp", "d3po", "dpo", "raft", "rwr"),
-    *("draft", "alignprop", "refl", "adjoint", "dpok"),
+    *("draft", "alignprop", "refl", "adjoint", "dpok", "seppo"),
 )
 _ZOO = (
     replace(_BY_GRADIENT["exact"], name="dag_kl_gradient"),

@@ -60,8 +60,10 @@ def row(file: Path, folder: Path) -> str:
         pieces = len(trained_in_pieces(recipe, parted, 7)) + 1
     ours, theirs = (load_file(run.path / FILE) for run in (whole, parted))
     is_equal = rows(whole.path) == rows(parted.path) and all(torch.equal(ours[name], theirs[name]) for name in ours)
-    # An update has four trajectories, two for each process: tiles of one row where groups allow it.
-    split = (*SMALL, f"train.micro_batch={recipe.prompts.per_group}", f"sampler.tile={recipe.prompts.per_group}")
+    # Tiles of one row where groups allow it; each process needs a complete group of an update.
+    group = recipe.prompts.per_group
+    updates = recipe.train.trajectories // max(4, 2 * group)
+    split = (*SMALL, f"train.updates={updates}", f"train.micro_batch={group}", f"sampler.tile={group}")
     two, one = (load_file(started(count, file, split, folder / str(count)) / FILE) for count in (2, 1))
     apart = max(float((two[name] - one[name]).abs().max()) for name in one) / recipe.train.learning_rate
     parts = parts_of(recipe)
