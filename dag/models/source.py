@@ -147,7 +147,10 @@ def latent_shape(folder: Path, resolution: int | None, patch: int = 1) -> tuple[
     resolution = resolution or int(denoiser.get("sample_size") or _TRANSFORMERS_SIDE) * factor
     if resolution % (factor * patch):
         raise UsageError(f"model.resolution={resolution} must be a multiple of {factor * patch} for this model")
-    return int(vae.get("latent_channels", 4)), resolution // factor, resolution // factor
+    # A transformer may take several latent elements as one token, whose channels its own config counts.
+    has_unet = denoiser_of(folder) == "unet"
+    channels = denoiser["in_channels"] if has_unet else vae["latent_channels"]
+    return int(channels), resolution // factor, resolution // factor
 
 
 def denoiser_of(folder: Path) -> str:

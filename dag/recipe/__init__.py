@@ -3,6 +3,7 @@
 from dag.recipe.contradictions import validate
 from dag.recipe.data_sections import Data
 from dag.recipe.first_order_sections import AdjointMatching, Backpropagation, RewardFeedback
+from dag.recipe.model_sections import Adapter, Model, Sampler
 from dag.recipe.network_sections import Flow, OptimizerKind, RewardCritic
 from dag.recipe.objective_sections import (
     Balance,
@@ -19,16 +20,13 @@ from dag.recipe.objective_sections import (
 )
 from dag.recipe.reward_sections import RewardTerm, Tower
 from dag.recipe.schema import (
-    Adapter,
     Checkpoint,
     Evaluation,
     Memory,
-    Model,
     ObjectiveTerm,
     Prompts,
     Recipe,
     Regulariser,
-    Sampler,
     Train,
 )
 from dag.recipe.table_sections import (

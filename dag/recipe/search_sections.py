@@ -4,8 +4,9 @@ from typing import Annotated, Literal
 
 from pydantic import Field, field_validator, model_validator
 
+from dag.recipe.model_sections import Adapter, Model, Sampler
 from dag.recipe.reward_sections import RewardTerm
-from dag.recipe.schema import Adapter, Memory, Model, Prompts, Recipe, Sampler
+from dag.recipe.schema import Memory, Prompts, Recipe
 from dag.recipe.section import Section
 from dag.recipe.table_sections import PolicyGradient
 

@@ -253,14 +253,20 @@ def test_a_stages_command_is_one(has_gpu: bool, stage: Stage, monkeypatch: pytes
     if given.command == "train-step":
         recipes += [recipe for _, recipe in ablation.variants(given)]
     for recipe in recipes:
-        assert recipe.model.path == (_architecture(stage) if has_gpu else "embedded")
+        assert recipe.model.path == (_architecture(stage) if has_gpu else _embedded(stage))
         if given.command == "trial":
             assert recipe.reward[0].path == "random"  # type: ignore[union-attr]
 
 
 def _architecture(stage: Stage) -> str:
     """The model whose architecture a stage measures on a GPU."""
-    return "random-sdxl" if stage.name == "sdxl_24gb" else "random-sd15"
+    others = {"sdxl_24gb": "random-sdxl", "sd35m_24gb": "random-sd35m", "flux_24gb": "random-flux"}
+    return others.get(stage.name, "random-sd15")
+
+
+def _embedded(stage: Stage) -> str:
+    """The model on which a stage is rehearsed."""
+    return "embedded_flow" if stage.name in ("sd35m_24gb", "flux_24gb") else "embedded"
 
 
 def test_both_machines_have_the_same_stages_within_ten_minutes() -> None:
@@ -374,7 +380,7 @@ def test_what_is_missing_and_where_it_goes(tmp_path: Path, capsys: pytest.Captur
     assert stage["lora_12gb"].endswith("not measured"), "a row with an error measures nothing"
     assert stage["lora_24gb"].endswith("not measured")
     assert "goes to recipes/README.md at '`aesthetic_12gb.yaml`', each recipe's line `# Hardware:`" in said
-    assert "2 of 11 stages are measured" in said
+    assert "2 of 13 stages are measured" in said
     assert said.endswith("  README.md:2: | not measured |\n  recipes/a.yaml:1: # Time: not measured.\n")
 
 
