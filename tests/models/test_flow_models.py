@@ -10,7 +10,18 @@ import numpy as np
 import pytest
 import torch
 from dag_kernels import standard_normal
-from helpers.building import disturb, one_pass, parts_of, rolled_out, trainer_of, updated
+from helpers.building import (
+    disturb,
+    one_pass,
+    parts_of,
+    rolled_out,
+    rows,
+    trained,
+    trained_in_pieces,
+    trainer_of,
+    updated,
+)
+from safetensors.torch import load_file
 from torch import Tensor
 from torch.nn import functional
 
@@ -20,6 +31,7 @@ from dag.costs.forecast import forecast
 from dag.costs.weightless import Weightless
 from dag.errors import RunError, UsageError
 from dag.models.flux import Flux
+from dag.models.levers import compile_network
 from dag.models.sd3 import StableDiffusion3
 from dag.recipe import Recipe
 from dag.recipe.load import load, parse
@@ -224,6 +236,44 @@ def test_they_train_stored_and_in_one_pass(
     assert torch.equal(found.reward, trajectories.reward)
 
 
+def test_a_resumed_run_is_the_undisturbed_one(make_flow: Callable[..., Recipe], tmp_path: Path) -> None:
+    """With a state flow that has slopes, to which timesteps are no integers."""
+    recipe = make_flow(
+        "schnell",
+        flow={"channels": [8, 8], "warmup_epochs": 1, "slopes": True},
+        train={"epochs": 2, "trajectories": 4, "updates": 1, "micro_batch": 2},
+        evaluation={"every": 1, "prompts": 1, "images_per_prompt": 2},
+    )
+    undisturbed, parted = (RunFolder.create(tmp_path / name) for name in ("undisturbed", "parted"))
+    trained(recipe, undisturbed)
+    assert len(trained_in_pieces(recipe, parted, 3)) > 1
+    assert rows(undisturbed.path) == rows(parted.path)
+    ours, theirs = (load_file(run.weights / "pytorch_lora_weights.safetensors") for run in (undisturbed, parted))
+    assert all(torch.equal(ours[name], theirs[name]) for name in ours)
+
+
+def test_levers_know_the_blocks_of_a_transformer(make_flow: Callable[..., Recipe]) -> None:
+    """`selective` recomputes every other block; `compile` takes each block, also where diffusers does not name them."""
+    policy = parts_of(make_flow("sd3", memory={"checkpointing": "selective"})).policy
+    network: Any = policy.denoiser
+    calls = [0, 0]
+
+    def count(block: int) -> Callable[..., None]:
+        def hook(*_: object) -> None:
+            calls[block] += 1
+
+        return hook
+
+    for number, block in enumerate(network.transformer_blocks):
+        block.register_forward_pre_hook(count(number))
+    text = policy.encode(["a cat"])
+    x = torch.randn(1, *policy.latent_shape)
+    policy.predict(x, torch.tensor([500.0]), text, unguided=True).conditional.sum().backward()
+    assert calls == [2, 1]
+    compile_network(network, True)
+    assert [block._compiled_call_impl is not None for block in network.transformer_blocks] == [True, True]
+
+
 def test_what_they_cannot_do_is_refused(
     make_flow: Callable[..., Recipe], make_recipe: MakeRecipe, tiny_flows: dict[str, Path], tmp_path: Path
 ) -> None:
@@ -249,16 +299,16 @@ def test_what_they_cannot_do_is_refused(
 
 
 @pytest.mark.parametrize(
-    ("name", "parameters", "rows"),
+    ("name", "parameters", "tokens"),
     [("sd35m_24gb", 2_243_171_520, 206), ("sd35l_24gb", 8_056_627_520, 206), ("flux_nf4_24gb", 11_901_408_320, 129)],
 )
-def test_published_architectures_are_planned_without_weights(name: str, parameters: int, rows: int) -> None:
+def test_published_architectures_are_planned_without_weights(name: str, parameters: int, tokens: int) -> None:
     """Against the parameter counts of the published transformers, and the budget that the recipe's name promises."""
     recipe = load(ROOT / f"recipes/{name}.yaml")
     made = Weightless(recipe)
     found = sum(p.numel() for key, p in made.policy.denoiser.named_parameters() if "lora_" not in key)
     assert found == parameters
-    assert made.policy.text_shape == (rows, 4096)
+    assert made.policy.text_shape == (tokens, 4096)
     assert forecast(recipe).peak < 21 * 2**30
 
 
