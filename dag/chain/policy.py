@@ -128,7 +128,7 @@ class Policy(Protocol):
 
         Args:
             x_t:        (B, C, H, W).
-            t:          (B,) int64 timesteps.
+            t:          (B,) timesteps of the schedule.
             text:       (B, S, D) prompt embeddings.
             pretrained: switch the adapter off.
             unguided:   leave the unconditional branch out.

@@ -82,7 +82,8 @@ class Flux(TransformerDiffusion):
             guidance=guidance,
             return_dict=False,
         )[0]
-        return functional.pixel_shuffle(tokens.transpose(1, 2).unflatten(2, (height, width)), 2)
+        maps = tokens.transpose(1, 2).unflatten(2, (height, width))
+        return functional.pixel_shuffle(maps, 2).contiguous()  # the order in memory that kernels read
 
 
 def _places(height: int, width: int, like: Tensor) -> Tensor:

@@ -74,9 +74,9 @@ class LatentDiffusion(ABC):
         self.device, self.dtype, self.sampler, self.adapter = device, DTYPES[model.dtype], sampler, recipe.adapter
         self.folder, self._variant, self.source = folder, model.variant, model.path
         self._check()
-        self._check_keys(recipe)
         self.latent_shape = latent_shape(folder, model.resolution, self.patch)
         self.schedule = chain_of(folder, sampler, self.tokens(self.latent_shape)).to(device)
+        self._check_keys(recipe)
         self.layout = (
             torch.channels_last if memory.channels_last and self.has_channels_last else torch.contiguous_format
         )
@@ -113,6 +113,12 @@ class LatentDiffusion(ABC):
         """Raises UsageError for a key of the recipe that this model would ignore."""
         if recipe.model.max_tokens is not None and T5EncoderModel not in self.encoders:
             raise UsageError("model.max_tokens is for models with a T5 text encoder, which this is not; leave it out")
+        looks_in_bf16 = recipe.forward_looking is not None and recipe.forward_looking.coefficients == "bf16"
+        if looks_in_bf16 and self.schedule.prediction_type == "velocity":
+            raise UsageError(
+                "objective.forward_looking.coefficients=bf16 is the published code's rounding for diffusion models; this is a "
+                "flow-matching model, use fp32"
+            )
         if recipe.sampler.guidance_embedding is not None and not self.takes_guidance:
             raise UsageError(
                 "sampler.guidance_embedding is for models that are told a guidance scale, which this is not; use guidance_scale"
@@ -252,7 +258,8 @@ class LatentDiffusion(ABC):
             # The network may have half-precision copies; the file gets the float32 masters.
             with torch.device("meta"):
                 network = self.network.from_config(self.denoiser.config)
-            network.load_state_dict(state, assign=True)
+            # Stable Diffusion 3 keeps its table of positions as a buffer, which is not trained.
+            network.load_state_dict(self.denoiser.state_dict() | state, assign=True)
             network.save_pretrained(folder / self.component)
             return
         self.pipeline.save_lora_weights(

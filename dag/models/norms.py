@@ -33,7 +33,7 @@ def fuse_norms(network: nn.Module, kernels: Kernels) -> None:
     for module in network.modules():
         if isinstance(module, ResnetBlock2D):
             _take_silu_of_resnet(module)
-    last: Any = getattr(network, "decoder", network)  # an autoencoder's, which decodes here and never encodes
+    last: Any = getattr(network, "decoder", network)  # an autoencoder's, whose encoder keeps its own SiLU
     if isinstance(getattr(last, "conv_norm_out", None), FusedGroupNorm) and isinstance(last.conv_act, nn.SiLU):
         last.conv_norm_out.has_silu, last.conv_act = True, nn.Identity()
 

@@ -43,7 +43,9 @@ class StableDiffusion3(TransformerDiffusion):
 
     def _embed(self, texts: Sequence[str]) -> Tensor:
         *clips, t5 = self.text_encoders
-        (first, first_pooled), (second, second_pooled) = (clip.embed(texts, hidden_and_pooled) for clip in clips)
+        (first, first_pooled), (second, second_pooled) = (
+            clip.embed(texts, hidden_and_pooled, has_hidden=True) for clip in clips
+        )
         width = self.text_shape[1]
         tokens = torch.cat([first, second], dim=2)
         pooled = torch.cat([first_pooled, second_pooled], dim=1)[:, None]

@@ -56,7 +56,9 @@ class StableDiffusionXL(LatentDiffusion):
         return int(config.projection_class_embeddings_input_dim) - _SIZES * int(config.addition_time_embed_dim)
 
     def _embed(self, texts: Sequence[str]) -> Tensor:
-        (first, _), (second, pooled) = (encoder.embed(texts, hidden_and_pooled) for encoder in self.text_encoders)
+        (first, _), (second, pooled) = (
+            encoder.embed(texts, hidden_and_pooled, has_hidden=True) for encoder in self.text_encoders
+        )
         rows = torch.cat([first, second], dim=2)
         return torch.cat([rows, functional.pad(pooled, (0, rows.shape[2] - pooled.shape[1]))[:, None]], dim=1)
 

@@ -15,14 +15,20 @@ EMBEDDED, EMBEDDED_FLOW = _ASSETS / "embedded", _ASSETS / "embedded_flow"
 SHIPPED = {"embedded": EMBEDDED, "embedded_flow": EMBEDDED_FLOW}
 # Configurations without weights, for plans and benchmarks.
 _ARCHITECTURES = {
-    f"random-{name}": _ASSETS / "architectures" / name for name in ("sd15", "sdxl", "sd35m", "sd35l", "flux")
+    f"random-{name}": _ASSETS / "architectures" / name
+    for name in ("sd15", "sdxl", "sd35m", "sd35l", "flux", "flux-schnell")
 }
 # Side of the latent of a model whose config names none, as FLUX's.
 _TRANSFORMERS_SIDE = 128
-# Licences of base models that have no card beside their weights; identifiers of the hub's list.
+# Licences of base models that have no card beside their weights; identifiers of the hub's list, or the names on the models' cards.
 _LICENCES = {
     **dict.fromkeys(SHIPPED, "apache-2.0"),
     "black-forest-labs/flux.1-schnell": "apache-2.0",
+    "black-forest-labs/flux.1-dev": "flux-1-dev-non-commercial-license",
+    **dict.fromkeys(
+        (f"stabilityai/stable-diffusion-3.5-{size}" for size in ("medium", "large", "large-turbo")),
+        "stabilityai-ai-community",
+    ),
     **dict.fromkeys(
         (
             "compvis/stable-diffusion-v1-4",
@@ -38,6 +44,7 @@ _LICENCES = {
 }
 # The architecture of a hub id, by what its name has.
 _BY_NAME = {
+    r"schnell": "random-flux-schnell",
     r"flux": "random-flux",
     r"(sd|stable-diffusion)-?3\.?5?-large": "random-sd35l",
     r"(sd|stable-diffusion)-?3": "random-sd35m",
@@ -77,7 +84,9 @@ def public_name(path: str) -> str:
 
 def licence(path: str, folder: Path | None = None) -> str | None:
     """The licence of a model: as its card says, README.md in `folder`, else as known for a hub id; None if neither says."""
-    stated = None if folder is None else _front_matter(folder / "README.md").get("license")
+    card = {} if folder is None else _front_matter(folder / "README.md")
+    # Licences that are not on the hub's list have their name in a key of their own.
+    stated = card.get("license_name") if card.get("license") == "other" else card.get("license")
     return stated if isinstance(stated, str) and stated else _LICENCES.get(path.lower())
 
 

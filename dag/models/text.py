@@ -3,6 +3,7 @@
 Legend: P texts, S text tokens, D width.
 """
 
+import gc
 import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -16,8 +17,8 @@ from transformers import CLIPTokenizer, T5EncoderModel, T5TokenizerFast
 from dag.models.source import component_folder, is_architecture, read_config
 from dag.models.weights import load_text_encoder, load_tokenizer
 
-# Texts in one call of an encoder.
-_AT_ONCE = 64
+# Tokens in one call of an encoder: 64 texts of CLIP's length.
+_AT_ONCE = 64 * 77
 # Tokens of a prompt if the text encoder's config does not say; transformers' own default.
 _CLIP_TOKENS = 77
 # A vocabulary of fewer tokens is a closed list of words: a word outside it is split into letters.
@@ -81,18 +82,26 @@ class TextEncoder:
 
     def free(self) -> None:
         self._loaded = None
+        # The hooks that bring a T5's layers to the GPU hold each other, so that counting references alone does not free it.
+        gc.collect()
 
     @torch.no_grad()
-    def embed(self, texts: Sequence[str], pick: Callable[[Any], tuple[Tensor, ...]]) -> tuple[Tensor, ...]:
-        """What `pick` takes of the encoder's output, for all texts (P, ...), on the CPU in the network's dtype."""
+    def embed(
+        self, texts: Sequence[str], pick: Callable[[Any], tuple[Tensor, ...]], *, has_hidden: bool = False
+    ) -> tuple[Tensor, ...]:
+        """What `pick` takes of the encoder's output, for all texts (P, ...), on the CPU in the network's dtype.
+
+        Args:
+            has_hidden: `pick` reads the hidden states of all layers, which are kept for it: memory for each layer.
+        """
         tokenizer, encoder = self._load()
         found = tokenizer(
             list(texts), padding="max_length", max_length=self.tokens, truncation=True, return_tensors="pt"
         )
         parts = []
-        for ids in found.input_ids.split(_AT_ONCE):
-            output = encoder(ids.to(self.device), output_hidden_states=True)
-            # Each part leaves the device at once: the hidden states of all layers would fill it.
+        for ids in found.input_ids.split(max(1, _AT_ONCE // self.tokens)):
+            output = encoder(ids.to(self.device), output_hidden_states=has_hidden)
+            # Each part leaves the device at once: together they would fill it.
             parts.append(tuple(tensor.to(self.dtype).cpu() for tensor in pick(output)))
         return tuple(torch.cat(column) for column in zip(*parts, strict=True))
 

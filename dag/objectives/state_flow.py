@@ -93,7 +93,7 @@ class StateFlow(nn.Module):
 
         Args:
             x_t:  (B, C, H, W), any dtype.
-            t:    (B,) int64 timesteps.
+            t:    (B,) timesteps.
             k:    (B,) int64 transition indices.
             text: (B, S, D) prompt embeddings.
         """

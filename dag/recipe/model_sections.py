@@ -9,8 +9,9 @@ from dag.recipe.section import Section
 
 class Model(Section):
     path: str = Field(min_length=1)
-    """`embedded` or `embedded_flow`, a local diffusers folder, or a hub id (architecture of SD 1.x / 2.x, SDXL, SD 3.x or FLUX.1);
-    `random-sd15`, `-sdxl`, `-sd35m`, `-sd35l` and `-flux` are these architectures with random weights, for benchmarks."""
+    """`embedded` or `embedded_flow`, a local diffusers folder, or a hub id (architecture of SD 1.x / 2.x, SDXL, SD 3.x or FLUX.1).
+    `random-sd15`, `-sdxl`, `-sd35m`, `-sd35l`, `-flux` and `-flux-schnell` are architectures with random weights, for
+    benchmarks."""
     revision: str | None = None
     """Branch, tag or commit of a hub id."""
     variant: str | None = None

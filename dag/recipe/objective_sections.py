@@ -38,7 +38,7 @@ class ForwardLooking(Section):
     """What decodes x0_hat for the reward: the VAE; the VAE at half the side, enlarged again (a quarter of the work); or an
     AutoencoderTiny. The final picture is always decoded by the VAE in full."""
     decoder_path: str | None = None
-    """Folder or hub id of the AutoencoderTiny; null takes the embedded model's, or TAESD for any other model."""
+    """Folder or hub id of the AutoencoderTiny; null takes the one that is published for the model's latents."""
 
 
 def is_scored(k: int, num_transitions: int, stride: int) -> bool:
@@ -141,10 +141,11 @@ class Balance(Target):
     through a small network that learns the reward from the rollouts (`learnt`, see `reward_critic`). `auto` is exact for
     every reward that has a gradient, and learnt for the others."""
     jacobian: Literal["policy", "pretrained", "none"] = "policy"
-    """Whose x0_hat, and d x0_hat / d x through its UNet, the reward's gradient is taken at. `policy`: a forward and a backward
+    """Whose x0_hat, and d x0_hat / d x through its denoiser, the reward's gradient is taken at. `policy`: a forward and a backward
     pass more for each trained transition that is stored, a backward pass more in one pass. `pretrained`, with `prior:
     pretrained`: E[r | x] of the model that is tilted, hence closer to its flow where none is learnt; both passes more. `none`
-    takes sqrt(alpha_bar) in the Jacobian's place, which saves the backward pass and learns more slowly."""
+    takes a / (a^2 + s^2) in the Jacobian's place, sqrt(alpha_bar) for a diffusion model, which saves the backward pass and
+    learns more slowly."""
     learnt_flow: bool = True
     """Learn log F~, and add its gradient to that of the forward-looking reward. False takes the forward-looking reward for the
     whole flow: no flow is trained, and with `prior: pretrained` the pretrained model is run for trained transitions alone."""

@@ -125,8 +125,8 @@ class Memory(Section):
     """Refuse a run that is predicted to need more than this many GiB, before anything is loaded; on a GPU this is also the
     limit of PyTorch's allocator."""
     checkpointing: Literal["none", "selective", "full"] = "none"
-    """Recompute the UNet's activations in the backward pass: those of all blocks (`full`, about 1.4 times the time), or those
-    of the finest resolution alone (`selective`), which holds most of them."""
+    """Recompute the denoiser's activations in the backward pass: those of all blocks (`full`, about 1.4 times the time), or of some
+    (`selective`): of a UNet's finest resolution, which holds most of them, or of every other block of a transformer."""
     base: Literal["compute", "int8", "nf4"] = "compute"
     """How the frozen linear layers under LoRA are stored: in `model.dtype`, or quantised by bitsandbytes to 8 or 4 bits, which
     is a slightly different base model."""

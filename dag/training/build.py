@@ -28,7 +28,7 @@ from dag.training.embeddings import Embeddings
 from dag.training.flow_fit import FlowFit
 from dag.training.learner import Learner
 from dag.training.optimizer import ClippedOptimizer, build_optimizer
-from dag.training.plan import make_plan
+from dag.training.plan import irreversible, make_plan
 
 
 @dataclass
@@ -108,6 +108,8 @@ def build(
         raise UsageError(str(error)) from None
     reward = reward or RewardSum(recipe.reward, device)
     policy = families.load(recipe, device, recipe.forward_looking, kernels)
+    if (line := irreversible(recipe)) is not None:
+        warn(f"warning: {line}")
     for warning in policy.prompt_warnings(texts):
         warn(f"warning: {warning}")
     text, held_out = policy.encode(texts).split([len(training), len(found.held_out)])

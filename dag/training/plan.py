@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 from dag.errors import RunError
 from dag.models.source import counted_as, latent_shape, local_folder
-from dag.recipe import AdjointMatching, Backpropagation, NablaBalance, Recipe, is_scored
+from dag.recipe import AdjointMatching, Backpropagation, Balance, NablaBalance, Recipe, TrajectoryBalance, is_scored
 
 
 @dataclass(frozen=True)
@@ -40,6 +40,17 @@ def latent_elements(recipe: Recipe) -> int:
         standing_in = local_folder("random-sd15")
         assert standing_in is not None
         return math.prod(latent_shape(standing_in, recipe.model.resolution))
+
+
+def irreversible(recipe: Recipe) -> str | None:
+    """One line about a recipe that balances steps with less noise against a noising kernel that cannot reverse them, else None."""
+    takes_noising = isinstance(recipe.objective, Balance | TrajectoryBalance) and not recipe.has_prior
+    if not takes_noising or recipe.sampler.eta == 1:
+        return None
+    return (
+        f"sampler.eta={recipe.sampler.eta:g}, objective.prior=none: only with eta 1 can the noising kernel P_B reverse P_F; "
+        "residuals cannot all become zero"
+    )
 
 
 def make_plan(recipe: Recipe) -> Plan:
@@ -172,11 +183,8 @@ def describe(recipe: Recipe, num_prompts: int, num_pictures: int = 0) -> str:
         beta = recipe.target.beta
         unit = "sd of the first rollout's reward" if beta.unit == "reward_sd" else "unit of reward"
         lines.append(f"beta          {beta.value:g}, effective inverse temperature {plan.beta_eff:g} nats per {unit}")
-    if recipe.balance is not None and not recipe.has_prior and sampler.eta < 1:
-        lines.append(
-            f"reversal      sampler.eta={sampler.eta:g}, objective.prior=none: only with eta 1 can the noising kernel P_B reverse "
-            "P_F; residuals cannot all become zero"
-        )
+    if (line := irreversible(recipe)) is not None:
+        lines.append(f"reversal      {line}")
     if train.micro_batch != sampler.tile and train.rollout == "stored" and recipe.data.samples:
         lines.append(
             f"ratio         micro-batch {train.micro_batch} is not the tile {sampler.tile}: log P_F is recomputed up to float "

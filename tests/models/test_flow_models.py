@@ -33,9 +33,11 @@ from dag.errors import RunError, UsageError
 from dag.models.flux import Flux
 from dag.models.levers import compile_network
 from dag.models.sd3 import StableDiffusion3
+from dag.models.source import counted_as, licence
 from dag.recipe import Recipe
 from dag.recipe.load import load, parse
 from dag.run.folder import RunFolder
+from dag.training.plan import irreversible
 
 ROOT = Path(__file__).parents[2]
 MakeRecipe = Callable[..., Recipe]
@@ -252,6 +254,42 @@ def test_a_resumed_run_is_the_undisturbed_one(make_flow: Callable[..., Recipe], 
     assert all(torch.equal(ours[name], theirs[name]) for name in ours)
 
 
+@pytest.mark.parametrize("name", ["sd3", "schnell"])
+def test_a_full_fine_tune_is_exported_whole(make_flow: Callable[..., Recipe], tmp_path: Path, name: str) -> None:
+    policy: Any = parts_of(make_flow(name, adapter={"kind": "full"})).policy
+    policy.export(tmp_path)
+    saved = type(policy).network.from_pretrained(tmp_path / "transformer")
+    ours = policy.denoiser.state_dict()
+    assert saved.state_dict().keys() == ours.keys()
+    assert all(torch.equal(weight, ours[key]) for key, weight in saved.state_dict().items())
+
+
+def test_a_hub_id_is_planned_by_its_architecture() -> None:
+    """Schnell has other levels and another number of tokens than dev."""
+    found = {
+        name: counted_as(name)
+        for name in (
+            "black-forest-labs/FLUX.1-dev",
+            "black-forest-labs/FLUX.1-schnell",
+            "stabilityai/stable-diffusion-3.5-large",
+            "stabilityai/stable-diffusion-3.5-medium",
+            "stabilityai/stable-diffusion-xl-base-1.0",
+            "someone/model",
+        )
+    }
+    expected = ("flux", "flux-schnell", "sd35l", "sd35m", "sdxl", "sd15")
+    assert list(found.values()) == [f"random-{name}" for name in expected]
+    assert licence("black-forest-labs/FLUX.1-dev") == "flux-1-dev-non-commercial-license"
+
+
+def test_steps_that_no_noise_reverses_are_warned_of(make_recipe: MakeRecipe) -> None:
+    half = {"sampler": {"eta": 0.5}}
+    assert "only with eta 1" in (irreversible(make_recipe(**half)) or "")
+    assert irreversible(make_recipe()) is None
+    assert irreversible(make_recipe(**half, objective={"name": "dag_db", "prior": "pretrained"})) is None
+    assert irreversible(make_recipe(**half, objective={"name": "ddpo"})) is None
+
+
 def test_levers_know_the_blocks_of_a_transformer(make_flow: Callable[..., Recipe]) -> None:
     """`selective` recomputes every other block; `compile` takes each block, also where diffusers does not name them."""
     policy = parts_of(make_flow("sd3", memory={"checkpointing": "selective"})).policy
@@ -281,6 +319,10 @@ def test_what_they_cannot_do_is_refused(
         (make_flow("dev", sampler={"guidance_scale": 2.0}), "has guidance built in; set it to 1"),
         (make_flow("schnell", sampler={"guidance_embedding": 2.0}), "sampler.guidance_embedding is for models that"),
         (make_flow("sd3", model={"resolution": 18}), "must be a multiple of 4"),
+        (
+            make_flow("sd3", objective={"forward_looking": {"coefficients": "bf16"}}),
+            "coefficients=bf16 is the published code's rounding for diffusion models",
+        ),
         (make_recipe(sampler={"shift": 2.0}), "sampler.shift is for flow-matching"),
         (make_recipe(model={"max_tokens": 12}), "model.max_tokens is for models with a T5"),
         (

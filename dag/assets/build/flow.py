@@ -29,8 +29,9 @@ class FlowSettings:
     """How the student is trained."""
 
     latents: int = 16_384
-    """Pictures of the teacher to learn from; of so many more the loss is measured."""
+    """Pictures of the teacher to learn from."""
     held_out: int = 1_024
+    """Further pictures, on which the loss is measured."""
     teacher_steps: int = 20
     guidance: float = 3.0
     steps: int = 3_000
