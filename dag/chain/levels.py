@@ -90,6 +90,12 @@ class Levels:
         return cls(scale * noise[:-1], 1 - noise, noise)
 
 
+def noising(levels: Levels) -> tuple[Tensor, Tensor]:
+    """(r, c) of every step, (N,) each: P_B = N(r x_next, c^2 I), with r = a_t / a_next and c^2 = s_t^2 - r^2 s_next^2."""
+    r = levels.signal[:-1] / levels.signal[1:]
+    return r, (levels.noise[:-1] ** 2 - r**2 * levels.noise[1:] ** 2).clamp(min=0).sqrt()
+
+
 def _shift(config: Mapping[str, Any], tokens: int) -> float:
     """The factor e by which a flow-matching scheduler shifts its levels for a picture of so many tokens."""
     if not config.get("use_dynamic_shifting"):

@@ -26,7 +26,7 @@ import torch
 from dag_kernels import PLAIN, Kernels, SampledStep, TransitionLogProbs, at_least_float32, gaussian_log_prob
 from torch import Tensor
 
-from dag.chain.levels import Levels, eps_coefficients, x0_coefficients
+from dag.chain.levels import Levels, eps_coefficients, noising, x0_coefficients
 
 Reduction = Literal["sum", "mean"]
 # What the counter-based noise of x_T has in the place of the step k.
@@ -103,8 +103,7 @@ class Schedule:
                 f"sampler.eta={eta} gives deterministic steps that have no density; DAG needs eta > 0 (the paper uses 1.0)"
             )
         a_t, s_t, a_next, s_next = levels.signal[:-1], levels.noise[:-1], levels.signal[1:], levels.noise[1:]
-        r = a_t / a_next
-        c = (s_t**2 - r**2 * s_next**2).clamp(min=0).sqrt()
+        r, c = noising(levels)
         x0_x, x0_output = x0_coefficients(prediction_type, a_t, s_t)
         steps = _posterior_steps if sde == "posterior" else _flow_grpo_steps
         mean_x, mean_output, sigma = steps(levels, prediction_type, eta)
@@ -269,8 +268,7 @@ class Schedule:
 def _posterior_steps(levels: Levels, prediction_type: str, eta: float) -> tuple[Tensor, Tensor, Tensor]:
     """(mean_x, mean_output, sigma) of every step, (N,) each, by the formulas at the top of this module."""
     a_t, s_t, a_next, s_next = levels.signal[:-1], levels.noise[:-1], levels.signal[1:], levels.noise[1:]
-    c = (s_t**2 - (a_t / a_next) ** 2 * s_next**2).clamp(min=0).sqrt()
-    sigma = eta * s_next * c / s_t
+    sigma = eta * s_next * noising(levels)[1] / s_t
     if bool((s_next**2 - sigma**2 < -1e-12).any()):
         raise ValueError(f"sampler.eta={eta} asks for more variance than the noise level of a step; use eta <= 1")
     direction = (s_next**2 - sigma**2).clamp(min=0).sqrt()

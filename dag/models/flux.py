@@ -19,8 +19,8 @@ from transformers import CLIPTextModel, T5EncoderModel
 
 from dag.errors import UsageError
 from dag.models.latent_diffusion import TransformerDiffusion
-from dag.models.sd3 import widened
 from dag.models.source import is_architecture, read_config
+from dag.models.text import widened
 from dag.recipe import Recipe
 
 # The pipeline's defaults: the guidance scale, and the T5's tokens with and without guidance built in.

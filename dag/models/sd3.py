@@ -12,12 +12,11 @@ from typing import Any, ClassVar
 import torch
 from diffusers import SD3Transformer2DModel, StableDiffusion3Pipeline
 from torch import Tensor
-from torch.nn import functional
 from transformers import CLIPTextModelWithProjection, T5EncoderModel
 
 from dag.models.latent_diffusion import TransformerDiffusion
-from dag.models.sdxl import hidden_and_pooled
 from dag.models.source import read_config
+from dag.models.text import hidden_and_pooled, widened
 from dag.recipe import Recipe
 
 # Tokens of the T5 if the recipe does not say; the pipeline's own default.
@@ -58,8 +57,3 @@ class StableDiffusion3(TransformerDiffusion):
     def _output(self, x_t: Tensor, t: Tensor, text: Tensor) -> Tensor:
         pooled = text[:, -1, : self.denoiser.config.pooled_projection_dim]
         return self.denoiser(x_t, text[:, :-1], pooled, t, return_dict=False)[0]
-
-
-def widened(rows: Tensor, width: int) -> Tensor:
-    """Rows (P, S, D) with zeros after them, (P, S, width)."""
-    return functional.pad(rows, (0, width - rows.shape[2]))

@@ -13,13 +13,13 @@ from typing import Any, ClassVar
 import torch
 from diffusers import StableDiffusionXLPipeline, UNet2DConditionModel
 from torch import Tensor
-from torch.nn import functional
 from transformers import CLIPTextModel, CLIPTextModelWithProjection
 
 from dag.errors import RunError
 from dag.models.latent_diffusion import LatentDiffusion
 from dag.models.sd import check_channels
 from dag.models.source import read_config
+from dag.models.text import hidden_and_pooled, widened
 
 # Numbers of the size condition: height and width, twice, and the corner of the crop.
 _SIZES = 6
@@ -60,7 +60,7 @@ class StableDiffusionXL(LatentDiffusion):
             encoder.embed(texts, hidden_and_pooled, has_hidden=True) for encoder in self.text_encoders
         )
         rows = torch.cat([first, second], dim=2)
-        return torch.cat([rows, functional.pad(pooled, (0, rows.shape[2] - pooled.shape[1]))[:, None]], dim=1)
+        return torch.cat([rows, widened(pooled[:, None], rows.shape[2])], dim=1)
 
     def _empty(self, texts: Tensor) -> Tensor:
         """Zeros, as the published models are sampled, unless the model says otherwise."""
@@ -75,8 +75,3 @@ class StableDiffusionXL(LatentDiffusion):
         sizes = torch.tensor([height, width, 0, 0, height, width], dtype=text.dtype, device=text.device)
         added = {"text_embeds": text[:, -1, : self._pooled_width], "time_ids": sizes.expand(len(text), -1)}
         return self.denoiser(x_t, t, text[:, :-1], added_cond_kwargs=added, return_dict=False)[0]
-
-
-def hidden_and_pooled(output: Any) -> tuple[Tensor, Tensor]:
-    """(last hidden states but one (P, S, D), first output, which of an encoder with a projection is the pooled embedding)."""
-    return output.hidden_states[-2], output[0]

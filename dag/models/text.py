@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from diffusers.hooks import apply_group_offloading
 from torch import Tensor
+from torch.nn import functional
 from transformers import CLIPTokenizer, T5EncoderModel, T5TokenizerFast
 
 from dag.models.source import component_folder, is_architecture, read_config
@@ -130,3 +131,13 @@ class TextEncoder:
             kind = T5TokenizerFast if self.component is T5EncoderModel else CLIPTokenizer
             self._loaded = load_tokenizer(self.folder, self.tokenizer_folder, kind), encoder
         return self._loaded
+
+
+def hidden_and_pooled(output: Any) -> tuple[Tensor, Tensor]:
+    """(last hidden states but one (P, S, D), first output, which of an encoder with a projection is the pooled embedding)."""
+    return output.hidden_states[-2], output[0]
+
+
+def widened(rows: Tensor, width: int) -> Tensor:
+    """Rows (P, S, D) with zeros after them, (P, S, width)."""
+    return functional.pad(rows, (0, width - rows.shape[2]))
