@@ -3,23 +3,27 @@
 `card` only writes text; `dag.evaluation.publish` gathers what it is about.
 """
 
-import json
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from operator import attrgetter
 from typing import Any
 
 import yaml
 
+from dag.evaluation import plain_diffusers
 from dag.evaluation.figures import markdown
+from dag.evaluation.plain_diffusers import FLUX, SD3, XL, Family, Place
 from dag.evaluation.prices import DIVERSITY, Judgement, Price, prices
 from dag.models import lora_file
-from dag.recipe import Recipe, RewardTerm
+from dag.models.source import SHIPPED
+from dag.recipe import Recipe, RewardTerm, Sampler
 
 BEFORE_AFTER = "before_after.png"
 _SHOWN_PROMPTS = 12
 _PAPER = "[Diffusion Alignment with GFlowNets](https://arxiv.org/abs/2406.00633)"
-_XL = "StableDiffusionXLPipeline"
+# The tag of a family; others are plain Stable Diffusion.
+_TAGS = {XL: "stable-diffusion-xl", SD3: "stable-diffusion-3", FLUX: "flux"}
 
 
 @dataclass(frozen=True)
@@ -30,8 +34,7 @@ class Base:
     """A hub id, which has a slash, or the name of a local folder."""
     licence: str | None
     """An identifier of the hub's list; None if it is not known."""
-    pipeline: str
-    """The class of diffusers that loads it."""
+    family: Family
 
     @property
     def is_at_hub(self) -> bool:
@@ -86,9 +89,9 @@ def card(story: Story) -> str:
         *([picture] if story.has_before_after else []),
         "## Use it in diffusers",
         fenced(code(story), "python"),
+        *filter(None, [plain_diffusers.deviation(story.base.family)]),
         "## Use it in ComfyUI",
-        f"Put `{lora_file.KOHYA}` into `ComfyUI/models/loras` and add a *Load LoRA* node behind the checkpoint of the base "
-        "model, both strengths 1. There is no trigger word.",
+        plain_diffusers.other_programs(story.base.family, lora_file.KOHYA),
         "## Training",
         markdown(_training(story)),
         _prompts(story),
@@ -98,7 +101,7 @@ def card(story: Story) -> str:
         "## Limits",
         "\n".join(f"- {line}" for line in (*warnings(story), *_limits(story.recipe))),
         "## Files",
-        f"`{lora_file.DIFFUSERS}` is for diffusers, `{lora_file.KOHYA}` for ComfyUI and the web UIs; `recipe.yaml` is the "
+        f"`{lora_file.DIFFUSERS}` is the LoRA for diffusers, `{lora_file.KOHYA}` the same for other programs; `recipe.yaml` is the "
         "complete recipe (`train_dag.py --recipe recipe.yaml` trains it again where model and rewards are at hand), "
         "`run.json` says with which versions, on what, it ran.",
     ]
@@ -113,44 +116,16 @@ def fenced(text: str, language: str) -> str:
 
 
 def code(story: Story) -> str:
-    """A Python program that draws with the LoRA as it was trained: the same scheduler, steps, eta and guidance."""
-    model, sampler, pipeline = story.recipe.model, story.recipe.sampler, story.base.pipeline
-    half = {"bf16": "torch.bfloat16", "fp16": "torch.float16"}.get(model.dtype)
-    dtype = f'{half} if device == "cuda" else torch.float32' if half else "torch.float32"
-    chosen = {"revision": model.revision if story.base.is_at_hub else None, "variant": model.variant}
-    options = [f"{key}={_quoted(value)}" for key, value in chosen.items() if value is not None]
-    size = [f"height={model.resolution}", f"width={model.resolution}"] if model.resolution else []
+    """A Python program that draws with the LoRA: see `plain_diffusers.program`."""
+    is_known = story.base.is_at_hub or story.base.name in SHIPPED
+    base = Place(story.base.name, "" if is_known else "the folder of the base model")
+    lora = Place(story.repo) if story.repo else Place(".", "this folder, or the hub id under which it is published")
     prompt = story.pictures[0][0] if story.pictures else "a cat"
-    where = "" if story.base.is_at_hub else "  # the folder of the base model"
-    where = "  # dag/assets/embedded of the code that trained it" if story.base.name == "embedded" else where
-    lora = (
-        f'lora = "{story.repo}"'
-        if story.repo
-        else 'lora = "."  # this folder, or the hub id under which it is published'
-    )
-    drawn = [
-        f"num_inference_steps={sampler.steps}",
-        f"guidance_scale={sampler.guidance_scale!r}",
-        f"eta={sampler.eta!r}",
-        *size,
-    ]
-    return f"""import torch
-from diffusers import DDIMScheduler, {pipeline}
-
-base = {_quoted(story.base.name)}{where}
-{lora}
-device = "cuda" if torch.cuda.is_available() else "cpu"
-dtype = {dtype}
-pipe = {pipeline}.from_pretrained({", ".join(["base", *options])}).to(device, dtype)
-pipe.scheduler = DDIMScheduler.from_config(pipe.scheduler.config, clip_sample=False)
-pipe.load_lora_weights(lora, weight_name="{lora_file.DIFFUSERS}")
-image = pipe({_quoted(prompt)}, {", ".join(drawn)}).images[0]
-image.save("picture.png")"""
+    return plain_diffusers.program(_asked(story), story.base.family, base, lora, prompt)
 
 
-def _quoted(text: str) -> str:
-    """The text as a Python literal."""
-    return json.dumps(text, ensure_ascii=False)
+def _asked(story: Story) -> plain_diffusers.Asked:
+    return lambda key: attrgetter(key)(story.recipe)
 
 
 def warnings(story: Story) -> list[str]:
@@ -169,7 +144,7 @@ def _why(price: Price) -> str:
 
 
 def _front_matter(story: Story) -> str:
-    family = "stable-diffusion-xl" if story.base.pipeline == _XL else "stable-diffusion"
+    family = _TAGS.get(story.base.family.pipeline, "stable-diffusion")
     tags = ["text-to-image", "diffusers", "lora", "template:sd-lora", family, "gflownet", "dag"]
     data: dict[str, Any] = {}
     if story.base.licence is not None:
@@ -188,7 +163,7 @@ def _link(base: Base) -> str:
 
 def _training(story: Story) -> list[dict[str, Any]]:
     recipe, base = story.recipe, story.base
-    train, adapter, sampler = recipe.train, recipe.adapter, recipe.sampler
+    train, adapter = recipe.train, recipe.adapter
     stored = "" if recipe.memory.base == "compute" else f", its frozen layers stored as {recipe.memory.base}"
     count = "unknown" if story.prompts is None else str(len(story.prompts))
     rows = {
@@ -200,9 +175,21 @@ def _training(story: Story) -> list[dict[str, Any]]:
         "prompts": count,
         "size": f"{train.epochs} epochs of {train.trajectories} trajectories",
         "LoRA": f"rank {adapter.rank}, alpha {adapter.alpha:g}",
-        "sampler": f"DDIM, {sampler.steps} steps, eta {sampler.eta:g}, guidance {sampler.guidance_scale:g}",
+        "sampler": _sampler(recipe.sampler, base.family),
     }
     return [{"what": name, "value": value} for name, value in rows.items()]
+
+
+def _sampler(sampler: Sampler, family: Family) -> str:
+    """How training sampled."""
+    kind = "flow matching" if family.is_flow else "DDIM"
+    kind += ", Flow-GRPO's SDE" if sampler.sde == "flow_grpo" else ""
+    embedding = sampler.guidance_embedding
+    if embedding is None and family.takes_guidance:
+        embedding = plain_diffusers.FLUX_GUIDANCE
+    told = {"shift": sampler.shift, "guidance embedding": embedding}
+    rest = "".join(f", {name} {value:g}" for name, value in told.items() if value is not None)
+    return f"{kind}, {sampler.steps} steps, eta {sampler.eta:g}, guidance {sampler.guidance_scale:g}{rest}"
 
 
 def _reward(term: RewardTerm) -> str:

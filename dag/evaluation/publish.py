@@ -16,6 +16,7 @@ from dag.errors import RunError, UsageError
 from dag.evaluation import sheets
 from dag.evaluation.card import BEFORE_AFTER, Base, Judged, Story, card
 from dag.evaluation.measure import BASE, BASE_AGAIN
+from dag.evaluation.plain_diffusers import Family
 from dag.evaluation.prices import Judgement
 from dag.evaluation.privacy import public
 from dag.models import families, lora_file
@@ -82,7 +83,7 @@ def fill(folder: Path, run: RunFolder, title: str, repo: str | None = None, base
         OSError, SafetensorError: a file cannot be written.
     """
     recipe, description = run.read_recipe(), run.read_description()
-    weights = _weights(run, recipe)
+    weights = _weights(run, recipe, description)
     first, last = _evaluations(run, recipe)
     model = _base(recipe, description, weights[0], base)
     found = _prompts(run, recipe)
@@ -116,12 +117,13 @@ def fill(folder: Path, run: RunFolder, title: str, repo: str | None = None, base
     (folder / "README.md").write_text(card(story), encoding="utf-8")
 
 
-def _weights(run: RunFolder, recipe: Recipe) -> list[Path]:
+def _weights(run: RunFolder, recipe: Recipe, description: dict[str, Any]) -> list[Path]:
     """The files of the LoRA. Raises UsageError if there is none."""
     if recipe.adapter.kind == "full":
+        family = Family.of(description.get("model"), recipe.model.path)
         raise UsageError(
             f"{run.path}: adapter.kind is full, and only a LoRA (adapter.kind=lora) is published; the trained weights are "
-            f"{run.weights / 'unet'}, a folder that diffusers' UNet2DConditionModel.from_pretrained opens"
+            f"{run.weights / family.component}, a folder that diffusers' {family.network}.from_pretrained opens"
         )
     files = [run.weights / name for name in (lora_file.DIFFUSERS, lora_file.KOHYA)]
     for file in files:
@@ -161,9 +163,7 @@ def _base(recipe: Recipe, description: dict[str, Any], weights: Path, given: str
     licensed = noted.get(lora_file.LICENCE) or licence(path)
     if given is not None and given != name:
         name, licensed = given, licence(given) or licensed
-    model = description.get("model")
-    pipeline = model.get("pipeline") if isinstance(model, dict) else None
-    return Base(name, licensed, pipeline if pipeline in families.FAMILIES else families.pipeline_of(path))
+    return Base(name, licensed, Family.of(description.get("model"), path, families.pipeline_of(path)))
 
 
 def _prompts(run: RunFolder, recipe: Recipe) -> PromptSet | None:

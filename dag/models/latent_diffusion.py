@@ -284,6 +284,7 @@ class LatentDiffusion(ABC):
             "pipeline": self.pipeline.__name__,
             "latent_shape": list(self.latent_shape),
             "prediction_type": self.schedule.prediction_type,
+            "takes_guidance": self.takes_guidance,
             "attention": self.attention,
             "parameters": sum(p.numel() for p in self.denoiser.parameters()),
             "trainable_parameters": sum(p.numel() for p in self.trainable()),

@@ -102,7 +102,7 @@ def test_the_page_has_pictures_curves_and_text(run: RunFolder) -> None:
         "torch 2.0",
     ):
         assert text in page.text, text
-    assert f"load_lora_weights('{run.path}/lora'" in page.text and "ComfyUI/models/loras/" in page.text
+    assert f'lora = "{run.path}/lora"\n' in page.text and "ComfyUI/models/loras/" in page.text
     assert "images_per_prompt: 2" in page.text, "the recipe"
 
 
@@ -134,9 +134,28 @@ def test_a_full_adapter_is_used_as_a_unet(run: RunFolder) -> None:
     description["recipe"]["model"] |= {"path": "some/model", "revision": "abc"}
     run.write_description(description)
     text = Page(document(run)).text
-    assert f"UNet2DConditionModel.from_pretrained('{run.path}/lora/unet')" in text
-    assert "from_pretrained('some/model', revision='abc')" in text
+    assert f'base = "some/model"\ntrained = "{run.path}/lora/unet"\n' in text
+    assert "pipe.unet = UNet2DConditionModel.from_pretrained(trained, " in text
+    assert 'from_pretrained(base, revision="abc", torch_dtype=dtype)' in text
     assert "ComfyUI" not in text
+
+
+def test_a_flow_model_is_drawn_without_eta(run: RunFolder) -> None:
+    description = run.read_description()
+    description["recipe"]["model"]["path"] = "owner/flux"
+    description["recipe"]["sampler"] |= {"guidance_scale": 1.0, "guidance_embedding": 2.5}
+    description["model"] = {"pipeline": "FluxPipeline", "prediction_type": "velocity", "takes_guidance": True}
+    run.write_description(description)
+    html = document(run)
+    text = Page(html).text
+    assert "sigmas=numpy.linspace(1, 1 / steps, steps), guidance_scale=2.5, max_sequence_length=512)" in text
+    assert "the steps of the ODE, without noise" in text and "eta=" not in text and "DDIMScheduler" not in text
+    assert f"Put <code>{run.path}/lora/lora_kohya.safetensors</code> into" in html and "diffusers' names of" in text
+    description["recipe"]["adapter"]["kind"] = "full"
+    run.write_description(description)
+    text = Page(document(run)).text
+    assert f'trained = "{run.path}/lora/transformer"\n' in text
+    assert "pipe.transformer = FluxTransformer2DModel.from_pretrained(trained, " in text
 
 
 # -- missing and damaged parts ------------------------------------------------------------------------------------

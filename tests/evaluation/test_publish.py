@@ -19,6 +19,7 @@ from PIL import Image, ImageChops
 
 from dag.errors import RunError
 from dag.evaluation import card, publish, sheets
+from dag.evaluation.plain_diffusers import Family
 from dag.evaluation.prices import Judgement
 from dag.evaluation.privacy import SERVER, public
 from dag.models import lora_file
@@ -333,7 +334,7 @@ def told(
     run: Path, before: dict[str, float], after: dict[str, float], judged: card.Judged | None = None, **recipe: Any
 ) -> card.Story:
     first, last = {"eval_reward_mean": 1.0, **before}, {"eval_reward_mean": 2.0, **after}
-    base = card.Base("owner/xl", None, "StableDiffusionXLPipeline")
+    base = card.Base("owner/xl", None, Family("StableDiffusionXLPipeline"))
     known = RunFolder(run).read_recipe().model_copy(update=recipe)
     return card.Story("A", "me/a", known, base, None, ["a"], first, last, judged, [], False)
 
@@ -348,7 +349,7 @@ def test_the_code_takes_family_precision_and_size(finished: Path) -> None:
     assert "import DDIMScheduler, StableDiffusionXLPipeline\n" in code
     assert 'base = "owner/xl"\nlora = "me/a"\n' in code
     assert 'dtype = torch.float16 if device == "cuda" else torch.float32\n' in code
-    assert '(base, revision="main", variant="fp16").to(device, dtype)' in code
+    assert '(base, revision="main", variant="fp16", torch_dtype=dtype).to(device)' in code
     assert "num_inference_steps=4, guidance_scale=3.0, eta=1.0, height=768, width=768)" in code
 
 
@@ -424,6 +425,10 @@ def test_what_cannot_be_published(run: Path, tmp_path: Path, refused: Refused) -
     description["recipe"]["adapter"]["kind"] = "full"
     (run / "run.json").write_text(json.dumps(description))
     assert refused(run, "--to", target).startswith(f"{run}: adapter.kind is full, and only a LoRA")
+    description["model"]["pipeline"] = "FluxPipeline"
+    (run / "run.json").write_text(json.dumps(description))
+    opened = f"{run / 'lora/transformer'}, a folder that diffusers' FluxTransformer2DModel.from_pretrained opens"
+    assert refused(run, "--to", target).endswith(opened)
     assert not target.exists()
     assert list(target.parent.iterdir()) == [], "nothing half written"
 

@@ -3,6 +3,7 @@
 import json
 import shutil
 from collections.abc import Callable
+from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ from helpers.building import (
     trainer_of,
     updated,
 )
+from PIL import Image, ImageChops
 from safetensors.torch import load_file
 from torch import Tensor
 from torch.nn import functional
@@ -30,6 +32,9 @@ from dag.chain.schedule import INITIAL_NOISE
 from dag.costs.forecast import forecast
 from dag.costs.weightless import Weightless
 from dag.errors import RunError, UsageError
+from dag.evaluation.plain_diffusers import Family, Place, program
+from dag.evaluation.publish import to_folder
+from dag.models.families import FAMILIES
 from dag.models.flux import Flux
 from dag.models.levers import compile_network
 from dag.models.sd3 import StableDiffusion3
@@ -179,6 +184,74 @@ def test_plain_diffusers_draws_the_same_pictures_with_and_without_the_lora(
     for file in ("pytorch_lora_weights.safetensors", "lora_kohya.safetensors"):
         plain = plain_pictures(recipe, [0, 1], tmp_path, file)
         torch.testing.assert_close(after, plain, rtol=0, atol=2e-4, msg=file)
+
+
+@pytest.mark.parametrize(
+    ("name", "sections"),
+    [
+        ("sd3", {"model": {"max_tokens": 12}}),
+        ("sd3", {"adapter": {"kind": "full"}}),
+        ("dev", {"sampler": {"shift": 2.0}}),
+        ("schnell", {"sampler": {"guidance_scale": 2.0}}),
+        ("embedded_flow", {}),
+    ],
+)
+def test_the_program_of_card_and_page_draws_as_the_run_without_noise(
+    make_flow: Callable[..., Recipe],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    name: str,
+    sections: dict[str, Any],
+) -> None:
+    given = {"steps": 4, "eta": ODE, **sections.get("sampler", {})}
+    if name == "embedded_flow":
+        recipe = parse_flow(sampler={"guidance_scale": 1.0, **given})
+    else:
+        recipe = make_flow(name, **{"model": {"max_tokens": None}, **sections, "sampler": given})
+    parts = parts_of(recipe)
+    text = parts.policy.encode(PROMPTS[:1])
+    disturb(parts, 0.1)
+    (expected,) = generate(parts.policy, text, [0], recipe.seed, recipe.sampler)
+    parts.policy.export(tmp_path / "lora")
+    noise = standard_normal(recipe.seed, torch.tensor([0]), INITIAL_NOISE, parts.policy.latent_shape)
+    if name in ("dev", "schnell"):
+        noise = functional.pixel_unshuffle(noise, 2).flatten(2).transpose(1, 2)
+    family = Family.of(parts.policy.describe(), recipe.model.path)
+    places = Place(recipe.model.path), Place(str(tmp_path / "lora"))
+    code = program(lambda key: attrgetter(key)(recipe), family, *places, prompt=PROMPTS[0])
+    assert "eta" not in code and "DDIM" not in code
+    monkeypatch.chdir(tmp_path)
+    exec(code.replace("sigmas=", "latents=noise, sigmas="), {"noise": noise})
+    found = torch.from_numpy(np.array(Image.open("picture.png"))).permute(2, 0, 1) / 255
+    torch.testing.assert_close(found, expected, rtol=0, atol=0.51 / 255 + 2e-4)
+
+
+def test_a_published_lora_draws_by_the_code_of_its_card(
+    make_flow: Callable[..., Recipe], tiny_flows: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recipe = make_flow("sd3", sampler={"shift": 2.0}, train={"epochs": 1, "learning_rate": 0.1})
+    run = trained(recipe, RunFolder.create(tmp_path / "run"))
+    run.write_description({"recipe": recipe.model_dump(mode="json")})
+    to_folder(run, tmp_path / "out")
+    monkeypatch.chdir(tmp_path / "out")
+    text = Path("README.md").read_text()
+    assert "- stable-diffusion-3\n" in text
+    assert f"| sampler | flow matching, {recipe.sampler.steps} steps, eta 1, guidance 3, shift 2 |" in text
+    assert "the steps of the ODE, without noise" in text and "alpha multiplied into the factors" in text
+    code = text.partition("```python\n")[2].partition("\n```")[0]
+    code = code.replace('base = "sd3"', f"base = {str(tiny_flows['sd3'])!r}")
+    drawn = []
+    for variant in (code, code.replace("\npipe.load_lora_weights", "\n# pipe.load_lora_weights")):
+        torch.manual_seed(5)
+        exec(variant, {})
+        drawn.append(Image.open("picture.png").copy())
+    assert ImageChops.difference(*drawn).getbbox() is not None, "the LoRA must change the picture"
+
+
+def test_a_program_names_the_denoiser_of_its_family() -> None:
+    for name, kind in FAMILIES.items():
+        family = Family.of({"pipeline": name}, "some/model")
+        assert (family.pipeline, family.component, family.network) == (name, kind.component, kind.network.__name__)
 
 
 @pytest.mark.parametrize("name", ["sd3", "dev"])

@@ -1,12 +1,15 @@
 """The parts of a run's page that are text, as HTML. Everything that comes from the run is escaped."""
 
 import html
+import re
 from collections.abc import Iterator, Sequence
 from typing import Any
 
 import yaml
 
+from dag.evaluation import plain_diffusers
 from dag.evaluation.page.facts import DONE, RUNNING, STOPPED, Facts, Judged
+from dag.evaluation.plain_diffusers import Family, Place
 
 _STATUS = {
     DONE: "done",
@@ -150,44 +153,16 @@ def _machine(facts: Facts) -> Iterator[tuple[str, Any]]:
 
 
 def _use(facts: Facts) -> str:
-    lora = facts.run.weights.as_posix()
-    is_full = facts.asked("adapter.kind") == "full"
+    lora, path = facts.run.weights.as_posix(), str(facts.asked("model.path"))
+    family = Family.of(facts.description.get("model"), path)
     wait = "" if facts.run.weights.is_dir() else "<p>The weights come with the last epoch.</p>"
-    code = f"<p>In diffusers:</p>{_block(_code(facts, is_full, lora))}"
+    program = plain_diffusers.program(facts.asked, family, Place(path), Place(lora))
+    note = plain_diffusers.deviation(family)
+    code = f"<p>In diffusers:</p>{_block(program)}" + (f"<p>{escaped(note)}</p>" if note else "")
     prompt = f'python -m dag.sample --run {facts.run.path.as_posix()} --prompt "a cat"'
     both = f"<p>Before and after training, side by side:</p>{_block(prompt)}"
-    if is_full:
+    if facts.asked("adapter.kind") == "full":
         return wait + code + both
-    comfy = (
-        f"<p>ComfyUI: copy <code>{escaped(lora)}/lora_kohya.safetensors</code> into <code>ComfyUI/models/loras/</code>, add the "
-        "node <i>Load LoRA</i> between checkpoint and sampler, strength 1.0. The other web UIs take the same file.</p>"
-    )
-    return wait + code + comfy + both
-
-
-def _code(facts: Facts, is_full: bool, lora: str) -> str:
-    """Python that draws a picture with the trained weights, by the run's sampler."""
-    path, steps = facts.asked("model.path"), facts.asked("sampler.steps")
-    is_embedded = path == "embedded"
-    imports = ["from diffusers import DDIMScheduler, DiffusionPipeline" + ", UNet2DConditionModel" * is_full]
-    imports += ["from dag.models.source import EMBEDDED  # the model that comes with this project"] * is_embedded
-    source = "EMBEDDED" if is_embedded else repr(path)
-    revision, variant = (
-        f", {name}={value!r}" if (value := facts.asked(f"model.{name}")) else "" for name in ("revision", "variant")
-    )
-    weights = (
-        f"pipe.unet = UNet2DConditionModel.from_pretrained({lora + '/unet'!r})"
-        if is_full
-        else f'pipe.load_lora_weights({lora!r}, weight_name="pytorch_lora_weights.safetensors")'
-    )
-    eta, scale = facts.asked("sampler.eta"), facts.asked("sampler.guidance_scale")
-    return "\n".join(
-        [
-            *imports,
-            "",
-            f"pipe = DiffusionPipeline.from_pretrained({source}{revision}{variant})",
-            "pipe.scheduler = DDIMScheduler.from_config(pipe.scheduler.config)",
-            weights,
-            f'pipe("a cat", num_inference_steps={steps}, guidance_scale={scale}, eta={eta}).images[0].save("cat.png")',
-        ]
-    )
+    others = escaped(plain_diffusers.other_programs(family, f"{lora}/lora_kohya.safetensors"))
+    marked = re.sub("`(.*?)`", r"<code>\1</code>", others)
+    return f"{wait}{code}<p>{marked}</p>{both}"
