@@ -24,6 +24,11 @@ _SHOWN_PROMPTS = 12
 _PAPER = "[Diffusion Alignment with GFlowNets](https://arxiv.org/abs/2406.00633)"
 # The tag of a family; others are plain Stable Diffusion.
 _TAGS = {XL: "stable-diffusion-xl", SD3: "stable-diffusion-3", FLUX: "flux"}
+# Identifiers of the hub's list that base models have; a licence that is not on that list is `other` with a name.
+_LISTED = {
+    *("apache-2.0", "mit", "openrail", "openrail++", "creativeml-openrail-m", "bigscience-openrail-m", "cc0-1.0"),
+    *("cc-by-4.0", "cc-by-sa-4.0", "cc-by-nc-4.0", "cc-by-nc-sa-4.0", "unknown", "other"),
+}
 
 
 @dataclass(frozen=True)
@@ -148,7 +153,10 @@ def _front_matter(story: Story) -> str:
     tags = ["text-to-image", "diffusers", "lora", "template:sd-lora", family, "gflownet", "dag"]
     data: dict[str, Any] = {}
     if story.base.licence is not None:
-        data["license"] = story.base.licence
+        is_listed = story.base.licence in _LISTED
+        data |= (
+            {"license": story.base.licence} if is_listed else {"license": "other", "license_name": story.base.licence}
+        )
     if story.base.is_at_hub:
         data |= {"base_model": story.base.name, "base_model_relation": "adapter"}
     data |= {"library_name": "diffusers", "pipeline_tag": "text-to-image", "tags": tags}

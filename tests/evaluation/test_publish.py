@@ -18,7 +18,7 @@ from helpers.stand_in_hub import StandInHub, stand_in_hub
 from PIL import Image, ImageChops
 
 from dag.errors import RunError
-from dag.evaluation import card, publish, sheets
+from dag.evaluation import card, publish
 from dag.evaluation.plain_diffusers import Family
 from dag.evaluation.prices import Judgement
 from dag.evaluation.privacy import SERVER, public
@@ -158,26 +158,6 @@ def test_widgets_are_pictures_of_their_prompts(shared: Path, finished: Path) -> 
         assert ImageChops.difference(Image.open(shared / widget["output"]["url"]), expected).getbbox() is None
 
 
-def test_cells_are_what_a_grid_was_made_of() -> None:
-    images = torch.rand(5, 3, 100, 100)
-    sheet = sheets.grid(images, ["a"] * 5, 2)
-    again = [torch.frombuffer(bytearray(cell.tobytes()), dtype=torch.uint8) for cell in sheets.cells(sheet, 5, 2)]
-    for image, cell in zip(images, again, strict=True):
-        close = (cell.view(100, 100, 3).permute(2, 0, 1) / 255 - image).abs().max()
-        assert float(close) < 1 / 254
-
-
-def test_a_sheet_stays_small_enough_for_pillow_to_open(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sheets, "_MOST_PIXELS", 60_000)
-    monkeypatch.setattr(sheets, "_MOST_JOINED_PIXELS", 100_000)
-    images = torch.rand(6, 3, 128, 128)
-    sheet = sheets.grid(images, ["a"] * 6, 2)
-    assert 40_000 < sheet.width * sheet.height <= 60_000
-    assert len(sheets.cells(sheet, 6, 2)) == 6 and sheets.cells(sheet, 7, 2) == [] == sheets.cells(sheet, 6, 5)
-    joined = sheets.before_after(sheet, sheet)
-    assert joined.width * joined.height < 110_000
-
-
 def test_a_sheet_that_pillow_refuses_is_one_line(
     finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -253,6 +233,14 @@ def test_a_lora_of_an_older_version_is_published_too(run: Path, tmp_path: Path) 
     assert main([str(run), "--to", str(tmp_path / "out")]) == 0
     assert "from diffusers import DDIMScheduler, StableDiffusionPipeline\n" in (tmp_path / "out/README.md").read_text()
     assert lora_file.notes(tmp_path / "out" / lora_file.KOHYA)["base_model"] == "my_base"
+
+
+def test_a_licence_with_a_name_of_its_own_is_other(run: Path, tmp_path: Path) -> None:
+    assert main([str(run), "--to", str(tmp_path / "out"), "--base", "black-forest-labs/FLUX.1-dev"]) == 0
+    data = front_matter(tmp_path / "out")
+    assert (data["license"], data["license_name"]) == ("other", "flux-1-dev-non-commercial-license")
+    (tmp_path / "README.md").write_text("---\nlicense: other\nlicense_name: its-own\n---\n")
+    assert licence("someone/unknown", tmp_path) == "its-own"
 
 
 def test_known_licences(tmp_path: Path) -> None:
