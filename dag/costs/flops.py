@@ -181,7 +181,7 @@ class _Counts:
     @cached_property
     def flow_gradient(self) -> float:
         flow, (x, t, text) = self.made.flow, self.state
-        return 0.0 if flow is None else _there_and_back(lambda x: flow(x, t, torch.zeros_like(t), text), x.float())
+        return 0.0 if flow is None else _there_and_back(lambda x: flow(x, t, _step(t), text), x.float())
 
     @cached_property
     def decode(self) -> float:
@@ -194,7 +194,7 @@ class _Counts:
     @cached_property
     def flow(self) -> float:
         flow, (x_t, t, text) = self.made.flow, self.state
-        return 0.0 if flow is None else _gflop(lambda: flow(x_t, t, torch.zeros_like(t), text).sum().backward())
+        return 0.0 if flow is None else _gflop(lambda: flow(x_t, t, _step(t), text).sum().backward())
 
     @cached_property
     def reward(self) -> float:
@@ -212,6 +212,11 @@ def _tower(name: str, grad: bool = False) -> float:
     return (
         _there_and_back(lambda x: score(x).pooler_output, pixels) if grad else _gflop(lambda: score(pixels), grad=False)
     )
+
+
+def _step(t: Tensor) -> Tensor:
+    """Indices of a transition, for the timesteps (B,), which are no integers in a flow-matching model."""
+    return torch.zeros_like(t, dtype=torch.int64)
 
 
 def _there_and_back(call: Callable[[Tensor], Tensor], x: Tensor) -> float:
