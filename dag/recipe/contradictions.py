@@ -32,11 +32,7 @@ def validate(recipe: Recipe) -> list[str]:
     )
     if train.rollout == "one_pass":
         problems += _one_pass_problems(recipe)
-    if recipe.sampler.sde == "flow_grpo" and recipe.balance is not None and not recipe.has_prior:
-        problems.append(
-            "sampler.sde=flow_grpo: no noising kernel reverses its steps, so detailed balance against P_B cannot hold; "
-            "set objective.prior=pretrained, or use posterior"
-        )
+    problems += _sampler_problems(recipe)
     problems += _step_choice_problems(recipe)
     problems += _gradient_problems(recipe)
     if recipe.sampler.uncond == "frozen" and adapter.kind == "full":
@@ -92,6 +88,16 @@ def _data_problems(recipe: Recipe) -> list[str]:
     if recipe.prompts.shared_start:
         problems.append(f"prompts.shared_start is about sampled rollouts, and {given} takes their place")
     return problems
+
+
+def _sampler_problems(recipe: Recipe) -> list[str]:
+    """A sampler that contradicts an objective which balances its steps against the noising kernel."""
+    if recipe.sampler.sde == "flow_grpo" and recipe.takes_noising:
+        return [
+            "sampler.sde=flow_grpo: no noising kernel reverses its steps, so no balance against P_B can hold; "
+            "set objective.prior=pretrained, or use posterior"
+        ]
+    return []
 
 
 def _gradient_problems(recipe: Recipe) -> list[str]:

@@ -243,6 +243,11 @@ class Recipe(Section):
         return self.objective.has_prior
 
     @property
+    def takes_noising(self) -> bool:
+        """Whether log P_F is balanced against log P_B, that of the noising kernel."""
+        return isinstance(self.objective, Balance | TrajectoryBalance) and not self.has_prior
+
+    @property
     def samples_prior(self) -> bool:
         """Whether the pretrained model's log P_F is computed while sampling, for residuals of log-probs."""
         objective = self.objective

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 from dag.errors import RunError
 from dag.models.source import counted_as, latent_shape, local_folder
-from dag.recipe import AdjointMatching, Backpropagation, Balance, NablaBalance, Recipe, TrajectoryBalance, is_scored
+from dag.recipe import AdjointMatching, Backpropagation, NablaBalance, Recipe, is_scored
 
 
 @dataclass(frozen=True)
@@ -44,8 +44,7 @@ def latent_elements(recipe: Recipe) -> int:
 
 def irreversible(recipe: Recipe) -> str | None:
     """One line about a recipe that balances steps with less noise against a noising kernel that cannot reverse them, else None."""
-    takes_noising = isinstance(recipe.objective, Balance | TrajectoryBalance) and not recipe.has_prior
-    if not takes_noising or recipe.sampler.eta == 1:
+    if not recipe.takes_noising or recipe.sampler.eta == 1:
         return None
     return (
         f"sampler.eta={recipe.sampler.eta:g}, objective.prior=none: only with eta 1 can the noising kernel P_B reverse P_F; "

@@ -21,7 +21,6 @@ from dag.errors import RunError
 from dag.evaluation import card, publish
 from dag.evaluation.plain_diffusers import Family
 from dag.evaluation.prices import Judgement
-from dag.evaluation.privacy import SERVER, public
 from dag.models import lora_file
 from dag.models.source import licence
 from dag.publish import main
@@ -349,32 +348,6 @@ def test_a_frozen_unconditional_branch_is_told(finished: Path) -> None:
 
 
 # -- what is private ----------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    ("key", "text", "expected"),
-    [
-        ("path", "/home/me/models/sd15", "sd15"),
-        ("path", "~/models/sd15", "sd15"),
-        ("path", "../rewards/mine.py:score", "mine.py:score"),
-        ("path", "my.package:score", "my.package:score"),
-        ("path", "C:\\Users\\me\\sd15", "sd15"),
-        ("path", "owner/name", "owner/name"),
-        ("path", "here/mine.py:score", "mine.py:score"),
-        ("url", "http://me:secret@10.0.0.3:8000/score", SERVER),
-        ("reason", "no compiler: /usr/me/bin/cc failed (/var/x)", "no compiler: cc failed (x)"),
-        ("texts", "/imagine a cat", "/imagine a cat"),
-        ("prefix", "A photo of 3/4 cats", "A photo of 3/4 cats"),
-        ("url_of", "https://example.org/a/b", "https://example.org/a/b"),
-    ],
-)
-def test_local_paths_become_names(
-    key: str, text: str, expected: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    (tmp_path / "here").mkdir()
-    (tmp_path / "here/mine.py").touch()
-    monkeypatch.chdir(tmp_path)
-    assert public({"a": [{key: text, "n": 1.5}]}) == {"a": [{key: expected, "n": 1.5}]}
 
 
 # -- what is refused ----------------------------------------------------------------------------------------------

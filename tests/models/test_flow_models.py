@@ -363,6 +363,11 @@ def test_steps_that_no_noise_reverses_are_warned_of(make_recipe: MakeRecipe) -> 
     assert irreversible(make_recipe()) is None
     assert irreversible(make_recipe(**half, objective={"name": "dag_db", "prior": "pretrained"})) is None
     assert irreversible(make_recipe(**half, objective={"name": "ddpo"})) is None
+    for name in ("dag_db", "tb"):
+        with pytest.raises(UsageError, match="no noising kernel reverses its steps"):
+            make_recipe(
+                sampler={"sde": "flow_grpo"}, objective={"name": name}, prompts={"texts": PROMPTS, "per_group": 2}
+            )
 
 
 def test_levers_know_the_blocks_of_a_transformer(make_flow: Callable[..., Recipe]) -> None:
