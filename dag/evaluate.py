@@ -1,6 +1,6 @@
 """Judge trained models by their pictures: `python -m dag.evaluate --run RUN [--against RUN2 ...] [--out DIR]`.
 
-Writes evaluation.json, evaluation.md and pictures.png.
+Writes evaluation.json, evaluation.md and pictures.png; with searches among them also equal_cost.png.
 """
 
 import argparse
@@ -19,6 +19,7 @@ from dag.recipe.load import parse_reward
 from dag.recipe.prompts import read_prompt_file
 from dag.run.folder import RunFolder
 from dag.run.gpu import out_of_memory_ends, this_device
+from dag.training.plan import training_passes
 
 
 def _free(folder: Path) -> Path:
@@ -93,6 +94,7 @@ def main(argv: Sequence[str] | None = None) -> int:
                 _terms(given.reward),
                 given.features,
                 given.distance,
+                training_passes,
             )
         verdict.write(out, data, drawn)
     except (UsageError, RunError) as error:

@@ -6,7 +6,7 @@ prompt alignment. The base model draws a second time with other seeds. All dista
 base model's own distance is the noise floor.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -44,6 +44,7 @@ def evaluate(
     rewards: Sequence[RewardTerm] = (),
     features: str | None = None,
     distances: Sequence[str] = (),
+    training_passes: Callable[[Recipe], float] | None = None,
 ) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """Draw pictures with trained runs and with their base model, and measure them, and those that searches have found.
 
@@ -53,6 +54,7 @@ def evaluate(
         rewards:  rewards to measure besides those that the runs were trained on and those that need no weights.
         features: `embedded` or a CLIP model; None takes `embedded`, which is possible for the embedded model only.
         distances: names of perceptual distances, from `dag.evaluation.perceptual.DISTANCES`.
+        training_passes: counts the denoiser's passes in a run's training, for the report; None leaves them out.
 
     Returns:
         (report, pictures by model's name): the report goes to JSON; pictures are (P * n, 3, H, W) in [0, 1].
@@ -72,8 +74,9 @@ def evaluate(
     measure = Measure(task, _all_rewards(recipes, rewards), tower, known_distances, device)
     drawn = list(_drawn(judged, chosen, task, device))
     pictures = {one.name: one.images for one in drawn}
+    trainings = {one.name: training_passes(one.recipe) for one in judged if training_passes and one.search is None}
     rows = [
-        {**row, "path_kl": one.path_kl, "passes": one.passes}
+        {**row, "path_kl": one.path_kl, "passes": one.passes, "training_passes": trainings.get(one.name)}
         for row, one in zip(measure.rows(pictures), drawn, strict=True)
     ]
     report_data = {

@@ -7,6 +7,9 @@ from dag.errors import RunError
 from dag.models.source import counted_as, latent_shape, local_folder
 from dag.recipe import AdjointMatching, Backpropagation, NablaBalance, Recipe, is_scored
 
+# Work of a backward pass of the denoiser under LoRA, in forward passes: 1.2 is that of the recipes in `recipes/tiny/`.
+_BACKWARD = 1.2
+
 
 @dataclass(frozen=True)
 class Plan:
@@ -52,17 +55,21 @@ def irreversible(recipe: Recipe) -> str | None:
     )
 
 
+def _trained_steps(recipe: Recipe) -> int:
+    """Steps of a trajectory that an update trains, at most, or pictures that it noises anew."""
+    train, objective = recipe.train, recipe.objective
+    first, end = train.step_window or (0, recipe.sampler.steps)
+    if isinstance(objective, Backpropagation):
+        return objective.most_steps
+    return objective.num_draws or max(1, math.ceil(train.step_fraction * (end - first)))
+
+
 def make_plan(recipe: Recipe) -> Plan:
     """The plan of a recipe. An epoch's numbers are those after the warm-up."""
     train, T = recipe.train, recipe.sampler.steps
     D = latent_elements(recipe)
     warmup = min(recipe.warmup_epochs, train.epochs)
-    first, end = train.step_window or (0, T)
-    steps = max(1, math.ceil(train.step_fraction * (end - first)))
-    if isinstance(recipe.objective, Backpropagation):
-        steps = recipe.objective.most_steps
-    data, objective = recipe.data, recipe.objective
-    steps = objective.num_draws or steps
+    data, objective, steps = recipe.data, recipe.objective, _trained_steps(recipe)
     branches = 2 if recipe.sampler.guidance_scale > 1 else 1
     others, sources = data.replay + (data.folder is not None), data.samples + (data.folder is not None)
     trained_rows = train.trajectories * steps * _passes_of_an_epoch(recipe)
@@ -77,6 +84,7 @@ def make_plan(recipe: Recipe) -> Plan:
     extra += train.trajectories * T * sources if recipe.samples_prior else 0
     extra += train.trajectories * T * others if objective.weighs_by_log_pf else 0
     extra += trained_rows * _gradient_passes(recipe)
+    extra += math.ceil(train.trajectories * _passes_of_an_epoch(recipe) * _swept_steps(recipe))
     previews, section = 0, recipe.forward_looking
     if section is not None:
         previews = train.trajectories * sum(is_scored(k, T, section.stride) for k in range(T))
@@ -100,6 +108,21 @@ def make_plan(recipe: Recipe) -> Plan:
     )
 
 
+def training_passes(recipe: Recipe) -> float:
+    """Guided forward passes of the denoiser in the complete training; a backward pass counts as 1.2, evaluations do not count."""
+    train, objective = recipe.train, recipe.objective
+    branches, trained = 2 if recipe.sampler.guidance_scale > 1 else 1, train.trajectories * _passes_of_an_epoch(recipe)
+    steps = float(_trained_steps(recipe))
+    if isinstance(objective, Backpropagation) and not isinstance(objective.last, int):
+        steps = sum(objective.last) / 2
+    backward = steps * (1 + _gradient_backwards(recipe)) + _swept_steps(recipe)
+    if objective.num_draws:  # of the conditional branch alone
+        backward /= branches
+    surplus = (_trained_steps(recipe) - steps) * trained  # of the plan, which takes the largest number of steps
+    forward = make_plan(recipe).unet_rows_per_epoch / branches - surplus
+    return train.epochs * (forward + _BACKWARD * backward * trained)
+
+
 def _passes_of_an_epoch(recipe: Recipe, epoch: int | None = None) -> int:
     """How often an epoch trains on `train.trajectories`: new ones, and those of another policy; None is a late epoch.
 
@@ -113,14 +136,29 @@ def _passes_of_an_epoch(recipe: Recipe, epoch: int | None = None) -> int:
 def _gradient_passes(recipe: Recipe) -> int:
     """UNet forward passes of a trained transition for the gradient of log F, besides those of sampling and training."""
     balance, is_stored = recipe.balance, recipe.train.rollout == "stored"
-    if isinstance(recipe.objective, AdjointMatching):
-        return 1
     if balance is None or not balance.takes_gradient:
         return 0
     at_the_next_state = is_stored or balance.jacobian == "pretrained"
     of_the_pretrained = recipe.has_prior and (is_stored or not recipe.samples_prior)
     has_reverse = isinstance(balance, NablaBalance) and balance.has_flow and recipe.has_prior
     return int(at_the_next_state) + int(of_the_pretrained and recipe.regulariser.pretrained_kl == 0) + int(has_reverse)
+
+
+def _gradient_backwards(recipe: Recipe) -> int:
+    """Backward passes to the states of a trained transition, for the gradient of log F and nabla-DB's reverse residual."""
+    balance = recipe.balance
+    if balance is None or not balance.takes_gradient:
+        return 0
+    has_reverse = isinstance(balance, NablaBalance) and balance.has_flow
+    return int(balance.jacobian != "none") + has_reverse * (1 + recipe.has_prior)
+
+
+def _swept_steps(recipe: Recipe) -> float:
+    """Steps of a trajectory that adjoint matching goes back through, there and back, to the first of those that it trains."""
+    if not isinstance(recipe.objective, AdjointMatching):
+        return 0.0
+    T, steps = recipe.sampler.steps, _trained_steps(recipe)
+    return T - (T - steps) / (steps + 1)  # the expected first of so many steps, drawn uniformly
 
 
 def _target(recipe: Recipe) -> str:
@@ -164,8 +202,7 @@ def describe(recipe: Recipe, num_prompts: int, num_pictures: int = 0) -> str:
     )
     updates = train.updates * _passes_of_an_epoch(recipe)
     lines = [
-        f"model         {recipe.model.path}, {recipe.model.dtype}, {recipe.adapter.kind}"
-        + (f" rank {recipe.adapter.rank}" if recipe.adapter.kind == "lora" else ""),
+        f"model         {recipe.model.path}, {recipe.model.dtype}, {recipe.adapter.kind} {recipe.adapter.factors}".rstrip(),
         f"latent        D = {plan.latent_elements} elements per sample ({known})",
         f"prompts       {num_prompts}",
         f"reward        {' + '.join(f'{term.weight:g} {term.name}' for term in recipe.reward)}{_gradients(recipe)}",
@@ -176,7 +213,8 @@ def describe(recipe: Recipe, num_prompts: int, num_pictures: int = 0) -> str:
         f"{plan.unet_rows_per_epoch} UNet rows",
         f"updates       {updates} per epoch over {plan.transitions_per_update} transitions each, "
         f"micro-batch {train.micro_batch}",
-        f"run           {train.epochs} epochs, {plan.trajectories} trajectories, {plan.updates} policy updates",
+        f"run           {train.epochs} epochs, {plan.trajectories} trajectories, {plan.updates} policy updates, "
+        f"{training_passes(recipe):,.0f} guided passes of the denoiser (a backward pass counted as {_BACKWARD:g})",
     ]
     if recipe.target is not None:
         beta = recipe.target.beta

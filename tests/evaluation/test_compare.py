@@ -101,6 +101,11 @@ def test_a_search_is_judged_beside_a_run(run: Path, tmp_path: Path, capsys: pyte
     assert found["rewards"]["colourfulness"]["mean"] == pytest.approx(results["reward"], abs=0.1), "but for 8 bits"
     assert found["rewards"]["colourfulness"]["gain"] > 0
     assert (base["passes"], trained["passes"], found["passes"]) == (4, 4, 16)
+    # Two epochs of 4 trajectories: 4 steps are sampled, and 2 of them trained, forward and backward.
+    assert (base["training_passes"], found["training_passes"]) == (None, None)
+    assert trained["training_passes"] == pytest.approx(2 * 4 * (4 + 2 * 2.2))
+    assert "run takes fewer passes than found from the 6th picture on" in (tmp_path / "out/evaluation.md").read_text()
+    assert Image.open(tmp_path / "out/equal_cost.png").width > 500
     assert report_of(tmp_path / "out")["checkpoints"]["found"] == "search by best_of_n"
     capsys.readouterr()
     for more, message in (
