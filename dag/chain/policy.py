@@ -106,11 +106,19 @@ class Policy(Protocol):
         ...
 
     def encode(self, prompts: Sequence[str]) -> Tensor:
-        """(P, S, D) embeddings of prompts, on the CPU. The policy keeps the empty prompt's for guidance."""
+        """(P, S, D) embeddings of prompts, on the CPU. The policy keeps the empty prompt's for guidance.
+
+        If its text encoders are trained, these are rows (P, S, E) of tokens in place of embeddings: only the policy reads them.
+        """
         ...
 
-    def blank_prompt(self) -> None:
-        """Keep an uninitialised embedding of the empty prompt, instead of calling `encode`; for forecasts on the meta device."""
+    def pretrained_text(self, rows: Tensor) -> Tensor:
+        """(P, S, D) embeddings, on the CPU, by the pretrained text encoders of what `encode` returned."""
+        ...
+
+    def blank_prompt(self) -> Tensor:
+        """What `encode` returns for one prompt, with unknown content, and the same for the empty one; for forecasts on the meta
+        device."""
         ...
 
     def prompt_warnings(self, prompts: Sequence[str]) -> list[str]:
@@ -118,7 +126,7 @@ class Policy(Protocol):
         ...
 
     def free_text_encoder(self) -> None:
-        """Drop the text encoder from memory; call it when all prompts are encoded."""
+        """Drop the text encoders from memory, unless they are trained; call it when all prompts are encoded."""
         ...
 
     def predict(
@@ -129,7 +137,7 @@ class Policy(Protocol):
         Args:
             x_t:        (B, C, H, W).
             t:          (B,) timesteps of the schedule.
-            text:       (B, S, D) prompt embeddings.
+            text:       (B, S, D) prompts as `encode` returned them.
             pretrained: switch the adapter off.
             unguided:   leave the unconditional branch out.
         """
@@ -148,7 +156,11 @@ class Policy(Protocol):
         ...
 
     def modules(self) -> Iterator[nn.Module]:
-        """The networks that stay in memory through training: denoiser and decoders."""
+        """The networks that stay in memory through training: denoiser, decoders, and text encoders that are trained."""
+        ...
+
+    def trained_encoders(self) -> list[nn.Module]:
+        """The text encoders that are trained."""
         ...
 
     def base_weights(self) -> dict[str, list[Tensor]]:

@@ -148,6 +148,7 @@ class _Counts:
     def __init__(self, made: Weightless) -> None:
         self.made, self.policy = made, made.policy
         self.state = made.chain(1, 1)[0], made.policy.schedule.timesteps[:1], made.text.to(META)
+        self.embedding = made.policy.pretrained_text(made.text).to(META)
 
     @cached_property
     def conditional(self) -> float:
@@ -180,7 +181,7 @@ class _Counts:
 
     @cached_property
     def flow_gradient(self) -> float:
-        flow, (x, t, text) = self.made.flow, self.state
+        flow, (x, t, _), text = self.made.flow, self.state, self.embedding
         return 0.0 if flow is None else _there_and_back(lambda x: flow(x, t, _step(t), text), x.float())
 
     @cached_property
@@ -193,7 +194,7 @@ class _Counts:
 
     @cached_property
     def flow(self) -> float:
-        flow, (x_t, t, text) = self.made.flow, self.state
+        flow, (x_t, t, _), text = self.made.flow, self.state, self.embedding
         return 0.0 if flow is None else _gflop(lambda: flow(x_t, t, _step(t), text).sum().backward())
 
     @cached_property

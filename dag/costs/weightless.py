@@ -4,7 +4,7 @@ Legend: B rows of a micro-batch or tile, N trajectories, T transitions.
 """
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -44,7 +44,7 @@ class Weightless:
         rewards:    memory of each reward network on the policy's device.
         offloaded:  for each of them, whether it is on the device only while a phase scores.
         is_learnt:  for each of them, whether the reward critic learns it.
-        text:       (1, S, D) embeddings of the one prompt that all trajectories share.
+        text:       (1, S, D) the one prompt that all trajectories share, as the policy's `encode` returns it.
         T:          transitions.
     """
 
@@ -52,14 +52,13 @@ class Weightless:
         self.recipe = recipe
         self.counted_as = counted_as(recipe.model.path)
         self.policy = families.load(_without_levers(recipe, self.counted_as), META, recipe.forward_looking, kernels)
-        self.policy.blank_prompt()
+        # On the CPU, as the prompts are in training.
+        self.text = self.policy.blank_prompt()
         if recipe.memory.base == "int8":
             for layer in self._quantised():
                 layer.register_forward_pre_hook(lambda _, inputs: _Kept.apply(inputs[0]))
         self.T = self.policy.schedule.num_transitions
         _ = self.policy.schedule.table  # cached now, so that it is not counted for the first phase that needs it
-        # On the CPU, as the embeddings of prompts are in training.
-        self.text = torch.zeros(1, *self.policy.text_shape, dtype=self.policy.dtype)
         self.learner = learner_of(_with_adamw(recipe), self.policy, self.text, kernels, warn=lambda text: None)
         numbers = [i for i, term in enumerate(recipe.reward) if getattr(term, "device", "auto") != "cpu"]
         self.is_learnt = [recipe.learnt_rewards[i] for i in numbers]
@@ -95,7 +94,8 @@ class Weightless:
         policy, train = self.policy, self.recipe.train
         trained = policy.trainable()
         kinds: dict[str, list[Tensor]] = {
-            "denoiser": [t for t in held(policy.denoiser) if not any(t is p for p in trained)],
+            "denoiser": _frozen(policy.denoiser, trained),
+            "text encoders": [t for network in policy.trained_encoders() for t in _frozen(network, trained)],
             "trained weights": list(trained),
             "gradients": [torch.empty_like(p) for p in trained],
             "optimizer": list(optimizer_states(trained, train.optimizer)),
@@ -198,6 +198,11 @@ def optimizer_states(parameters: Iterable[nn.Parameter], kind: OptimizerKind) ->
             else:
                 yield torch.empty(n, dtype=torch.uint8, device=META)
                 yield torch.empty(math.ceil(n / _8BIT_BLOCK), dtype=torch.float32, device=META)
+
+
+def _frozen(module: nn.Module, trained: Sequence[nn.Parameter]) -> list[Tensor]:
+    """What a module holds beside weights that are trained."""
+    return [tensor for tensor in held(module) if not any(tensor is weight for weight in trained)]
 
 
 def held(module: nn.Module) -> list[Tensor]:

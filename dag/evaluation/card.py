@@ -171,7 +171,7 @@ def _link(base: Base) -> str:
 
 def _training(story: Story) -> list[dict[str, Any]]:
     recipe, base = story.recipe, story.base
-    train, adapter = recipe.train, recipe.adapter
+    train = recipe.train
     stored = "" if recipe.memory.base == "compute" else f", its frozen layers stored as {recipe.memory.base}"
     count = "unknown" if story.prompts is None else str(len(story.prompts))
     rows = {
@@ -182,7 +182,7 @@ def _training(story: Story) -> list[dict[str, Any]]:
         "beta": _beta(story),
         "prompts": count,
         "size": f"{train.epochs} epochs of {train.trajectories} trajectories",
-        "LoRA": f"rank {adapter.rank}, alpha {adapter.alpha:g}",
+        "LoRA": recipe.adapter.factors,
         "sampler": _sampler(recipe.sampler, base.family),
     }
     return [{"what": name, "value": value} for name, value in rows.items()]

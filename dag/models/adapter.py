@@ -1,4 +1,4 @@
-"""The trained weights of a network (LoRA factors or all weights): stored in float32, used in the network's dtype.
+"""The trained weights of networks (LoRA factors or all weights): stored in float32, used in the networks' dtype.
 
 There is no autocast: every module computes in its own dtype. So in half precision each trained weight exists twice, as a
 float32 master, which the optimizer changes, and as a half-precision copy in the network. Gradients of the copies are summed
@@ -7,7 +7,8 @@ in float32 on the masters.
 Legend: I and O features in and out, R the LoRA rank.
 """
 
-from collections.abc import Sequence
+import re
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
 from typing import Any
 
@@ -18,8 +19,7 @@ from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 from torch.nn import functional
 
-from dag import recipe
-from dag.errors import RunError
+from dag.errors import RunError, UsageError
 
 # A gradient of at least so many elements is added to its master as soon as the backward pass has computed it, so that the
 # copies' large gradients are never all in memory at the same time. Smaller ones are added at the end, in a few launches.
@@ -27,43 +27,61 @@ _LARGE = 1 << 16
 _ADAPTER = "default"
 
 
-def add_lora(network: Any, adapter: recipe.Adapter, targets: Sequence[str], seed: int) -> None:
-    """Add LoRA factors to the layers of a diffusers network whose names end in a target, with peft.
+def add_lora(network: Any, rank: int, alpha: float, targets: Sequence[str], seed: int) -> None:
+    """Add LoRA factors to the layers of a network of diffusers or transformers whose names end in a target, with peft.
 
     Their initial values depend on the seed alone; their product is 0.
+
+    Raises:
+        UsageError: a target matches no layer.
     """
-    config = LoraConfig(
-        r=adapter.rank,
-        lora_alpha=adapter.alpha,
-        target_modules=list(targets),
-        init_lora_weights="gaussian",
-    )
+    _check_targets(network, targets)
+    config = LoraConfig(r=rank, lora_alpha=alpha, target_modules=list(targets), init_lora_weights="gaussian")
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         network.add_adapter(config, _ADAPTER)
 
 
+def _check_targets(network: nn.Module, targets: Sequence[str]) -> None:
+    """Raises UsageError for a target that matches no layer; peft ignores a misspelt one as long as another one matches."""
+    layers = [name for name, module in network.named_modules() if isinstance(module, nn.Linear | nn.Conv2d)]
+    for target in targets:
+        if not any(name == target or name.endswith(f".{target}") for name in layers):
+            endings = sorted({re.sub(r".*\.(?=\D)", "", name) for name in layers})
+            raise UsageError(
+                f"adapter.targets: {target!r} matches no layer of the denoiser; layer names end in: {', '.join(endings)}"
+            )
+
+
 class TrainedWeights:
-    """The weights of a network that need a gradient.
+    """The weights of networks that need a gradient.
 
     Args:
-        network: a module, with its adapter if it has one.
-        dtype:   precision in which the network computes; float32 needs no copies.
+        networks: modules, with their adapters if they have one, by what their weights' names begin with.
+        dtype:    precision in which the networks compute; float32 needs no copies.
 
     Attributes:
-        masters: the float32 weights that are optimized, saved and exported; without copies the network's own parameters.
+        masters:  the float32 weights that are optimized, saved and exported; without copies the networks' own parameters.
+        changes:  how often they were changed.
     """
 
-    def __init__(self, network: nn.Module, dtype: torch.dtype) -> None:
-        trained = {name: weight for name, weight in network.named_parameters() if weight.requires_grad}
-        self.copies = list(trained.values())
+    def __init__(self, networks: Mapping[str, nn.Module], dtype: torch.dtype) -> None:
+        found = [
+            (prefix, name, weight)
+            for prefix, network in networks.items()
+            for name, weight in network.named_parameters()
+            if weight.requires_grad
+        ]
+        self.copies = [weight for _, _, weight in found]
         self.has_copies = dtype != torch.float32
         for copy in self.copies:
             copy.data = copy.data.float()
         self.masters = [nn.Parameter(copy.detach().clone()) for copy in self.copies] if self.has_copies else self.copies
-        self.layers = [module for module in network.modules() if isinstance(module, LoraLayer)]
-        self.network = network
-        self.names = list(trained)
+        modules = [module for network in networks.values() for module in network.modules()]
+        self.layers = [module for module in modules if isinstance(module, LoraLayer)]
+        self.networks, self.changes = networks, 0
+        self._places = [(prefix, name) for prefix, name, _ in found]
+        self.names = [prefix + name for prefix, name in self._places]
         if self.has_copies:
             self._compute_in(dtype)
 
@@ -108,7 +126,8 @@ class TrainedWeights:
 
     @torch.no_grad()
     def refresh(self) -> None:
-        """Set the copies to the masters' present values."""
+        """Set the copies to the masters' present values. Call it after each change of the masters."""
+        self.changes += 1
         if self.has_copies:
             torch._foreach_copy_(list[Tensor](self.copies), list[Tensor](self.masters))
 
@@ -124,8 +143,14 @@ class TrainedWeights:
 
     def named(self) -> dict[str, Tensor]:
         """The masters by their names in files: peft's for LoRA factors, else the network's own."""
-        masters: dict[str, Tensor] = dict(zip(self.names, self.masters, strict=True))
-        return get_peft_model_state_dict(self.network, masters, _ADAPTER) if self.layers else masters
+        return {prefix + name: master for prefix in self.networks for name, master in self.of(prefix).items()}
+
+    def of(self, prefix: str) -> dict[str, Tensor]:
+        """The masters of one network, as `named` names them without the prefix."""
+        places = zip(self._places, self.masters, strict=True)
+        masters: dict[str, Tensor] = {name: master for (start, name), master in places if start == prefix}
+        has_factors = bool(masters and self.layers)
+        return get_peft_model_state_dict(self.networks[prefix], masters, _ADAPTER) if has_factors else masters
 
     def state_dict(self) -> dict[str, Tensor]:
         """The masters by their names in files, detached, on the CPU."""

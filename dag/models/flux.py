@@ -18,9 +18,9 @@ from torch.nn import functional
 from transformers import CLIPTextModel, T5EncoderModel
 
 from dag.errors import UsageError
-from dag.models.latent_diffusion import TransformerDiffusion
 from dag.models.source import is_architecture, read_config
 from dag.models.text import widened
+from dag.models.transformer_diffusion import TransformerDiffusion
 from dag.recipe import Recipe
 
 # The pipeline's defaults: the guidance scale, and the T5's tokens with and without guidance built in.
@@ -56,14 +56,12 @@ class Flux(TransformerDiffusion):
         width = read_config(self.folder, self.component)["joint_attention_dim"]
         return self.text_encoders[1].tokens + 1, int(width)
 
-    def _embed(self, texts: Sequence[str]) -> Tensor:
+    def _embed(self, ids: Sequence[Tensor]) -> Tensor:
         clip, t5 = self.text_encoders
-        (pooled,) = clip.embed(texts, lambda output: (output.pooler_output,))
+        pooled = clip(ids[0]).pooler_output
         tokens, width = self.text_shape
-        if is_architecture(self.folder):  # it has no T5
-            rows = torch.zeros(len(texts), tokens - 1, width, dtype=self.dtype)
-        else:
-            (rows,) = t5.embed(texts, lambda output: (output[0],))
+        has_t5 = not is_architecture(self.folder)
+        rows = t5(ids[1])[0] if has_t5 else pooled.new_zeros(len(pooled), tokens - 1, width)
         return torch.cat([rows, widened(pooled[:, None], width)], dim=1)
 
     def _output(self, x_t: Tensor, t: Tensor, text: Tensor) -> Tensor:

@@ -6,11 +6,10 @@ stays in eval mode, so that the same state always gives the same prediction.
 Legend: B samples, P prompts, S rows of a prompt's embedding, D their width, C H W latent.
 """
 
-import re
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, cast
 
 import torch
 from dag_kernels import guided
@@ -19,14 +18,15 @@ from torch import Tensor, nn
 from transformers import T5EncoderModel
 
 from dag.chain.policy import Prediction
-from dag.errors import RunError, UsageError
+from dag.errors import UsageError
 from dag.models import lora_file
 from dag.models.adapter import TrainedWeights, add_lora
 from dag.models.decoder import Decoder
 from dag.models.frozen import freeze_convolutions
 from dag.models.levers import checkpoint_activations, choose_attention, compile_network, quantise
+from dag.models.prompt_text import FixedText, TrainedText, names_in_files
 from dag.models.scheduler import chain_of
-from dag.models.source import is_architecture, latent_shape, licence, public_name, read_config
+from dag.models.source import is_architecture, latent_shape, licence, public_name
 from dag.models.text import TextEncoder
 from dag.models.weights import load_module
 from dag.recipe import ForwardLooking, Memory, Recipe
@@ -64,6 +64,8 @@ class LatentDiffusion(ABC):
     """Side in latent elements of what the denoiser sees as one token; the latent's side must be a multiple."""
     has_channels_last: ClassVar[bool] = True
     """Whether the denoiser has convolutions, for which `memory.channels_last` is."""
+    can_train_text: ClassVar[bool] = False
+    """Whether its text encoders can have LoRA factors."""
 
     def __init__(
         self, recipe: Recipe, folder: Path, device: torch.device, forward_looking: ForwardLooking | None = None
@@ -88,7 +90,7 @@ class LatentDiffusion(ABC):
         self.decoder = Decoder(
             folder, self._variant, self._vae_dtype(), device, sampler.tile, memory, forward_looking, self.tiny_at_hub
         )
-        self._uncond: Tensor | None = None
+        self.text = self._prompt_text(recipe.seed)
         self.weights = self._train_weights(recipe.seed)
         checkpoint_activations(self.denoiser, memory.checkpointing, self.weights.as_now)
         compile_network(self.denoiser, memory.compile)
@@ -119,6 +121,10 @@ class LatentDiffusion(ABC):
                 "objective.forward_looking.coefficients=bf16 is the published code's rounding for diffusion models; this is a "
                 "flow-matching model, use fp32"
             )
+        if recipe.adapter.text_encoder is not None and not self.can_train_text:
+            raise UsageError(
+                "adapter.text_encoder is for Stable Diffusion 1.x, 2.x and XL, which this is not; leave it out"
+            )
         if recipe.sampler.guidance_embedding is not None and not self.takes_guidance:
             raise UsageError(
                 "sampler.guidance_embedding is for models that are told a guidance scale, which this is not; use guidance_scale"
@@ -130,8 +136,8 @@ class LatentDiffusion(ABC):
         """(S, D) of a prompt's embedding."""
 
     @abstractmethod
-    def _embed(self, texts: Sequence[str]) -> Tensor:
-        """(P, S, D) embeddings on the CPU, in the network's dtype."""
+    def _embed(self, ids: Sequence[Tensor]) -> Tensor:
+        """(P, S, D) embeddings in the network's dtype, at the tokens of each text encoder, as `TextEncoder.ids` gives them."""
 
     @abstractmethod
     def _output(self, x_t: Tensor, t: Tensor, text: Tensor) -> Tensor:
@@ -151,15 +157,17 @@ class LatentDiffusion(ABC):
 
     # -- prompts -----------------------------------------------------------------------------------------------------
 
-    def blank_prompt(self) -> None:
-        """Keep an uninitialised embedding of the empty prompt, instead of calling `encode`; for forecasts on the meta device."""
-        self._uncond = torch.empty(1, *self.text_shape, dtype=self.dtype, device=self.device)
+    def blank_prompt(self) -> Tensor:
+        """A prompt's row of unknown content, see `dag.chain.policy.Policy`."""
+        return self.text.blank(self.text_shape)
 
     def encode(self, prompts: Sequence[str]) -> Tensor:
-        """(P, S, D) embeddings on the CPU, in the network's dtype. The text encoders stay until `free_text_encoder`."""
-        embedded = self._embed(["", *prompts])
-        self._uncond = self._empty(embedded[:1]).to(self.device)
-        return embedded[1:]
+        """The rows of prompts, see `dag.chain.policy.Policy`. The text encoders stay until `free_text_encoder`."""
+        return self.text.encode(prompts)
+
+    def pretrained_text(self, rows: Tensor) -> Tensor:
+        """(P, S, D) the pretrained embeddings of prompts' rows, on the CPU."""
+        return self.text.pretrained(rows)
 
     def prompt_warnings(self, prompts: Sequence[str]) -> list[str]:
         """One sentence for each prompt that is too long, and for each with words outside a closed vocabulary.
@@ -170,8 +178,7 @@ class LatentDiffusion(ABC):
         return max(present, key=lambda encoder: encoder.tokens).warnings(prompts)
 
     def free_text_encoder(self) -> None:
-        for encoder in self.text_encoders:
-            encoder.free()
+        self.text.free()
 
     # -- prediction --------------------------------------------------------------------------------------------------
 
@@ -184,21 +191,20 @@ class LatentDiffusion(ABC):
         """
         guidance_scale, B = self.sampler.guidance_scale, len(x_t)
         x_t = x_t.to(self.dtype).contiguous(memory_format=self.layout)
-        text = text.to(self.device, self.dtype)
+        embedded, empty = self.text.conditions(text, pretrained=pretrained)
         if unguided or guidance_scale <= 1:
-            output = self._run(x_t, t, text, pretrained)
+            output = self._run(x_t, t, embedded, pretrained)
             return Prediction(output, B, 1.0, output)
-        if self._uncond is None:
-            raise RuntimeError("encode() must come before predict(): it embeds the empty prompt")
-        uncond = self._uncond.expand(B, -1, -1)
         if self.sampler.uncond == "frozen":
             # Its weights are not trained, but the policy's output also depends on the state through it.
             with torch.set_grad_enabled(torch.is_grad_enabled() and x_t.requires_grad):
+                uncond = self.text.conditions(text, pretrained=True)[1].expand(B, -1, -1)
                 first = self._run(x_t, t, uncond, pretrained=True)
-            output = torch.cat([first, self._run(x_t, t, text, pretrained)])
+            output = torch.cat([first, self._run(x_t, t, embedded, pretrained)])
         else:
             twice = torch.cat([x_t, x_t]).contiguous(memory_format=self.layout)
-            output = self._run(twice, torch.cat([t, t]), torch.cat([uncond, text]), pretrained)
+            both = torch.cat([empty.expand(B, -1, -1), embedded])
+            output = self._run(twice, torch.cat([t, t]), both, pretrained)
         conditional = output[B:]
         if self.sampler.guidance_dtype == "model":
             # Published. In half precision it amplifies the rounding of both branches by about the guidance scale.
@@ -220,9 +226,13 @@ class LatentDiffusion(ABC):
         return self.decoder.preview(x0_hat, decoder)
 
     def modules(self) -> Iterator[nn.Module]:
-        """The denoiser and the decoders."""
+        """The denoiser, the decoders, and text encoders that are trained."""
         yield self.denoiser
+        yield from self.trained_encoders()
         yield from (module for module in (self.decoder.vae, self.decoder.tiny) if module is not None)
+
+    def trained_encoders(self) -> list[nn.Module]:
+        return list(self.text.networks().values())
 
     # -- weights -----------------------------------------------------------------------------------------------------
 
@@ -253,30 +263,35 @@ class LatentDiffusion(ABC):
         """Write LoRA factors as pytorch_lora_weights.safetensors (diffusers) and lora_kohya.safetensors (other programs), with
         the base model's name and licence in their metadata, or all weights of a full fine-tune as a diffusers folder."""
         folder.mkdir(parents=True, exist_ok=True)
-        state = self.state_dict()
         if self.adapter.kind == "full":
             # The network may have half-precision copies; the file gets the float32 masters.
             with torch.device("meta"):
                 network = self.network.from_config(self.denoiser.config)
             # Stable Diffusion 3 keeps its table of positions as a buffer, which is not trained.
-            network.load_state_dict(self.denoiser.state_dict() | state, assign=True)
+            network.load_state_dict(self.denoiser.state_dict() | self.state_dict(), assign=True)
             network.save_pretrained(folder / self.component)
             return
-        self.pipeline.save_lora_weights(
-            folder,
-            **{
-                # In peft's names: diffusers' older names cover attention layers only, and it loads no file that mixes both.
-                f"{self.component}_lora_layers": state,
-                f"{self.component}_lora_adapter_metadata": self.denoiser.peft_config["default"].to_dict(),
-            },
-        )
-        save_file(self._for_other_programs(state), folder / lora_file.KOHYA)
+        parts = self._lora_parts()
+        lora_file.save_for_diffusers(folder, self.pipeline, parts)
+        save_file(self._for_other_programs(parts), folder / lora_file.KOHYA)
         for name in (lora_file.DIFFUSERS, lora_file.KOHYA):
             lora_file.label(folder / name, public_name(self.source), licence(self.source, self.folder))
 
-    def _for_other_programs(self, state: dict[str, Tensor]) -> dict[str, Tensor]:
+    def _lora_parts(self) -> dict[str, lora_file.Part]:
+        """The LoRA factors of each network that has some, by its folder."""
+        parts = {}
+        for prefix, network in self.weights.networks.items():
+            state = {name: master.detach().cpu().contiguous() for name, master in self.weights.of(prefix).items()}
+            if state:
+                config = cast(Any, network).peft_config["default"].to_dict()
+                parts[prefix[:-1] or self.component] = lora_file.Part(
+                    names_in_files(state) if prefix else state, config
+                )
+        return parts
+
+    def _for_other_programs(self, parts: dict[str, lora_file.Part]) -> dict[str, Tensor]:
         """The factors in the names of kohya's scripts, which ComfyUI and the web UIs read for a UNet."""
-        return lora_file.in_kohyas_names(state, self.adapter.alpha)
+        return lora_file.in_kohyas_names(parts, has_two_encoders=len(self.encoders) > 1)
 
     def describe(self) -> dict[str, Any]:
         return {
@@ -310,41 +325,15 @@ class LatentDiffusion(ABC):
             self.denoiser.requires_grad_(True)
         else:
             targets = self.targets if self.adapter.targets is None else self.adapter.targets
-            _check_targets(self.denoiser, targets)
-            add_lora(self.denoiser, self.adapter, targets, seed)
+            if targets:
+                add_lora(self.denoiser, self.adapter.rank, self.adapter.alpha, targets, seed)
         freeze_convolutions(self.denoiser)
-        return TrainedWeights(self.denoiser, self.dtype)
+        weights = TrainedWeights({"": self.denoiser, **self.text.networks()}, self.dtype)
+        if isinstance(self.text, TrainedText):
+            self.text.weights = weights
+        return weights
 
-
-class TransformerDiffusion(LatentDiffusion):
-    """A latent diffusion model whose denoiser is a transformer, with attention over the tokens of picture and prompt together."""
-
-    component: ClassVar[str] = "transformer"
-    targets: ClassVar[tuple[str, ...]] = (
-        *LatentDiffusion.targets,
-        *("add_q_proj", "add_k_proj", "add_v_proj", "to_add_out"),
-    )
-    has_channels_last: ClassVar[bool] = False
-
-    def _check(self) -> None:
-        config = read_config(self.folder, self.component)
-        if config.get("_class_name", self.network.__name__) != self.network.__name__:
-            raise RunError(
-                f"model.path: {self.folder} holds a {config['_class_name']}, its model_index.json names a pipeline of "
-                f"{self.network.__name__}"
-            )
-
-    def _for_other_programs(self, state: dict[str, Tensor]) -> dict[str, Tensor]:
-        """The factors in diffusers' names with alpha folded in, as ComfyUI reads them for a transformer."""
-        return lora_file.folded(state, self.component, self.adapter.alpha / self.adapter.rank)
-
-
-def _check_targets(network: nn.Module, targets: Sequence[str]) -> None:
-    """Raises UsageError for a target that matches no layer; peft ignores a misspelt one as long as another one matches."""
-    layers = [name for name, module in network.named_modules() if isinstance(module, nn.Linear | nn.Conv2d)]
-    for target in targets:
-        if not any(name == target or name.endswith(f".{target}") for name in layers):
-            endings = sorted({re.sub(r".*\.(?=\D)", "", name) for name in layers})
-            raise UsageError(
-                f"adapter.targets: {target!r} matches no layer of the denoiser; layer names end in: {', '.join(endings)}"
-            )
+    def _prompt_text(self, seed: int) -> FixedText:
+        parts = self.text_encoders, self._embed, self._empty, self.device, self.dtype
+        adapter = self.adapter.text_encoder
+        return FixedText(*parts) if adapter is None else TrainedText(*parts, adapter, seed)

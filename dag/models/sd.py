@@ -23,6 +23,7 @@ class StableDiffusion(LatentDiffusion):
     network: ClassVar[Any] = UNet2DConditionModel
     encoders: ClassVar[tuple[Any, ...]] = (CLIPTextModel,)
     tiny_at_hub: ClassVar[str] = "madebyollin/taesd"
+    can_train_text: ClassVar[bool] = True
 
     def _check(self) -> None:
         unet = read_config(self.folder, "unet")
@@ -37,8 +38,8 @@ class StableDiffusion(LatentDiffusion):
     def text_shape(self) -> tuple[int, int]:
         return self.text_encoders[0].tokens, int(self.denoiser.config.cross_attention_dim)
 
-    def _embed(self, texts: Sequence[str]) -> Tensor:
-        return self.text_encoders[0].embed(texts, lambda output: (output[0],))[0]
+    def _embed(self, ids: Sequence[Tensor]) -> Tensor:
+        return self.text_encoders[0](ids[0])[0]
 
     def _output(self, x_t: Tensor, t: Tensor, text: Tensor) -> Tensor:
         return self.denoiser(x_t, t, text, return_dict=False)[0]

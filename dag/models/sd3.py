@@ -14,9 +14,9 @@ from diffusers import SD3Transformer2DModel, StableDiffusion3Pipeline
 from torch import Tensor
 from transformers import CLIPTextModelWithProjection, T5EncoderModel
 
-from dag.models.latent_diffusion import TransformerDiffusion
 from dag.models.source import read_config
 from dag.models.text import hidden_and_pooled, widened
+from dag.models.transformer_diffusion import TransformerDiffusion
 from dag.recipe import Recipe
 
 # Tokens of the T5 if the recipe does not say; the pipeline's own default.
@@ -40,18 +40,15 @@ class StableDiffusion3(TransformerDiffusion):
         width = read_config(self.folder, self.component)["joint_attention_dim"]
         return self.text_encoders[0].tokens + self.text_encoders[2].tokens + 1, int(width)
 
-    def _embed(self, texts: Sequence[str]) -> Tensor:
+    def _embed(self, ids: Sequence[Tensor]) -> Tensor:
         *clips, t5 = self.text_encoders
         (first, first_pooled), (second, second_pooled) = (
-            clip.embed(texts, hidden_and_pooled, has_hidden=True) for clip in clips
+            hidden_and_pooled(clip(found, has_hidden=True)) for clip, found in zip(clips, ids[:2], strict=True)
         )
         width = self.text_shape[1]
         tokens = torch.cat([first, second], dim=2)
         pooled = torch.cat([first_pooled, second_pooled], dim=1)[:, None]
-        if t5.is_absent:
-            rows = torch.zeros(len(texts), t5.tokens, width, dtype=self.dtype)
-        else:
-            (rows,) = t5.embed(texts, lambda output: (output[0],))
+        rows = tokens.new_zeros(len(tokens), t5.tokens, width) if t5.is_absent else t5(ids[2])[0]
         return torch.cat([widened(tokens, width), rows, widened(pooled, width)], dim=1)
 
     def _output(self, x_t: Tensor, t: Tensor, text: Tensor) -> Tensor:

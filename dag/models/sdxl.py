@@ -32,6 +32,7 @@ class StableDiffusionXL(LatentDiffusion):
     network: ClassVar[Any] = UNet2DConditionModel
     encoders: ClassVar[tuple[Any, ...]] = (CLIPTextModel, CLIPTextModelWithProjection)
     tiny_at_hub: ClassVar[str] = "madebyollin/taesdxl"
+    can_train_text: ClassVar[bool] = True
 
     def _check(self) -> None:
         unet = read_config(self.folder, "unet")
@@ -55,9 +56,10 @@ class StableDiffusionXL(LatentDiffusion):
         config = self.denoiser.config
         return int(config.projection_class_embeddings_input_dim) - _SIZES * int(config.addition_time_embed_dim)
 
-    def _embed(self, texts: Sequence[str]) -> Tensor:
+    def _embed(self, ids: Sequence[Tensor]) -> Tensor:
         (first, _), (second, pooled) = (
-            encoder.embed(texts, hidden_and_pooled, has_hidden=True) for encoder in self.text_encoders
+            hidden_and_pooled(encoder(found, has_hidden=True))
+            for encoder, found in zip(self.text_encoders, ids, strict=True)
         )
         rows = torch.cat([first, second], dim=2)
         return torch.cat([rows, widened(pooled[:, None], rows.shape[2])], dim=1)

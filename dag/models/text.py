@@ -1,11 +1,12 @@
-"""Text encoders of a diffusers folder: loaded when they are first needed, and freed once all prompts are encoded.
+"""Text encoders of a diffusers folder: loaded when they are first needed, and freed once all prompts are embedded.
 
 Legend: P texts, S text tokens, D width.
 """
 
 import gc
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -18,8 +19,6 @@ from transformers import CLIPTokenizer, T5EncoderModel, T5TokenizerFast
 from dag.models.source import component_folder, is_architecture, read_config
 from dag.models.weights import load_text_encoder, load_tokenizer
 
-# Tokens in one call of an encoder: 64 texts of CLIP's length.
-_AT_ONCE = 64 * 77
 # Tokens of a prompt if the text encoder's config does not say; transformers' own default.
 _CLIP_TOKENS = 77
 # A vocabulary of fewer tokens is a closed list of words: a word outside it is split into letters.
@@ -58,7 +57,8 @@ class TextEncoder:
             f"tokenizer{suffix}",
         )
         self._tokens = tokens
-        self._loaded: tuple[Any, Any] | None = None
+        self.module: Any = None
+        """The encoder's network; None until it is needed, and once it is freed."""
 
     @property
     def tokens(self) -> int:
@@ -66,11 +66,6 @@ class TextEncoder:
         if self._tokens is not None:
             return self._tokens
         return int(read_config(self.folder, self.encoder_folder).get("max_position_embeddings", _CLIP_TOKENS))
-
-    @property
-    def module(self) -> Any:
-        """The encoder's network; None until it is needed, and once it is freed."""
-        return None if self._loaded is None else self._loaded[1]
 
     @property
     def is_absent(self) -> bool:
@@ -82,33 +77,28 @@ class TextEncoder:
         return is_unneeded or not component_folder(self.folder, self.encoder_folder).is_dir()
 
     def free(self) -> None:
-        self._loaded = None
+        self.module = None
         # The hooks that bring a T5's layers to the GPU hold each other, so that counting references alone does not free it.
         gc.collect()
 
-    @torch.no_grad()
-    def embed(
-        self, texts: Sequence[str], pick: Callable[[Any], tuple[Tensor, ...]], *, has_hidden: bool = False
-    ) -> tuple[Tensor, ...]:
-        """What `pick` takes of the encoder's output, for all texts (P, ...), on the CPU in the network's dtype.
+    def ids(self, texts: Sequence[str]) -> Tensor:
+        """(P, S) int64 tokens of texts, padded or cut; (P, 0) of an absent T5."""
+        if self.component is T5EncoderModel and self.is_absent:
+            return torch.zeros(len(texts), 0, dtype=torch.int64)
+        padded = {"padding": "max_length", "max_length": self.tokens, "truncation": True}
+        return self.tokenizer(list(texts), **padded, return_tensors="pt").input_ids
+
+    def __call__(self, ids: Tensor, *, has_hidden: bool = False) -> Any:
+        """The encoder's output at tokens (P, S), as transformers returns it, in the network's dtype.
 
         Args:
-            has_hidden: `pick` reads the hidden states of all layers, which are kept for it: memory for each layer.
+            has_hidden: return the hidden states of all layers too: memory for each layer.
         """
-        tokenizer, encoder = self._load()
-        found = tokenizer(
-            list(texts), padding="max_length", max_length=self.tokens, truncation=True, return_tensors="pt"
-        )
-        parts = []
-        for ids in found.input_ids.split(max(1, _AT_ONCE // self.tokens)):
-            output = encoder(ids.to(self.device), output_hidden_states=has_hidden)
-            # Each part leaves the device at once: together they would fill it.
-            parts.append(tuple(tensor.to(self.dtype).cpu() for tensor in pick(output)))
-        return tuple(torch.cat(column) for column in zip(*parts, strict=True))
+        return self.load()(ids.to(self.device), output_hidden_states=has_hidden)
 
     def warnings(self, prompts: Sequence[str]) -> list[str]:
         """One sentence for each prompt that is too long, and for each with words outside a closed vocabulary."""
-        tokenizer, _ = self._load()
+        tokenizer = self.tokenizer
         room = self.tokens - tokenizer.num_special_tokens_to_add()
         found = []
         for prompt in prompts:
@@ -119,18 +109,22 @@ class TextEncoder:
                 found.append(f"prompt {prompt!r}: this model does not know {', '.join(map(repr, unknown))}")
         return found
 
-    def _load(self) -> tuple[Any, Any]:
-        if self._loaded is None:
+    @cached_property
+    def tokenizer(self) -> Any:
+        kind = T5TokenizerFast if self.component is T5EncoderModel else CLIPTokenizer
+        return load_tokenizer(self.folder, self.tokenizer_folder, kind)
+
+    def load(self) -> Any:
+        """The encoder's network, loaded if it is not yet."""
+        if self.module is None:
             is_streamed = self.component is T5EncoderModel and self.device.type == "cuda"
             place = torch.device("cpu") if is_streamed else self.device
-            encoder = load_text_encoder(
+            self.module = load_text_encoder(
                 self.folder, self.dtype, place, self.variant, self.encoder_folder, self.component
             )
             if is_streamed:
-                apply_group_offloading(encoder, self.device, offload_type="leaf_level")
-            kind = T5TokenizerFast if self.component is T5EncoderModel else CLIPTokenizer
-            self._loaded = load_tokenizer(self.folder, self.tokenizer_folder, kind), encoder
-        return self._loaded
+                apply_group_offloading(self.module, self.device, offload_type="leaf_level")
+        return self.module
 
 
 def hidden_and_pooled(output: Any) -> tuple[Tensor, Tensor]:

@@ -3,7 +3,7 @@
 from dag.recipe.contradictions import validate
 from dag.recipe.data_sections import Data
 from dag.recipe.first_order_sections import AdjointMatching, Backpropagation, RewardFeedback
-from dag.recipe.model_sections import Adapter, Model, Sampler
+from dag.recipe.model_sections import Adapter, Model, Sampler, TextAdapter
 from dag.recipe.network_sections import Flow, OptimizerKind, RewardCritic
 from dag.recipe.objective_sections import (
     Balance,
@@ -71,6 +71,7 @@ __all__ = [
     "ScalarBalance",
     "SubTrajectoryBalance",
     "Target",
+    "TextAdapter",
     "Tower",
     "Train",
     "TrajectoryBalance",

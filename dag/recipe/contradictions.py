@@ -39,8 +39,10 @@ def validate(recipe: Recipe) -> list[str]:
         problems.append("sampler.uncond=frozen needs adapter.kind=lora: a full fine-tune keeps no pretrained copy")
     if recipe.memory.base != "compute" and adapter.kind == "full":
         problems.append(f"memory.base={recipe.memory.base} needs adapter.kind=lora: quantised weights are frozen")
-    if adapter.kind == "lora" and adapter.targets == ():
-        problems.append("adapter.targets: name at least one layer")
+    if adapter.kind == "lora" and adapter.targets == () and adapter.text_encoder is None:
+        problems.append("adapter.targets: name at least one layer, or train adapter.text_encoder")
+    if adapter.kind == "full" and adapter.text_encoder is not None:
+        problems.append("adapter.text_encoder needs adapter.kind=lora: it is a LoRA beside the denoiser's")
     if adapter.kind == "full" and recipe.regulariser.pretrained_kl > 0:
         problems.append("regulariser.pretrained_kl needs adapter.kind=lora: a full fine-tune keeps no pretrained copy")
     if not recipe.flow.channels:

@@ -26,6 +26,13 @@ class Model(Section):
     They take part in attention: memory and time grow with them, and the model is used as it was trained only with its own."""
 
 
+class TextAdapter(Section):
+    rank: int = Field(4, ge=1)
+    """LoRA rank."""
+    alpha: float = Field(4.0, gt=0)
+    """The LoRA factors' product is scaled by alpha / rank."""
+
+
 class Adapter(Section):
     kind: Literal["lora", "full"] = "lora"
     """`lora` trains low-rank factors; `full` trains every weight of the denoiser, at about 16 bytes a weight with AdamW."""
@@ -34,7 +41,18 @@ class Adapter(Section):
     alpha: float = Field(4.0, gt=0)
     """The LoRA factors' product is scaled by alpha / rank."""
     targets: tuple[str, ...] | None = None
-    """Name endings of the denoiser's layers that get LoRA factors; null takes attention's projections."""
+    """Name endings of the denoiser's layers that get LoRA factors; null takes attention's projections. With `text_encoder` an
+    empty list leaves the denoiser as it is (TexForce)."""
+    text_encoder: TextAdapter | None = None
+    """Also train LoRA factors in the attention of the text encoders (SD 1.x / 2.x, SDXL), through which prompts are read."""
+
+    @property
+    def factors(self) -> str:
+        """The LoRA factors in words, as "rank 4, alpha 8"; empty without any."""
+        found = [] if self.kind == "full" or self.targets == () else [f"rank {self.rank}, alpha {self.alpha:g}"]
+        if self.text_encoder is not None:
+            found.append(f"text encoder rank {self.text_encoder.rank}, alpha {self.text_encoder.alpha:g}")
+        return "; ".join(found)
 
 
 class Sampler(Section):

@@ -46,7 +46,7 @@ class Components:
     pictures: tuple[Captioned, ...]
     """The pictures of `data.folder`."""
     text: Tensor
-    """(P, S, D) embeddings of the prompts, on the CPU."""
+    """(P, S, D) the prompts as the policy's `encode` returned them, on the CPU."""
     fingerprint: dict[str, str]
     """Fingerprints of the base model's networks and of the prompts; a resumed run must have the same."""
 
@@ -137,7 +137,7 @@ def learner_of(
     """The learner of a policy: the recipe's objective, optimizers and state flow.
 
     Args:
-        text: (P, S, D) embeddings of the prompts, on the CPU.
+        text: the prompts as the policy's `encode` returned them.
         warn: called with one line for each warning.
     """
     train, device = recipe.train, policy.schedule.timesteps.device
@@ -145,9 +145,13 @@ def learner_of(
     optimizer = build_optimizer(policy.trainable(), train.learning_rate, train, train.optimizer)
     use_scaler = recipe.model.dtype == "fp16"
     clipped = ClippedOptimizer("policy", optimizer, train.clip_norm, policy.weights, use_scaler)
-    embeddings = Embeddings(text, device)
-    flow_fit = _flow_fit(recipe, policy, embeddings) if objective.uses_flow else None
-    critic_fit = _critic_fit(recipe, policy, text, processes) if recipe.has_critic else None
+    embeddings, flow_fit, critic_fit = Embeddings(text, device), None, None
+    # Flow and critic must know which prompt it is, not how the policy reads it.
+    if objective.uses_flow:
+        fixed = policy.pretrained_text(text)
+        flow_fit = _flow_fit(recipe, policy, embeddings if fixed is text else Embeddings(fixed, device))
+    if recipe.has_critic:
+        critic_fit = _critic_fit(recipe, policy, policy.pretrained_text(text), processes)
     return Learner(recipe, policy, objective, clipped, flow_fit, critic_fit, embeddings, warn, processes)
 
 

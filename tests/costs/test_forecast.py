@@ -103,6 +103,7 @@ CHANGES: list[dict[str, Any]] = [
     {"objective": LEARNT, "train": {**ONE_PASS, "trajectories": 8}, **WIDE},
     {"objective": {"name": "ddpo", "baseline": "value"}, "train": {"trajectories": 8}, **WIDE},
     {"memory": {"base": "nf4"}},
+    {"adapter": {"text_encoder": {"rank": 8}, "targets": []}, "train": {"micro_batch": 2}},
 ]
 
 

@@ -80,8 +80,8 @@ def test_loss_and_gradient_err_at_most_twice_as_far_as_autocasts() -> None:
     plain = autocast_form(policy)
     exact = copy.deepcopy(plain).double()
     schedule, scale = policy.schedule, recipe.sampler.guidance_scale
-    assert policy._uncond is not None
-    both = torch.cat([policy._uncond.expand(12, -1, -1), text.repeat(4, 1, 1)])
+    assert policy.text.empty is not None
+    both = torch.cat([policy.text.empty.expand(12, -1, -1), text.repeat(4, 1, 1)])
     generator = torch.Generator().manual_seed(3)
     x_t, noise = (torch.randn(12, *policy.latent_shape, generator=generator) for _ in range(2))
     k = torch.tensor([0, 3, 6, 9]).repeat_interleave(3)

@@ -203,8 +203,8 @@ def test_embeddings_match_the_pipeline(tiny_model: Path) -> None:
     expected, empty = pipeline.encode_prompt(["a cat", "a dog"], "cpu", 1, True)
     policy = cast(StableDiffusion, load(tiny_model))
     torch.testing.assert_close(policy.encode(["a cat", "a dog"]), expected)
-    assert policy._uncond is not None
-    torch.testing.assert_close(policy._uncond, empty[:1])
+    assert policy.text.empty is not None
+    torch.testing.assert_close(policy.text.empty, empty[:1])
 
 
 def test_the_same_seed_gives_the_same_adapter(make_recipe: MakeRecipe) -> None:

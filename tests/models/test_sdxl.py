@@ -105,11 +105,11 @@ def plain_pictures(folder: Path, recipe: Recipe, ids: list[int], weights: Path |
     return (images / 2 + 0.5).clamp(0, 1)
 
 
-@pytest.mark.parametrize("eta", [1.0, 1e-6])
+@pytest.mark.parametrize(("eta", "adapter"), [(1.0, {}), (1e-6, {"text_encoder": {"rank": 2, "alpha": 3.0}})])
 def test_plain_diffusers_draws_the_same_pictures_with_and_without_the_lora(
-    make_xl: MakeRecipe, tiny_xl: Path, tmp_path: Path, eta: float
+    make_xl: MakeRecipe, tiny_xl: Path, tmp_path: Path, eta: float, adapter: dict[str, Any]
 ) -> None:
-    recipe = make_xl(sampler={"steps": 4, "guidance_scale": 3.0, "eta": eta})
+    recipe = make_xl(sampler={"steps": 4, "guidance_scale": 3.0, "eta": eta}, adapter=adapter)
     parts = parts_of(recipe)
     assert isinstance(parts.policy, StableDiffusionXL)
     text = parts.policy.encode(PROMPTS)
@@ -176,7 +176,7 @@ def test_the_empty_prompt_is_zeros_where_the_model_says_so(tiny_xl: Path, make_x
         index.write_text(json.dumps({**json.loads(index.read_text()), "force_zeros_for_empty_prompt": says_so}))
         policy: Any = parts_of(make_xl(model={"path": str(copy)})).policy
         policy.encode(["a cat"])
-        assert bool((policy._uncond == 0).all()) is is_zero
+        assert bool((policy.text.empty == 0).all()) is is_zero
 
 
 @pytest.mark.parametrize("dtype", ["fp32", "bf16"])

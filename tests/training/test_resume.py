@@ -56,7 +56,7 @@ KINDS: dict[str, dict[str, Any]] = {
         "flow": {"warmup_epochs": 1},
         "train": {"rollout": "one_pass", "max_kl": 0.01},
     },
-    "ddpo": {"objective": {"name": "ddpo", "per_prompt": 2}},
+    "ddpo": {"objective": {"name": "ddpo", "per_prompt": 2}, "adapter": {"text_encoder": {"rank": 2}}},
     "value": {
         "objective": {"name": "ddpo", "baseline": "value"},
         "reward_critic": {"width": 8, "passes": 2},

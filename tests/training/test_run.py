@@ -176,7 +176,8 @@ def test_plain_diffusers_reproduces_the_pictures(make_recipe: MakeRecipe, tmp_pa
     """Both exported LoRA layouts, loaded by StableDiffusionPipeline and stepped with our noise, give our pictures."""
     from by_hand.plain_diffusers import pictures
 
-    recipe = make_recipe(adapter={"rank": 3, "alpha": 6, "targets": ["to_q", "to_v", "conv1", "ff.net.0.proj"]})
+    targets, text = ["to_q", "to_v", "conv1", "ff.net.0.proj"], {"rank": 2, "alpha": 3}
+    recipe = make_recipe(adapter={"rank": 3, "alpha": 6, "targets": targets, "text_encoder": text})
     parts = parts_of(recipe)
     disturb(parts, 0.1)
     base = generate(parts_of(recipe).policy, parts.text, [4, 5], recipe.seed, recipe.sampler)
