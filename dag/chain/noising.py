@@ -33,7 +33,7 @@ def noised_chain(
     states, log_pb = [x], []
     for k in reversed(range(schedule.num_transitions)):
         noise = draw_noise(seed, sample_id, k, tuple(x_0.shape[1:]), torch.float32)
-        x_t = (schedule.noising_x[k] * x.float() + schedule.noising_std[k] * noise).to(x.dtype)
+        x_t = schedule.noised_back(x, noise, k).to(x.dtype)
         log_pb.append(schedule.log_pb(x_t, x, k))
         states.append(x_t)
         x = x_t

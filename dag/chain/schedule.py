@@ -163,6 +163,10 @@ class Schedule:
         """x_next = mu + sigma_t noise, (B, C, H, W) float32; round it to the stored dtype before using it."""
         return self._mean(x_t, model_output, k) + _at(self.sigma, k, noise) * noise
 
+    def noised_back(self, x_next: Tensor, noise: Tensor, k: int | Tensor) -> Tensor:
+        """x_t = r x_next + c noise, drawn from P_B(x_t | x_next): (B, C, H, W) float32, to be rounded like `sample_next`."""
+        return _at(self.noising_x, k, noise) * x_next.float() + _at(self.noising_std, k, noise) * noise
+
     def log_pf(
         self, x_t: Tensor, x_next: Tensor, model_output: Tensor, k: int | Tensor, reduction: Reduction = "sum"
     ) -> Tensor:

@@ -17,6 +17,9 @@ from torch import Tensor
 
 from dag.chain.schedule import Schedule
 
+# Steps of the counter-based noise above those of any chain.
+_DRAWS = 1 << 31
+
 Rows = slice | Tensor
 """B of a batch's trajectories: a slice, which needs no index tensor on the device, or their indices (B,)."""
 
@@ -176,6 +179,11 @@ class ChainStore:
 def draw_noise(seed: int, sample_id: Tensor, k: int, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
     """(B, *shape) float32 counter-based noise of B samples at step k, rounded to `dtype`; bfloat16 is published."""
     return standard_normal(seed, sample_id, k, shape).to(dtype).float()
+
+
+def draw_noise_anew(seed: int, sample_id: Tensor, number: int, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+    """`draw_noise` for states that are noised once more while training; `number` counts these draws through all updates."""
+    return draw_noise(seed, sample_id, _DRAWS + number % _DRAWS, shape, dtype)
 
 
 def concatenate(parts: Sequence[Trajectories], chain: Tensor | None = None) -> Trajectories:

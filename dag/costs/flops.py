@@ -15,7 +15,7 @@ from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, 
 from dag.costs.live_bytes import as_on_cuda
 from dag.costs.remembered import RememberedShapes
 from dag.costs.weightless import META, Weightless
-from dag.recipe import Recipe, is_scored
+from dag.recipe import Backpropagation, Recipe, is_scored
 from dag.recipe.reward_sections import Tower
 from dag.rewards.stand_in import architecture
 
@@ -84,6 +84,8 @@ def of_recipe(recipe: Recipe) -> Work:
     scored = 0.0
     if section is not None and section.source == "rollout":
         scored = sum(is_scored(k, T, section.stride) for k in range(T)) / T
+    if isinstance(recipe.objective, Backpropagation):
+        return _of_backpropagation(recipe, recipe.objective, shown, T)
     return {
         "sampling": 0.0 if recipe.train.rollout == "one_pass" else shown.guided,
         "training": shown.trained,
@@ -92,6 +94,23 @@ def of_recipe(recipe: Recipe) -> Work:
         "rewards": (scored + 1 / T) * shown.reward,
         "flow": shown.flow,
         "gradient of log F": _look_ahead(recipe, shown, T),
+    }
+
+
+def _of_backpropagation(recipe: Recipe, section: Backpropagation, shown: "_Counts", T: int) -> Work:
+    """`of_recipe` of an objective that trains the last steps alone, at most so many, once for each copy of the last."""
+    passes, has_kl = section.most_passes / T, recipe.regulariser.pretrained_kl > 0
+    towers = sum(_tower(term.name, grad=True) for term in recipe.reward if isinstance(term, Tower))
+    # Between two trained steps the adjoint goes back through the denoiser once more.
+    between = (section.most_steps - 1) * (shown.through - shown.guided)
+    return {
+        "sampling": shown.guided * (1 + (section.copies - 1) / T),
+        "training": shown.trained * passes,
+        "extra UNet passes": shown.pretrained * passes if has_kl else 0.0,
+        "decodes": shown.decode / T,
+        "rewards": shown.reward / T,
+        "flow": 0.0,
+        "gradient of log F": (between + section.copies * (shown.decode_gradient + towers)) / T,
     }
 
 

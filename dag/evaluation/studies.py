@@ -135,7 +135,7 @@ def _reward(name: str, title: str, scale: str) -> Study:
 
 _BY_NAME = (
     *("dag_db", "dag_kl", "ddpo", "nabla_db", "tb", "rtb", "subtb", "grpo", "prdp", "d3po", "dpo", "raft", "rwr"),
-    *("draft", "alignprop", "refl", "adjoint", "dpok", "seppo", "texforce"),
+    *("draft", "draft_lv", "alignprop", "refl", "adjoint", "dpok", "seppo", "texforce"),
 )
 # In two more seeds: the best with the reward's gradient and without one, among those that keep the noun, and the baseline.
 _LEADING = ("dag_kl_gradient", "dag_kl_learnt_gradient", "nabla_db", "adjoint", "dpo", "ddpo")

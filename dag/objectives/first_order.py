@@ -1,6 +1,7 @@
 """Objectives that follow the reward's gradient back through the denoiser, without a flow.
 
-    backprop   max r(x_0), through the last K steps         DRaFT (Clark et al. 2024), AlignProp (Prabhudesai et al. 2023)
+    backprop   max r(x_0), through the last K steps         DRaFT (Clark et al. 2024), AlignProp (Prabhudesai et al. 2023);
+                                                            through n draws of the last one: DRaFT-LV (Clark et al. 2024)
     refl       max r(x0_hat(x_k)), through one step         ReFL (Xu et al. 2023)
     adjoint    the policy of step k matches the pretrained one, shifted by sigma^2 beta d r(x_0) / d x_{k+1}, where the
                derivative goes through the pretrained policy           adjoint matching (Domingo-Enrich et al. 2025)

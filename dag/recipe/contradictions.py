@@ -1,5 +1,6 @@
 """Mistakes of a recipe that involve several keys. Imports no torch."""
 
+from dag.recipe.first_order_sections import Backpropagation
 from dag.recipe.objective_sections import Around, NablaBalance, ScalarBalance
 from dag.recipe.reward_sections import Tower
 from dag.recipe.schema import Recipe
@@ -93,13 +94,30 @@ def _data_problems(recipe: Recipe) -> list[str]:
 
 
 def _sampler_problems(recipe: Recipe) -> list[str]:
-    """A sampler that contradicts an objective which balances its steps against the noising kernel."""
+    """What contradicts an objective that balances its steps against the noising kernel, or draws from it."""
+    objective = recipe.objective
+    if isinstance(objective, Backpropagation) and objective.copies > 1:
+        return _copies_problems(recipe, f"objective.copies={objective.copies}")
     if recipe.sampler.sde == "flow_grpo" and recipe.takes_noising:
         return [
             "sampler.sde=flow_grpo: no noising kernel reverses its steps, so no balance against P_B can hold; "
             "set objective.prior=pretrained, or use posterior"
         ]
     return []
+
+
+def _copies_problems(recipe: Recipe, asked: str) -> list[str]:
+    """What contradicts last steps that are drawn anew."""
+    problems = []
+    if recipe.sampler.sde == "flow_grpo":
+        problems.append(
+            f"{asked}: sampler.sde=flow_grpo leaves states noisier than their level, to which no P_B leads back; use posterior"
+        )
+    if recipe.regulariser.sampling > 0:
+        problems.append(
+            f"{asked}: regulariser.sampling pulls towards outputs while sampling, which steps drawn anew lack; use pretrained_kl"
+        )
+    return problems
 
 
 def _gradient_problems(recipe: Recipe) -> list[str]:

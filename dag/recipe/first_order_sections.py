@@ -36,6 +36,10 @@ class Backpropagation(_FirstOrder):
     last: _Positive | tuple[_Positive, _Positive] = 1
     """The last steps through which the reward's gradient is back-propagated (DRaFT-K). A pair draws their number anew for each
     update, between both ends (as AlignProp draws it)."""
+    copies: int = Field(1, ge=1)
+    """Draws of the last step over which its gradient is averaged (DRaFT-LV): the sampled one, and others that begin at the picture,
+    noised back by P_B. Less noise at the memory of one; each further draw costs a forward pass more than training it, and the
+    reward's gradient. With `last: 1` alone."""
     goal: float | None = None
     """null maximises the reward; a number minimises the distance to it (AlignProp: 10 for the aesthetic score)."""
 
@@ -44,10 +48,17 @@ class Backpropagation(_FirstOrder):
         """The largest number of steps that an update trains."""
         return self.last if isinstance(self.last, int) else self.last[1]
 
+    @property
+    def most_passes(self) -> int:
+        """The largest number of times that an update back-propagates through the policy for a trajectory."""
+        return self.most_steps * self.copies
+
     def problems(self, around: Around) -> list[str]:
         problems = super().problems(around)
         if isinstance(self.last, tuple) and self.last[0] > self.last[1]:
             problems.append(f"objective.last=[{self.last[0]}, {self.last[1]}]: the first must not be larger")
+        if self.copies > 1 and self.last != 1:
+            problems.append(f"objective.copies={self.copies} draws the last step anew: use last=1")
         if self.most_steps > around.steps:
             problems.append(f"objective.last={self.most_steps} is more than sampler.steps={around.steps}")
         if around.chooses_steps:

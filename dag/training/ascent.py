@@ -6,6 +6,15 @@ An adjoint sweep goes from the end of a chain to its beginning, one step and one
 
 which is d r / d x_k with the noise of the chain held fixed (DRaFT: Clark et al. 2024; adjoint: Domingo-Enrich et al. 2025).
 
+With `copies: n` the gradient of the last step is a mean over n draws of that step (DRaFT-LV). The first is the stored one. For each
+other, P_B noises the stored end x_T back and the policy denoises it, both with fresh noise:
+
+    x'_{T-1} = r x_T + c epsilon,        x'_T = mean_x x'_{T-1} + mean_output o(x'_{T-1}) + sigma epsilon'
+
+P_B keeps the noise levels of the chain for every eta, so x'_{T-1} is a state as the sampler meets them, and the expected gradient
+is that of one draw. A draw is made without a graph before its gradient is taken, so that the reward's graph and the denoiser's are
+never alive together: one more forward pass, and the memory of one draw.
+
 Legend: B trajectories of a micro-batch, T transitions.
 """
 
@@ -17,13 +26,13 @@ from torch import Tensor
 from dag.chain.jacobian import backwards
 from dag.chain.policy import Policy
 from dag.chain.rollout import last_latents
-from dag.chain.trajectory import Rows
+from dag.chain.trajectory import Rows, draw_noise_anew
 from dag.objectives import ObjectiveOutput, pathwise
 from dag.objectives.log_scale import LogScale
 from dag.recipe import AdjointMatching, Backpropagation, Recipe, RewardFeedback
 from dag.training.flow_gradient import Rewarded
 from dag.training.loss import Loss, Rollout, StepOutput, Tables
-from dag.training.pull import Pull, kl_to
+from dag.training.pull import Pull, States, kl_to
 
 
 class Ascent:
@@ -47,29 +56,68 @@ class Ascent:
             for k, weight in chosen:
                 yield StepOutput(k, weight, *self._feedback(rollout, rows, k))
         elif isinstance(self.section, Backpropagation):
-            yield from self._through_policy(rollout, rows, dict(chosen))
+            copies = self.section.copies
+            yield from self._through_policy(rollout, rows, {k: weight / copies for k, weight in chosen})
+            for copy in range(1, copies):
+                yield self._anew(rollout, rows, chosen[-1][1] / copies, update * copies + copy)
         else:
             yield from self._through_pretrained(rollout, rows, dict(chosen))
 
     # -- sweeps --------------------------------------------------------------------------------------------------
 
     def _through_policy(self, rollout: Rollout, rows: Rows, weights: dict[int, float]) -> Iterator[StepOutput]:
-        """The gradient of r(x_0) with respect to the weights in the last steps; loss -<b lambda, o> has it in each step."""
+        """The gradient of r(x_0) with respect to the weights in the last steps."""
         assert isinstance(self.section, Backpropagation)
-        adjoint = self._at_end(rollout, rows, is_pretrained=False)
+        end = rollout.trajectories.states(self.schedule.num_transitions, rows)
+        adjoint = self._at_end(rollout, rows, end, is_pretrained=False)
         for k in sorted(weights, reverse=True):
             is_first = k == min(weights)
             states = self.loss.states(rollout, rows, k, needs_gradient=not is_first)
             following = adjoint
             if not is_first:
                 adjoint = self._before(k, states.prediction.guided, states.x_t, adjoint, keeps_graph=True)
-            ascended = self.schedule.mean_output[k] * following * states.prediction.guided.float()
-            pull = self._pull(-ascended.flatten(1).sum(1), following)
+            pull = self._ascending(states, following)
             yield StepOutput(k, weights[k], *self.loss.finished(rollout, rows, states, pull=pull))
+
+    def _anew(self, rollout: Rollout, rows: Rows, weight: float, number: int) -> StepOutput:
+        """The gradient of r(x'_T) with respect to the weights in the last step, drawn anew from the stored end.
+
+        Args:
+            number: of the draw, in all updates of the run.
+        """
+        k, loss = self.schedule.num_transitions - 1, self.loss
+        text, (x_t, x_next) = loss.text_of(rollout, rows), self._drawn_anew(rollout, rows, k, number)
+        adjoint = self._at_end(rollout, rows, x_next, is_pretrained=False)
+        prediction = self.policy.predict(x_t, self.schedule.timesteps[k].expand(len(x_t)), text)
+        pretrained, whose = loss.pretrained(x_t, k, text), loss.whose(rollout, rows)
+        states = States(k, x_t, x_next, prediction, pretrained, text, whose)
+        now, pull = loss.log_probs(x_t, x_next, prediction, k, pretrained), self._ascending(states, adjoint)
+        transition = loss.transition(k, now, now.log_pf.detach(), now.log_pb, pull=pull)
+        return StepOutput(k, weight, loss.output(transition, k, pull), loss.regulariser(now))
+
+    @torch.no_grad()
+    def _drawn_anew(self, rollout: Rollout, rows: Rows, k: int, number: int) -> tuple[Tensor, Tensor]:
+        """(x'_{T-1}, x'_T), (B, C, H, W) each, rounded as stored states are."""
+        trajectories, text = rollout.trajectories, self.loss.text_of(rollout, rows)
+        back, forth = (
+            draw_noise_anew(
+                trajectories.seed,
+                trajectories.sample_id[rows],
+                2 * number + which,
+                self.policy.latent_shape,
+                trajectories.noise_dtype,
+            )
+            for which in (0, 1)
+        )
+        end = trajectories.states(k + 1, rows)
+        x_t = self.schedule.noised_back(end, back, k).to(end.dtype)
+        output = self.policy.predict(x_t, self.schedule.timesteps[k].expand(len(x_t)), text).guided
+        return x_t, self.schedule.sample_next(x_t, output, forth, k).to(end.dtype)
 
     def _through_pretrained(self, rollout: Rollout, rows: Rows, weights: dict[int, float]) -> Iterator[StepOutput]:
         """The lean adjoint: lambda goes through the pretrained policy, to which the matched policy is compared."""
-        adjoint = self._at_end(rollout, rows, is_pretrained=True)
+        end = rollout.trajectories.states(self.schedule.num_transitions, rows)
+        adjoint = self._at_end(rollout, rows, end, is_pretrained=True)
         whose = self.loss.whose(rollout, rows)
         beta = self.log_scale.slope(whose.epoch, self.schedule.num_transitions)
         for k in reversed(range(min(weights), self.schedule.num_transitions)):
@@ -86,11 +134,11 @@ class Ascent:
                 pull = self._pull(kl_to(self.schedule, states, target), beta * following)
                 yield StepOutput(k, weights[k], *self.loss.finished(rollout, rows, states, pull=pull))
 
-    def _at_end(self, rollout: Rollout, rows: Rows, *, is_pretrained: bool) -> Tensor:
-        """(B, C, H, W) lambda_T, the gradient of the reward, or of minus its distance to the goal, at the chain's last state."""
+    def _at_end(self, rollout: Rollout, rows: Rows, end: Tensor, *, is_pretrained: bool) -> Tensor:
+        """(B, C, H, W) lambda_T, the gradient of the reward, or of minus its distance to the goal, at a last state of the chain."""
         whose, text = self.loss.whose(rollout, rows), self.loss.text_of(rollout, rows)
         with torch.enable_grad():
-            x = rollout.trajectories.states(self.schedule.num_transitions, rows).detach().float().requires_grad_(True)
+            x = end.detach().float().requires_grad_(True)
             clean = last_latents(self.policy, x, text, pretrained=is_pretrained)
         reward, gradient = self._reward(clean.detach(), whose, is_preview=False)
         if isinstance(self.section, Backpropagation) and self.section.goal is not None:
@@ -115,6 +163,11 @@ class Ascent:
         return self.loss.finished(
             rollout, rows, states, pull=self._pull(-(gradient * clean).flatten(1).sum(1), gradient)
         )
+
+    def _ascending(self, states: States, adjoint: Tensor) -> Pull:
+        """The loss -<b lambda_{k+1}, o>, whose gradient with respect to the weights is minus the reward's through step k."""
+        ascended = self.schedule.mean_output[states.k] * adjoint * states.prediction.guided.float()
+        return self._pull(-ascended.flatten(1).sum(1), adjoint)
 
     def _reward(self, latents: Tensor, whose: Rewarded, *, is_preview: bool) -> tuple[Tensor, Tensor]:
         assert whose.score is not None

@@ -25,15 +25,12 @@ from torch.nn import functional
 from dag.chain.policy import Policy
 from dag.chain.rollout import last_latents
 from dag.chain.sample_ids import first_of_group
-from dag.chain.trajectory import Rows, draw_noise
+from dag.chain.trajectory import Rows, draw_noise_anew
 from dag.errors import RunError
 from dag.objectives import ObjectiveOutput
 from dag.recipe import DirectPreference, Recipe, Regression
 from dag.training.loss import Loss, Rollout, StepOutput, Tables
 from dag.training.past import PastPolicies
-
-# Steps of the counter-based noise above those of any chain.
-_DRAWS = 1 << 31
 
 
 class Denoising:
@@ -106,8 +103,7 @@ class Denoising:
         first = first_of_group(trajectories.sample_id[rows], self.per_group)
         draw = update * self.section.draws + number
         k = self._levels(first, draw)
-        shape = tuple(x_0.shape[1:])
-        noise = draw_noise(trajectories.seed, first, _DRAWS + draw % _DRAWS, shape, torch.float32)
+        noise = draw_noise_anew(trajectories.seed, first, draw, tuple(x_0.shape[1:]), torch.float32)
         signal, noise_level, x0_x, x0_output = (
             column[k][:, None, None, None].float()
             for column in (schedule.signal_t, schedule.noise_t, schedule.x0_x, schedule.x0_output)

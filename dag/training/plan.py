@@ -60,7 +60,7 @@ def _trained_steps(recipe: Recipe) -> int:
     train, objective = recipe.train, recipe.objective
     first, end = train.step_window or (0, recipe.sampler.steps)
     if isinstance(objective, Backpropagation):
-        return objective.most_steps
+        return objective.most_passes
     return objective.num_draws or max(1, math.ceil(train.step_fraction * (end - first)))
 
 
@@ -70,6 +70,7 @@ def make_plan(recipe: Recipe) -> Plan:
     D = latent_elements(recipe)
     warmup = min(recipe.warmup_epochs, train.epochs)
     data, objective, steps = recipe.data, recipe.objective, _trained_steps(recipe)
+    drawn_anew = objective.copies - 1 if isinstance(objective, Backpropagation) else 0
     branches = 2 if recipe.sampler.guidance_scale > 1 else 1
     others, sources = data.replay + (data.folder is not None), data.samples + (data.folder is not None)
     trained_rows = train.trajectories * steps * _passes_of_an_epoch(recipe)
@@ -78,7 +79,7 @@ def make_plan(recipe: Recipe) -> Plan:
     training_rows = branches * trained_rows * (train.rollout == "stored")
     if objective.num_draws:  # of the conditional branch alone, and of the reference
         training_rows = trained_rows * (2 if recipe.has_prior else 1)
-    extra = 0
+    extra = train.trajectories * drawn_anew * _passes_of_an_epoch(recipe)
     if recipe.regulariser.pretrained_kl > 0:
         extra += trained_rows
     extra += train.trajectories * T * sources if recipe.samples_prior else 0

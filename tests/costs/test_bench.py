@@ -80,6 +80,23 @@ def test_work_counted_from_configs_is_the_work_of_a_run(tmp_path: Path, override
     assert sum(flops.of_recipe(recipe).values()) == pytest.approx(real, rel=0.01)
 
 
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        ("objective={name: backprop}",),
+        ("objective={name: backprop, copies: 3}",),
+        ("objective={name: backprop, last: 3}", "regulariser.pretrained_kl=0.1"),
+    ],
+    ids=str,
+)
+def test_work_of_back_propagation_is_the_work_of_a_run(tmp_path: Path, overrides: tuple[str, ...]) -> None:
+    given = [key for key in SMALL if not key.startswith(("objective", "regulariser"))]
+    recipe = load(ROOT / "recipes/tiny/draft.yaml", [*given, *overrides])
+    trainer = trainer_of(recipe, tmp_path)
+    real = counted(lambda: updated(trainer, sampled(trainer, 0), 0))
+    assert sum(flops.of_recipe(recipe).values()) == pytest.approx(real, rel=0.01)
+
+
 def test_the_published_work_is_what_its_docstring_says(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     recipe, calls = recipe_of(), Counter[str]()
     trainer = trainer_of(recipe, tmp_path)

@@ -20,6 +20,19 @@ MISTAKES: list[tuple[tuple[str, ...], str]] = [
     (("objective={name: backprop, step_weight: balanced}",), "step_weight=balanced changes the gradient of backprop"),
     (("objective={name: backprop, last: [3, 2]}",), "objective.last=[3, 2]: the first must not be larger"),
     (("objective={name: backprop, last: 60}",), "objective.last=60 is more than sampler.steps=50"),
+    (("objective={name: backprop, last: 2, copies: 2}",), "objective.copies=2 draws the last step anew: use last=1"),
+    (
+        ("objective={name: backprop, last: [1, 2], copies: 2}",),
+        "objective.copies=2 draws the last step anew: use last=1",
+    ),
+    (
+        ("objective={name: backprop, copies: 2}", "sampler.sde=flow_grpo"),
+        "objective.copies=2: sampler.sde=flow_grpo leaves states noisier than their level",
+    ),
+    (
+        ("objective={name: backprop, copies: 2}", "regulariser.sampling=1"),
+        "objective.copies=2: regulariser.sampling pulls towards outputs while sampling",
+    ),
     (("objective={name: backprop}", "train.step_fraction=0.5"), "backprop trains its last steps"),
     (("objective={name: refl}", JPEG), "objective.name=refl: compressibility has no gradient"),
     (("objective={name: adjoint, beta: {value: 1}}", JPEG), "objective.name=adjoint: compressibility has no gradient"),

@@ -36,6 +36,7 @@ KINDS: dict[str, dict[str, Any]] = {
         "objective": {"name": "tb", "prior": "pretrained"},
         "prompts": {"texts": ["a cat", "a dog"], "per_group": 2},
     },
+    "copies": {"objective": {"name": "backprop", "copies": 3}, "regulariser": {"pretrained_kl": 0.1}},
     "critic": {
         "objective": {
             "name": "dag_kl",

@@ -70,6 +70,7 @@ KINDS: dict[str, dict[str, Any]] = {
     },
     "subtb": {"objective": {"name": "subtb"}, "flow": {"passes": 1}, "train": {"step_fraction": 0.5}},
     "backprop": {"objective": {"name": "backprop", "last": [1, 3]}, "regulariser": {"pretrained_kl": 0.1}},
+    "copies": {"objective": {"name": "backprop", "copies": 3}, "train": {"inner_epochs": 2, "epochs": 2}},
     "full": {"adapter": {"kind": "full"}, "train": {"learning_rate": 1e-5}},
     "one_pass": {"train": {"rollout": "one_pass"}, "flow": {"slopes": True, "passes": 1, "warmup_epochs": 1}},
 }
@@ -90,7 +91,7 @@ def test_a_run_in_pieces_is_the_undisturbed_one(make_recipe: MakeRecipe, tmp_pat
     undisturbed, parted = (RunFolder.create(tmp_path / name) for name in ("undisturbed", "parted"))
     trained(recipe, undisturbed)
     # Not a divisor of the safe points of an epoch, so that stops fall on tiles, micro-batches, ends of updates and evaluations.
-    points = {"dag_db": 7, "critic": 3, "backprop": 2}.get(kind, 2 if "one_pass" in kind else 5)
+    points = {"dag_db": 7, "critic": 3, "backprop": 2, "copies": 2}.get(kind, 2 if "one_pass" in kind else 5)
     names = trained_in_pieces(recipe, parted, points)
     assert len(names) > 3
     assert rows(undisturbed.path) == rows(parted.path)
