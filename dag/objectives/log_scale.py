@@ -39,7 +39,10 @@ class RewardScale:
 
 @dataclass(frozen=True)
 class LogTerms:
-    """The terms of detailed balance apart from the learnt flow, in nats, at one epoch's beta."""
+    """The terms of detailed balance apart from the learnt flow, in nats, at one epoch's beta.
+
+    Where the flow is log Z of a whole trajectory (`log_z: flow`), the trajectory is one step of the balance: T = 1.
+    """
 
     log_pf: Tensor
     """(N, T) log P_F at sampling time."""
@@ -72,7 +75,7 @@ class LogScale:
 
     def __init__(self, recipe: Recipe, schedule: Schedule, latent_shape: tuple[int, int, int]) -> None:
         self.target, self.balance, self.epochs = recipe.target, recipe.balance, recipe.train.epochs
-        self.alpha_bar_t = schedule.alpha_bar_t
+        self.alpha_bar_t, self.sums_steps = schedule.alpha_bar_t, recipe.objective.flow_is_log_z
         is_sum = recipe.objective.log_prob_reduction == "sum"
         self.reduction_factor = 1.0 if is_sum else 1.0 / math.prod(latent_shape)
         self.reward_scale = RewardScale()
@@ -94,10 +97,14 @@ class LogScale:
     def terms(self, trajectories: Trajectories, epoch: int) -> LogTerms:
         """The terms of a rollout at this epoch's beta."""
         reward = trajectories.x0_hat_reward
+        log_pf, log_pb = (self.reduction_factor * table for table in (trajectories.log_pf, trajectories.log_pb))
+        if self.sums_steps:
+            # In float64: the sums are large, and what is left of their difference is small.
+            log_pf, log_pb = (table.double().sum(1, keepdim=True) for table in (log_pf, log_pb))
         return LogTerms(
-            log_pf=self.reduction_factor * trajectories.log_pf,
-            log_pb=self.reduction_factor * trajectories.log_pb,
-            log_looking=torch.zeros_like(trajectories.log_pf) if reward is None else self.log_looking(reward, epoch),
+            log_pf=log_pf,
+            log_pb=log_pb,
+            log_looking=torch.zeros_like(log_pf) if reward is None else self.log_looking(reward, epoch),
             log_reward=self.log_reward(trajectories.reward, epoch),
         )
 

@@ -51,7 +51,7 @@ class UpdateScalars:
     values: Tensor | None = None
     """(N, T) the final reward that the reward critic expects from each state; None for an objective that takes none."""
     residuals: Tensor | None = None
-    """(N, T) detailed-balance residuals; None without a state flow that learns values."""
+    """(N, T) detailed-balance residuals, or (N, 1) those of whole trajectories; None without a state flow that learns values."""
     residual_scale: Tensor | None = None
     """(T,) what the residuals of each step are divided by."""
     running_mean: Tensor | None = None
@@ -83,8 +83,8 @@ class Objective(Protocol):
         ...
 
     def flow_slopes(self, update: UpdateScalars) -> Tensor | None:
-        """(N, T) derivatives of the loss with respect to log F~ at the states before each transition, or None if the loss has
-        them itself; called before each update of a stored rollout."""
+        """(N, T) derivatives of each transition's loss with respect to its log F~, or None if the loss has them itself; called
+        before each update of a stored rollout."""
         ...
 
     def state_dict(self) -> dict[str, Any]: ...
@@ -176,9 +176,12 @@ def clipped_surrogate(advantage: Tensor, log_ratio: Tensor, clip_range: float) -
 
 
 def surrogate_output(transition: Transition, clip_range: float) -> ObjectiveOutput:
-    """The output of an objective whose loss is the clipped surrogate of the transition's advantage, and no more."""
+    """The output of an objective whose loss is the clipped surrogate of the transition's advantage and, if it forms a slope of the
+    flow, that slope times log F~."""
     assert transition.advantage is not None
     loss, clipped = clipped_surrogate(transition.advantage, log_ratio(transition), clip_range)
     if transition.policy_weight is not None:
         loss = transition.policy_weight * loss
+    if transition.flow_slope is not None and transition.log_F_tilde is not None:
+        loss = loss + transition.flow_slope * transition.log_F_tilde
     return ObjectiveOutput(loss=loss, ratio=log_ratio(transition).detach().exp(), clipped=clipped)

@@ -54,6 +54,4 @@ class SubTrajectoryBalance(Plain[Config]):
 
     def __call__(self, transition: Transition) -> ObjectiveOutput:
         assert transition.log_F_tilde is not None and transition.flow_slope is not None
-        policy = surrogate_output(transition, self.config.clip_range)
-        loss = policy.loss + transition.flow_slope * transition.log_F_tilde
-        return ObjectiveOutput(loss=loss, ratio=policy.ratio, clipped=policy.clipped)
+        return surrogate_output(transition, self.config.clip_range)

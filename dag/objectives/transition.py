@@ -38,7 +38,8 @@ class Transition:
     log_reward: Tensor
     """(B,) beta * reward of the trajectory's x_0. Only read where terminal; it may be 0 elsewhere."""
     log_F_tilde: Tensor | None = None
-    """(B,) learnt flow at x_t, with its gradient; None for objectives without a flow."""
+    """(B,) learnt flow at x_t, or at the first noise of its trajectory where it is log Z, with its gradient; None for objectives
+    without a flow."""
     log_F_tilde_next: Tensor | None = None
     """(B,) learnt flow at x_next, with its gradient; ignored where terminal."""
     log_looking: Tensor | None = None
@@ -50,7 +51,7 @@ class Transition:
     advantage: Tensor | None = None
     """(B,) for an objective that forms advantages, by `observe` or `advantages`."""
     flow_slope: Tensor | None = None
-    """(B,) derivative of the loss with respect to log F~ at x_t, for an objective that forms it by `flow_slopes`."""
+    """(B,) derivative of the loss with respect to `log_F_tilde`, for an objective that forms it by `flow_slopes`."""
     policy_weight: Tensor | None = None
     """(B,) weight of the policy's gradient; None is 1."""
     residual_weight: Tensor | None = None

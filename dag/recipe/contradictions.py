@@ -82,7 +82,7 @@ def _data_problems(recipe: Recipe) -> list[str]:
         problems.append(f"{given}: regulariser.sampling pulls towards the policy that sampled; use pretrained_kl")
     if data.samples:
         return problems
-    if recipe.balance is not None:
+    if objective.fits_flow:
         problems.append(f"{given}: {objective.name}'s flow is fitted to sampled rollouts; set data.sample=true")
     if train.inner_epochs > 1:
         problems.append(

@@ -90,6 +90,16 @@ class Objective(Section):
         return False
 
     @property
+    def fits_flow(self) -> bool:
+        """Whether a state flow is trained by residuals of log-probs."""
+        return False
+
+    @property
+    def flow_is_log_z(self) -> bool:
+        """Whether the state flow is that of the first noise alone, log Z of the balance of a whole trajectory."""
+        return False
+
+    @property
     def learns_gradient(self) -> bool:
         """Whether gradients of rewards are learnt that could be computed."""
         return False
@@ -207,6 +217,10 @@ class ValueBalance(Balance):
     the effective beta D times as large."""
     detach_next: bool = True
     """Stop the gradient through log F of the next state. False is published; its gradient is biased."""
+
+    @property
+    def fits_flow(self) -> bool:
+        return self.has_flow
 
 
 class ScalarBalance(ValueBalance):

@@ -20,7 +20,6 @@ from dag.recipe.objective_sections import (
     NablaBalance,
     ScalarBalance,
     Target,
-    ValueBalance,
 )
 from dag.recipe.reward_sections import RewardTerm
 from dag.recipe.section import Section
@@ -251,19 +250,16 @@ class Recipe(Section):
     def samples_prior(self) -> bool:
         """Whether the pretrained model's log P_F is computed while sampling, for residuals of log-probs."""
         objective = self.objective
-        learns_values = isinstance(objective, ValueBalance) and objective.has_flow
         is_table = isinstance(objective, TrajectoryBalance | DirectPreference) and objective.num_draws == 0
-        return self.has_prior and (learns_values or is_table)
+        return self.has_prior and (objective.fits_flow or is_table)
 
     @property
     def warmup_epochs(self) -> int:
         """Epochs at the start that do not train the policy: flow, critic or scales learn first, if one of them must."""
-        balance = self.balance
-        if balance is None:
-            return self.flow.warmup_epochs if self.objective.takes_values else 0
-        learns_values = isinstance(balance, ValueBalance) and balance.has_flow
+        objective = self.objective
         is_first = self.train.rollout == "one_pass" or self.has_critic
-        return self.flow.warmup_epochs if learns_values or is_first else 0
+        learns_first = objective.fits_flow or (is_first if self.balance is not None else objective.takes_values)
+        return self.flow.warmup_epochs if learns_first else 0
 
     @property
     def learnt_rewards(self) -> tuple[bool, ...]:

@@ -51,7 +51,20 @@ class TrajectoryBalance(Target):
     clip_range: float = Field(0.2, gt=0)
     """PPO's clip of the ratio; it acts from the second update of a rollout on."""
     advantage_clip: float | None = Field(None, gt=0)
-    """Clip of a trajectory's residual minus that of the others, in nats; null does not clip."""
+    """Clip of a trajectory's residual, minus that of the others with `log_z: batch`, in nats; null does not clip."""
+    log_z: Literal["batch", "flow"] = "batch"
+    """log Z: minus the mean residual of the others in the group (`batch`, VarGrad), or a state flow of the first noise and the
+    prompt (`flow`), which needs no groups. With a prior log Z does depend on the first noise, the more so with few steps or a small
+    eta; off-policy the optimum depends on the data unless log Z may. Without a prior set `flow.slopes: true` with `flow`: the log
+    density of the first noise is then part of log Z."""
+
+    @property
+    def fits_flow(self) -> bool:
+        return self.flow_is_log_z
+
+    @property
+    def flow_is_log_z(self) -> bool:
+        return self.log_z == "flow"
 
     @property
     def needs_own_rollouts(self) -> str:
@@ -63,8 +76,10 @@ class TrajectoryBalance(Target):
 
     def problems(self, around: Around) -> list[str]:
         problems = super().problems(around)
-        if around.per_update < 2:
-            problems.append("train.updates: tb's log Z needs at least 2 trajectories per update")
+        if around.per_update < 2 and self.log_z == "batch":
+            problems.append(
+                "train.updates: tb's log Z needs at least 2 trajectories per update, or objective.log_z=flow"
+            )
         return problems
 
 

@@ -163,7 +163,7 @@ def _flow_fit(recipe: Recipe, policy: Policy, text: Embeddings) -> FlowFit:
         flow = StateFlow(
             policy.latent_shape[0],
             policy.text_shape[1],
-            schedule.num_transitions,
+            1 if section.flow_is_log_z else schedule.num_transitions,
             recipe.flow.channels,
             recipe.flow.slopes,
         ).to(schedule.timesteps.device)

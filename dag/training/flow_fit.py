@@ -34,7 +34,10 @@ class FlowFit:
         calibration: how far a rollout moves the flow's constants and slopes (`flow.calibration`).
         is_scaled:   divide residuals by their running sd per step (`objective.residual_scale: running`).
 
+    Where the flow is log Z of whole trajectories (`log_z: flow`), a trajectory is one step of the balance, and T is 1 here.
+
     Attributes:
+        num_steps:      T.
         residual_scale: (T,) what the residuals of each step are divided by; ones if not `is_scaled`.
         baseline:       (T,) running means of the residuals of each step, for DAG-KL.
         is_calibrated:  whether `recentre` has been called.
@@ -51,7 +54,8 @@ class FlowFit:
     ) -> None:
         self.flow, self.optimizer, self.schedule, self.text = flow, optimizer, schedule, text
         self.calibration, self.is_scaled = calibration, is_scaled
-        self.residual_scale = torch.ones(schedule.num_transitions, device=schedule.timesteps.device)
+        self.num_steps = len(flow.constants)
+        self.residual_scale = torch.ones(self.num_steps, device=schedule.timesteps.device)
         self.baseline = torch.zeros_like(self.residual_scale)
         self.is_calibrated = False
 
@@ -76,21 +80,21 @@ class FlowFit:
     @torch.no_grad()
     def residuals(self, trajectories: Trajectories, terms: LogTerms, rows: Rows) -> Tensor:
         """(B, T) residuals of some trajectories, from the log P_F of sampling time and the current flow."""
-        steps = range(self.schedule.num_transitions)
+        steps = range(self.num_steps)
         parts = cut(rows, _ROWS_AT_ONCE)
         table = torch.cat(
             [torch.stack([self.log_F_tilde(trajectories, part, k) for k in steps], dim=1) for part in parts]
         )
         return transition.residual_table(
             table, terms.log_looking[rows], terms.log_pf[rows], terms.log_pb[rows], terms.log_reward[rows]
-        )
+        ).float()
 
     @torch.no_grad()
     def excess(self, trajectories: Trajectories, rows: Rows) -> Tensor | None:
         """(B, T) `norm_excess` of the states before each transition, which `recentre` needs for slopes; None without them."""
         if self.flow.slopes is None:
             return None
-        steps = range(self.schedule.num_transitions)
+        steps = range(self.num_steps)
         return torch.stack([norm_excess(trajectories.states(k, rows)) for k in steps], dim=1)
 
     def recentre(self, residuals: Tensor, excess: Tensor | None) -> None:
@@ -159,7 +163,7 @@ class FlowFit:
 
     def _residual_of(self, trajectories: Trajectories, terms: LogTerms, rows: Tensor, k: Tensor) -> Tensor:
         """(B,) residuals of the transitions k (B,) of `rows` (B,), with the gradient of log F alone: log F' is a fixed target."""
-        T = self.schedule.num_transitions
+        T = self.num_steps
         following = (k + 1).clamp(max=T - 1)
         with torch.no_grad():
             log_F_next = self.log_F_tilde(trajectories, rows, following) + terms.log_looking[rows, following]

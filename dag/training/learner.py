@@ -19,7 +19,7 @@ from dag.chain.rollout import Score, last_latents
 from dag.chain.trajectory import Rows, Trajectories, cut, on_cpu
 from dag.objectives import Objective
 from dag.objectives.log_scale import LogScale, RewardScale
-from dag.recipe import Balance, DirectPreference, Recipe, ScalarBalance, ValueBalance
+from dag.recipe import Balance, DirectPreference, Recipe, ScalarBalance
 from dag.run.processes import ALONE, Processes
 from dag.training.ascent import Ascent
 from dag.training.critic_fit import CriticFit, preview_steps
@@ -142,7 +142,7 @@ class Learner:
     @property
     def value_fit(self) -> FlowFit | None:
         """The state flow if it is trained by the residuals of its values; None without a flow, or if its gradients are."""
-        return self.flow_fit if isinstance(self.recipe.objective, ValueBalance) else None
+        return self.flow_fit if self.recipe.objective.fits_flow else None
 
     def fit_flow(self, rollout: Rollout) -> None:
         """Train the flow alone on a rollout, `flow.passes` times, each with its own shuffle."""

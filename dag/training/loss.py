@@ -18,7 +18,7 @@ from dag.chain.trajectory import Rows, Trajectories, as_index, count, on_cpu
 from dag.objectives import Objective, ObjectiveOutput
 from dag.objectives.log_scale import LogScale, LogTerms
 from dag.objectives.transition import Transition
-from dag.recipe import Recipe, ValueBalance
+from dag.recipe import Recipe
 from dag.training.embeddings import Embeddings
 from dag.training.flow_fit import FlowFit
 from dag.training.flow_gradient import Rewarded
@@ -123,7 +123,7 @@ class Loss:
         self.regularisers, self.forward_looking = recipe.regulariser, recipe.forward_looking
         self.policy, self.objective, self.pulls = policy, objective, pulls
         self.flow_fit, self.text, self.log_scale = flow_fit, text, log_scale
-        self.has_residual = isinstance(recipe.objective, ValueBalance)
+        self.has_residual = recipe.objective.fits_flow
         self.pulls_to_pretrained = pulls is not None and recipe.has_prior
         self.schedule, self.device = policy.schedule, policy.schedule.timesteps.device
         is_balanced = recipe.objective.step_weight == "balanced"
@@ -203,6 +203,7 @@ class Loss:
         )
         if flows is None or self.flow_fit is None:
             return transition
+        ks = ks.clamp(max=self.flow_fit.num_steps - 1)
         scale, weight = self.flow_fit.residual_scale[ks], self.flow_fit.step_weights()[ks]
         return replace(transition, **vars(flows), residual_scale=scale, residual_weight=weight)
 
@@ -312,10 +313,12 @@ class Loss:
     def _flows(
         self, flow_fit: FlowFit, terms: LogTerms, rollout: Rollout, rows: Rows, k: int, prediction: Prediction
     ) -> FlowTerms:
+        last = flow_fit.num_steps - 1
+        k = min(k, last)  # with `log_z: flow` every step trains the first state's flow
         log_F_tilde = flow_fit.log_F_tilde(rollout.trajectories, rows, k)
         log_looking = self._log_looking(rollout, terms, rows, k, prediction)
         log_F_tilde_next = log_looking_next = torch.zeros_like(terms.log_reward[rows])
-        if k < self.schedule.num_transitions - 1:
+        if k < last:
             log_F_tilde_next = flow_fit.log_F_tilde(rollout.trajectories, rows, k + 1)
             log_looking_next = self._log_looking(rollout, terms, rows, k + 1)
         return FlowTerms(log_F_tilde, log_F_tilde_next, log_looking, log_looking_next, terms.log_reward[rows])

@@ -170,9 +170,10 @@ class StoredTraining:
         return placed
 
     def _log_start(self, rollout: Rollout, rows: Rows) -> Tensor | None:
-        """(B,) see `UpdateScalars.log_start`. The pretrained model begins in the same noise, so that with it the term cancels."""
+        """(B,) see `UpdateScalars.log_start`. The pretrained model begins in the same noise, so that with it the term cancels;
+        a flow of the first noise holds it already."""
         section = self.recipe.objective
-        if not (rollout.is_off_policy and section.weighs_by_log_pf) or section.has_prior:
+        if not (rollout.is_off_policy and section.weighs_by_log_pf) or section.has_prior or section.flow_is_log_z:
             return None
         start = rollout.trajectories.states(0, rows).double().flatten(1)
         return -0.5 * self.learner.log_scale.reduction_factor * start.square().sum(1)

@@ -208,6 +208,8 @@ class ToyGFN:
         else:
             log_pb = self.schedule.log_pb(x_t, x_next, k)
         log_F_tilde = self._lookup(self.flow, rollout.features)[..., 0]
+        if getattr(getattr(objective, "config", None), "flow_is_log_z", False):
+            log_F_tilde = log_F_tilde[:1].expand(T, N)  # every step trains that of the first noise
         past_the_end, pulls = torch.zeros(1, N), self._pulls(objective, rollout, output.view(T, N, -1))
         transition = Transition(
             k=k,

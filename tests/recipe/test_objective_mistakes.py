@@ -85,6 +85,14 @@ MISTAKES: list[tuple[tuple[str, ...], str]] = [
     (("objective={name: tb, beta: {value: 1}}", "train.updates=64"), "tb's log Z needs at least 2 trajectories"),
     (("objective={name: tb, beta: {value: 1}}", "train.rollout=one_pass"), "tb trains on complete trajectories"),
     (
+        ("objective={name: tb, beta: {value: 1}, log_z: flow}", "train.rollout=one_pass"),
+        "tb trains on complete trajectories",
+    ),
+    (
+        ("objective={name: tb, beta: {value: 1}, log_z: flow}", "data.folder=x"),
+        "data.folder: tb's flow is fitted to sampled rollouts; set data.sample=true",
+    ),
+    (
         ("objective={name: tb, beta: {value: 1}, prior: pretrained}", "adapter.kind=full"),
         "objective.prior=pretrained needs adapter.kind=lora",
     ),

@@ -36,6 +36,10 @@ KINDS: dict[str, dict[str, Any]] = {
         "objective": {"name": "tb", "prior": "pretrained"},
         "prompts": {"texts": ["a cat", "a dog"], "per_group": 2},
     },
+    "log_z": {
+        "objective": {"name": "tb", "prior": "pretrained", "log_z": "flow"},
+        "flow": {"passes": 1, "warmup_epochs": 1},
+    },
     "copies": {"objective": {"name": "backprop", "copies": 3}, "regulariser": {"pretrained_kl": 0.1}},
     "critic": {
         "objective": {

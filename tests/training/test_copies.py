@@ -253,6 +253,9 @@ def test_draws_have_the_noise_levels_of_the_chain(
         assert float(state.mean()) == pytest.approx(0.7 * float(signal), abs=4 * error)
         assert float(state.std()) == pytest.approx(float(noise), abs=4 * error / 2**0.5)
     assert not torch.equal(drawn[1], end)
+    rounded = Rollout(replace(many, chain=many.chain.half()), None, 0, 1)
+    drawn = learner.losses._drawn_anew(rounded, slice(0, count), k, 7)  # type: ignore[attr-defined]
+    assert [state.dtype for state in drawn] == [torch.float16] * 2, "as the chain is stored"
 
 
 # -- runs ---------------------------------------------------------------------------------------------------------
@@ -270,7 +273,7 @@ def test_no_two_draws_of_a_run_share_their_noise(
         return original(seed, sample_id, number, *rest)
 
     monkeypatch.setattr(ascent, "draw_noise_anew", draw)
-    recipe = of_copies(make_recipe, 3, train={"epochs": 2, "updates": 2, "inner_epochs": 2, "trajectories": 4})
+    recipe = of_copies(make_recipe, 3, train={"epochs": 2, "updates": 1, "inner_epochs": 2, "trajectories": 4})
     trained(recipe, RunFolder.create(tmp_path / "run"))
     assert len(seen) == len(set(seen)) == 2 * 2 * 4 * 2 * 2, "epochs, repetitions, trajectories, copies, noises of each"
 

@@ -115,6 +115,7 @@ def test_the_gradient_off_policy_is_autograds_of_the_present_policys_variance(
     "objective",
     [
         {"name": "tb", "prior": "pretrained"},
+        {"name": "tb", "log_z": "flow"},
         {"name": "subtb", "forward_looking": {"source": "none"}},
         {"name": "dag_db", "forward_looking": {"source": "none"}},
         {"name": "regression", "form": "chain"},

@@ -68,6 +68,12 @@ KINDS: dict[str, dict[str, Any]] = {
         "prompts": {"texts": ["a cat", "a dog"], "per_group": 2},
         "train": {"inner_epochs": 2, "step_window": [0, 3]},
     },
+    "tb_flow": {
+        "objective": {"name": "tb", "prior": "pretrained", "log_z": "flow"},
+        "flow": {"passes": 1, "slopes": True, "warmup_epochs": 1},
+        "train": {"epochs": 3, "step_fraction": 0.5},
+        "data": {"replay": 1},
+    },
     "subtb": {"objective": {"name": "subtb"}, "flow": {"passes": 1}, "train": {"step_fraction": 0.5}},
     "backprop": {"objective": {"name": "backprop", "last": [1, 3]}, "regulariser": {"pretrained_kl": 0.1}},
     "copies": {"objective": {"name": "backprop", "copies": 3}, "train": {"inner_epochs": 2, "epochs": 2}},
