@@ -11,6 +11,7 @@ import torch
 from dag_kernels import standard_normal
 from helpers.building import disturb, one_pass, parts_of, rolled_out, trained, trainer_of, updated
 from PIL import Image, ImageChops
+from safetensors.torch import load_file
 from torch import Tensor
 
 from dag.chain.rollout import generate
@@ -122,6 +123,9 @@ def test_plain_diffusers_draws_the_same_pictures_with_and_without_the_lora(
     for name in ("pytorch_lora_weights.safetensors", "lora_kohya.safetensors"):
         plain = plain_pictures(tiny_xl, recipe, [0, 1], tmp_path, name)
         torch.testing.assert_close(after, plain, rtol=0, atol=2e-4)
+    # ComfyUI tells the encoders apart by their numbers; diffusers takes the first one's name without a number too.
+    parts = {"_".join(name.split("_")[:2]) for name in load_file(tmp_path / "lora_kohya.safetensors")}
+    assert parts == {"lora_unet", *(("lora_te1", "lora_te2") if adapter else ())}
 
 
 def test_a_published_lora_draws_by_the_code_of_its_card(
