@@ -89,6 +89,14 @@ def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.fixture(scope="session")
+def shallow_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of `helpers.shallow_model`."""
+    from helpers import shallow_model
+
+    return shallow_model.build(tmp_path_factory.mktemp("shallow") / "model")
+
+
 @pytest.fixture
 def make_recipe(tiny_model: Path) -> Callable[..., Recipe]:
     """A small recipe on the tiny model; keyword arguments replace sections, merged one level deep."""

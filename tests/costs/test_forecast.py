@@ -42,6 +42,11 @@ LEARNT: dict[str, Any] = {**PATHWISE, "prior": "pretrained", "learnt_flow": Fals
 WIDE: dict[str, Any] = {"reward_critic": {"width": 384, "passes": 1}, "flow": {"warmup_epochs": 1}}
 
 
+def shallow(model: Path) -> dict[str, Any]:
+    """The section of a model on which what is counted has fewer operations."""
+    return {"path": str(model), "resolution": 16}
+
+
 def recipe_of(change: dict[str, Any]) -> Recipe:
     sections = {name: {**BASE.get(name, {}), **change.get(name, {})} for name in BASE | change}
     if sections["objective"]["name"] in ("ddpo", "dpo"):
@@ -108,8 +113,10 @@ CHANGES: list[dict[str, Any]] = [
 
 
 @pytest.mark.parametrize("change", CHANGES, ids=str)
-def test_predicted_peaks_are_within_a_tenth_of_the_measured(tmp_path: Path, change: dict[str, Any]) -> None:
-    recipe = recipe_of(change)
+def test_predicted_peaks_are_within_a_tenth_of_the_measured(
+    tmp_path: Path, shallow_model: Path, change: dict[str, Any]
+) -> None:
+    recipe = recipe_of({"model": shallow(shallow_model), **change})
     predicted = forecast(recipe).phases
     found = measured(recipe, RunFolder.create(tmp_path / "run"))
     assert predicted.keys() == found.keys()
@@ -161,19 +168,22 @@ def test_the_comparison_of_a_critic_with_the_exact_gradient_is_counted(monkeypat
     assert rows == [1] * 4, "one latent of each trajectory"
 
 
-def test_the_levers_that_would_help_are_named_and_their_peaks_hold(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_levers_that_would_help_are_named_and_their_peaks_hold(
+    shallow_model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     # Each lever takes seconds to count; the others are listed in the order of what they cost.
     chosen = ("checkpointing", "micro_batch", "decode_batch", "base")
     monkeypatch.setattr("dag.costs.forecast.LEVERS", [lever for lever in LEVERS if lever[1] in chosen])
-    recipe = recipe_of({})
+    model = {"model": shallow(shallow_model)}
+    recipe = recipe_of(model)
     now = forecast(recipe)
     found = dict(savings(recipe, now))
     assert {"memory.checkpointing=full", "memory.checkpointing=selective", "train.micro_batch=1"} <= found.keys()
     assert all(peak < now.peak for peak in found.values())
-    pulled = recipe_of({"memory": {"checkpointing": "full"}})
+    pulled = recipe_of({**model, "memory": {"checkpointing": "full"}})
     peaks = forecast(pulled)
     assert peaks.peak == found["memory.checkpointing=full"]
-    compared = recipe_of({"objective": {"name": "dpo", "form": "denoise"}, "prompts": {"per_group": 2}})
+    compared = recipe_of({**model, "objective": {"name": "dpo", "form": "denoise"}, "prompts": {"per_group": 2}})
     names = [lever.partition("=")[0] for lever, _ in savings(compared, forecast(compared))]
     assert "memory.checkpointing" in names
     assert "train.micro_batch" not in names, "a micro-batch of one holds no group to compare"
