@@ -7,6 +7,7 @@ calls them today.
 """
 
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -116,6 +117,8 @@ class Checkpoints:
         """
         found: Any = None
         if self.processes.is_main:
+            with suppress(OSError):  # of a disk that cannot be written, the next checkpoint tells
+                checkpoint.clean(self.run.checkpoints)
             try:
                 found = checkpoint.newest(self.run.checkpoints, self._objection)
             except RunError as error:

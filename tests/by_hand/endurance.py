@@ -27,6 +27,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
 from helpers.building import rows
+from helpers.forked import forked
 
 from dag.run import checkpoint
 
@@ -52,28 +53,14 @@ def arguments(kind: str, *place: str, overrides: Sequence[str]) -> list[str]:
     return ["--recipe", str(ROOT / "recipes" / recipe), *chosen, *place]
 
 
-def forked(words: list[str], log: Path) -> int:
-    """Run `train_dag.py` in a forked process, which need not import anything again; returns the process id."""
-    import torch
+def start(kind: str, epochs: int, log: Path, *place: str) -> int:
+    """Start a run in a forked process; what it imports is imported here, once."""
     from matplotlib import pyplot  # noqa: F401
 
     import dag.training.launch  # noqa: F401
     import train_dag
 
-    torch.set_num_threads(1)  # threads do not survive a fork
-    process = os.fork()
-    if process == 0:
-        with log.open("ab") as file:
-            os.dup2(file.fileno(), 1)
-            os.dup2(file.fileno(), 2)
-        code = train_dag.main(words)
-        sys.stdout.flush()
-        os._exit(code)
-    return process
-
-
-def start(kind: str, epochs: int, log: Path, *place: str) -> int:
-    return forked(arguments(kind, *place, overrides=(*SMALL, f"train.epochs={epochs}")), log)
+    return forked(train_dag.main, arguments(kind, *place, overrides=(*SMALL, f"train.epochs={epochs}")), log)
 
 
 def ended(process: int, seconds: float) -> int | None:

@@ -3,8 +3,6 @@
 import json
 import re
 import shutil
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -479,11 +477,10 @@ def test_a_push_without_a_token(finished: Path, refused: Refused, monkeypatch: p
     assert line == "--to hub:me/x: there is no token of the hub; log in with `hf auth login`, then run this again"
 
 
-def test_the_command_line(finished: Path, tmp_path: Path) -> None:
-    command = [sys.executable, "-m", "dag.publish", str(finished), "--to", "out"]
-    root = Path(publish.__file__).parents[2]
-    done = subprocess.run(
-        command, cwd=tmp_path, capture_output=True, text=True, env={"PYTHONPATH": f"{root}:{root / 'kernels'}"}
-    )
-    assert (done.returncode, done.stdout, done.stderr) == (0, "out\n", "")
+def test_the_command_line(
+    finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert main([str(finished), "--to", "out"]) == 0
+    assert capfd.readouterr() == ("out\n", "")
     assert (tmp_path / "out/README.md").is_file()

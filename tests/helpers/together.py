@@ -1,8 +1,7 @@
-"""The program that `test_processes.py` starts: torchrun --nproc_per_node 2 tests/helpers/together.py RECIPES FOLDER."""
+"""What each of the two processes that `test_processes.py` starts does."""
 
 import json
 import signal
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -108,7 +107,3 @@ def main(recipes: Path, folder: Path) -> None:
         (folder / "outcome.json").write_text(json.dumps(outcome))
     assert processes.accelerator is not None
     processes.accelerator.end_training()
-
-
-if __name__ == "__main__":
-    main(*map(Path, sys.argv[1:]))

@@ -2,17 +2,17 @@
 
 import http.client
 import json
-import subprocess
-import sys
+import os
+import signal
 import threading
 import time
 from collections.abc import Callable, Iterator
 from http.server import BaseHTTPRequestHandler, HTTPServer
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from helpers.forked import exit_code, forked
 from helpers.tiny_rewards import reward_of, section_of
 from torch import Tensor
 
@@ -238,14 +238,16 @@ def test_a_slow_server_is_not_waited_for_for_ever(images: Tensor, start: Callabl
 
 
 def test_the_command_serves_and_says_where(images: Tensor) -> None:
-    command = [sys.executable, "-m", "dag.rewards.serve", "--name", "image_text", "--set", "scale=1", "--port", "0"]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, cwd=Path(__file__).parents[2]) as process:
-        assert process.stdout is not None
-        try:
-            url = process.stdout.readline().split(" at ")[1].strip()
+    reader, writer = os.pipe()
+    process = forked(serving.main, ["--name", "image_text", "--set", "scale=1", "--port", "0"], writer)
+    os.close(writer)
+    try:
+        with open(reader) as said:
+            url = said.readline().split(" at ")[1].strip()
             found = reward_of("http", url=url)(images, PROMPTS)
-        finally:
-            process.terminate()
+    finally:
+        os.kill(process, signal.SIGTERM)
+    assert exit_code(process) == -signal.SIGTERM
     rounded = torch.from_numpy(to_bytes(images)).permute(0, 3, 1, 2) / 255
     torch.testing.assert_close(found, reward_of("image_text", scale=1)(rounded, PROMPTS))
 

@@ -5,21 +5,26 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from accelerate.state import AcceleratorState
+from helpers import together
 from helpers.building import parts_of, rows
+from helpers.forked import exit_code, forked
 from helpers.together import first_gradients
 from safetensors.torch import load_file
+from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
 from dag.errors import RunError, UsageError
 from dag.recipe import Recipe
 from dag.run import checkpoint
 from dag.run.folder import RunFolder
 from dag.run.processes import Processes
+from dag.training import launch
 from dag.training.safe_points import agreed
 from dag.training.trainer import Trainer
 
@@ -58,15 +63,20 @@ KINDS: dict[str, dict[str, Any]] = {
 }
 
 
-def torchrun(count: int, *arguments: str, cwd: Path = ROOT) -> "subprocess.CompletedProcess[str]":
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", str(count), "--master_port", "29753"]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(sys.path)}
-    return subprocess.run([*command, *arguments], cwd=cwd, env=environment, capture_output=True, text=True)
+def torchrun(count: int, program: Callable[..., None], *arguments: Path) -> Callable[[Sequence[str]], int]:
+    """What `torchrun --nproc_per_node COUNT` does with a program, as a function; the processes are forked from its own."""
 
+    def main(words: Sequence[str]) -> int:
+        # What this process has been to accelerate says nothing about those that it starts.
+        AcceleratorState._reset_state(reset_partial_state=True)
+        given = LaunchConfig(
+            min_nodes=1, max_nodes=1, nproc_per_node=count, run_id="test", rdzv_backend="c10d", rdzv_endpoint="localhost:0",
+            max_restarts=0, monitor_interval=0.1, start_method="fork",
+        )  # fmt: skip
+        elastic_launch(given, program)(*arguments)
+        return 0
 
-@pytest.fixture(scope="module")
-def recipes(tmp_path_factory: pytest.TempPathFactory, tiny_model: Path) -> Path:
-    return tmp_path_factory.mktemp("recipes")
+    return main
 
 
 @pytest.fixture
@@ -96,8 +106,8 @@ def test_two_processes_are_one(small: dict[str, Recipe], tmp_path: Path) -> None
     file.write_text(json.dumps({name: recipe.model_dump(mode="json") for name, recipe in small.items()}))
     for name in (*small, "stopped", "failed", "small"):
         RunFolder.create(two / name)
-    done = torchrun(2, str(ROOT / "tests/helpers/together.py"), str(file), str(two))
-    assert done.returncode == 0, done.stderr[:3000]
+    log = tmp_path / "log"
+    assert exit_code(forked(torchrun(2, together.main, file, two), [], log)) == 0, log.read_text()[:3000]
     for name, recipe in small.items():
         run, parts = RunFolder.create(one / name), parts_of(recipe)
         gradients = first_gradients(parts)
@@ -195,28 +205,21 @@ def test_shares_come_back_in_order() -> None:
         assert torch.equal(shares[1][:per_group], rows[per_group : 2 * per_group]), "consecutive within a group"
 
 
-def test_a_launch_that_would_silently_be_one_process_says_so(tmp_path: Path) -> None:
-    """Without a GPU accelerate's launcher starts a single process for --num_processes 2."""
+def test_a_launch_that_would_silently_be_one_process_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without a GPU accelerate's launcher starts a single process for --num_processes 2. What it tells that process is tried."""
     if torch.cuda.is_available():
         pytest.skip("with a GPU the launcher starts what it is asked for")
-    command = [
-        sys.executable,
-        "-m",
-        "accelerate.commands.launch",
-        "--cpu",
-        "--num_processes",
-        "2",
-        "--num_machines",
-        "1",
-    ]
-    command += ["--mixed_precision", "no", "--dynamo_backend", "no", str(ROOT / "train_dag.py")]
-    command += ["--recipe", str(ROOT / "recipes/tiny_cpu.yaml"), "--out", str(tmp_path / "run")]
+    (tmp_path / "told.py").write_text("import json, os; print(json.dumps(dict(os.environ)))")
+    options = "--cpu --num_processes 2 --num_machines 1 --mixed_precision no --dynamo_backend no"
+    command = [sys.executable, "-m", "accelerate.commands.launch", *options.split(), str(tmp_path / "told.py")]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
-    assert done.returncode != 0
-    assert (
-        "asked for several processes and started one, as it does without a GPU; start them with: torchrun"
-        in done.stderr
-    )
+    told = json.loads(done.stdout)
+    for name in told.keys() - os.environ.keys():
+        monkeypatch.setenv(name, told[name])
+    assert "ACCELERATE_MIXED_PRECISION" in told, "by which a process knows that accelerate's launcher started it"
+    monkeypatch.setattr(launch, "_IS_LAUNCHED", True)
+    with pytest.raises(UsageError, match=r"asked for several processes and started one.* start them with: torchrun"):
+        launch._check_launch(1)
 
 
 def test_the_error_of_another_process_is_named() -> None:

@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 import torch
+from by_hand import endurance
 from helpers.building import parts_of, poisoned, rows, sampled, updated, write
 from safetensors.torch import load_file
 
@@ -105,18 +106,17 @@ def test_a_signal_counts_although_its_message_cannot_be_printed(tmp_path: Path) 
     child.wait()
 
 
-def test_a_run_that_is_killed_again_and_again_is_the_undisturbed_one(tmp_path: Path) -> None:
-    """A short form of `tests/by_hand/endurance.py kill`, with SIGKILL at random moments."""
-    script = [sys.executable, str(ROOT / "tests/by_hand/endurance.py"), "kill", "--kills", "1", "--epochs", "2"]
-    done = subprocess.run(
-        [*script, "--kinds", "dag_db", "--folder", str(tmp_path)],
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert "| unequal | 0 |" in done.stdout
-    assert "| unreadable | 0 |" in done.stdout
+def test_a_run_that_is_killed_again_and_again_is_the_undisturbed_one(
+    tmp_path: Path, tiny_model: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A short form of `tests/by_hand/endurance.py kill` on a smaller model, with SIGKILL at random moments."""
+    smaller = (f"model.path={tiny_model}", "model.resolution=null", "flow.channels=[8,8]")
+    unjudged = ("evaluation.diversity=null", "evaluation.fidelity=false")
+    monkeypatch.setattr(endurance, "SMALL", (*endurance.SMALL, *smaller, *unjudged))
+    assert endurance.kill(tmp_path, kills=1, epochs=2, longest=None, seed=0, kinds=["dag_db"]) == 0
+    said = capsys.readouterr().out
+    assert "| unequal | 0 |" in said
+    assert "| unreadable | 0 |" in said
 
 
 # -- disks --------------------------------------------------------------------------------------------------------

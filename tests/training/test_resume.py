@@ -96,8 +96,10 @@ def test_a_run_in_pieces_is_the_undisturbed_one(make_recipe: MakeRecipe, tmp_pat
     )
     undisturbed, parted = (RunFolder.create(tmp_path / name) for name in ("undisturbed", "parted"))
     trained(recipe, undisturbed)
-    # Not a divisor of the safe points of an epoch, so that stops fall on tiles, micro-batches, ends of updates and evaluations.
-    points = {"dag_db": 7, "critic": 3, "backprop": 2, "copies": 2}.get(kind, 2 if "one_pass" in kind else 5)
+    # Four or five stops, not at a divisor of an epoch's safe points: they fall on tiles, micro-batches, ends of updates and
+    # evaluations.
+    few = {"dag_db": 7, "critic": 3, "backprop": 3, "copies": 3, "tb_flow": 12, "subtb": 5, "value": 10, "tb": 12}
+    points = few.get(kind, 2 if "one_pass" in kind else 9)
     names = trained_in_pieces(recipe, parted, points)
     assert len(names) > 3
     assert rows(undisturbed.path) == rows(parted.path)
@@ -287,6 +289,15 @@ def test_resume_says_what_it_takes_and_what_it_skips(
     assert "skipped epoch_0003: manifest.json is missing; epoch_0002: policy.safetensors has 100 bytes of" in said
     assert rows(run.path) == before
     assert all(checkpoint.flaw(path) is None for path in checkpoint.candidates(run.checkpoints))
+
+
+def test_what_a_kill_has_half_removed_is_gone_after_a_resume(make_recipe: MakeRecipe, tmp_path: Path) -> None:
+    """Killed while the last checkpoint removes an older one, a run writes no further one that would do it."""
+    recipe, run = make_recipe(train={"epochs": 1}), RunFolder.create(tmp_path / "run")
+    trained(recipe, run)
+    (run.checkpoints / ".tmp-epoch_0000_000003-old").mkdir()
+    Trainer(recipe, run, parts_of(recipe)).fit(is_resumed=True)
+    assert [path.name for path in run.checkpoints.iterdir()] == ["epoch_0001"]
 
 
 def test_resume_on_another_model_or_other_prompts_is_refused(make_recipe: MakeRecipe, tmp_path: Path) -> None:
