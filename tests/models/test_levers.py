@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 import torch
 import torch._dynamo
+from helpers import tiny_model
 from helpers.building import disturb, parts_of, rolled_out, rows, updated, write
 from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
@@ -27,6 +28,12 @@ from dag.run.folder import RunFolder
 from dag.training.build import Components
 
 MakeRecipe = Callable[..., Recipe]
+
+
+@pytest.fixture(scope="module")
+def deep(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    """The section `model` for levers that act block by block: a network of several."""
+    return {"path": str(tiny_model.build(tmp_path_factory.mktemp("deep_model"), is_deep=True))}
 
 
 @pytest.fixture
@@ -70,10 +77,10 @@ def saved_bytes(parts: Components) -> int:
 # -- activations --------------------------------------------------------------------------------------------------
 
 
-def test_checkpointing_saves_activations_and_changes_no_bit(make_recipe: MakeRecipe) -> None:
+def test_checkpointing_saves_activations_and_changes_no_bit(make_recipe: MakeRecipe, deep: dict[str, str]) -> None:
     found, kept = [], []
     for kind in ("none", "selective", "full"):
-        parts = parts_of(make_recipe(memory={"checkpointing": kind}))
+        parts = parts_of(make_recipe(model=deep, memory={"checkpointing": kind}))
         disturb(parts)
         found.append(gradients(parts))
         kept.append(saved_bytes(parts))
@@ -94,9 +101,20 @@ def test_memory_layout_changes_rounding_alone(make_recipe: MakeRecipe) -> None:
     assert max(float((a - b).abs().max()) for a, b in zip(*found, strict=True)) < 1e-5 * scale
 
 
-@pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a compiler")
-def test_compiled_blocks_change_rounding_alone(make_recipe: MakeRecipe) -> None:
-    """This includes predictions without the adapter, whose switch is inside the compiled blocks."""
+@pytest.mark.parametrize(
+    "backend",
+    ["aot_eager", pytest.param("inductor", marks=pytest.mark.thorough)],
+)
+def test_compiled_blocks_change_rounding_alone(
+    make_recipe: MakeRecipe, monkeypatch: pytest.MonkeyPatch, backend: str
+) -> None:
+    """This includes predictions without the adapter, whose switch is inside the compiled blocks.
+
+    The graphs of both passes are traced and run; inductor's code for a CPU takes half a minute of g++.
+    """
+    if backend == "inductor" and shutil.which("g++") is None:
+        pytest.skip("inductor needs a compiler")
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend=backend))
     found, pretrained = [], []
     for is_compiled in (False, True):
         parts = parts_of(make_recipe(memory={"compile": is_compiled}))
@@ -131,9 +149,11 @@ def call_patterns(parts: Components, most: int) -> None:
             parts.policy.predict(*states(parts, count), unguided=True)
 
 
-def test_every_call_pattern_is_compiled_once(make_recipe: MakeRecipe, quick_compiler: None) -> None:
+def test_every_call_pattern_is_compiled_once(
+    make_recipe: MakeRecipe, deep: dict[str, str], quick_compiler: None
+) -> None:
     """With dynamo's default limit of 8, further call patterns would run uncompiled, with a warning in a log only."""
-    parts = parts_of(make_recipe(memory={"compile": True}))
+    parts = parts_of(make_recipe(model=deep, memory={"compile": True}))
     call_patterns(parts, 3)
     found = compilations()
     assert found["graphs"] > 8
@@ -315,10 +335,10 @@ def test_xformers_that_is_not_installed_is_one_line(
 
 @pytest.mark.parametrize(("kind", "bits", "bound"), [("int8", 8, 0.02), ("nf4", 4, 0.25)])
 def test_a_quantised_base_is_smaller_close_and_trains(
-    make_recipe: MakeRecipe, run: RunFolder, kind: str, bits: int, bound: float
+    make_recipe: MakeRecipe, deep: dict[str, str], run: RunFolder, kind: str, bits: int, bound: float
 ) -> None:
     pytest.importorskip("bitsandbytes")
-    plain, small = (parts_of(make_recipe(memory={"base": base})) for base in ("compute", kind))
+    plain, small = (parts_of(make_recipe(model=deep, memory={"base": base})) for base in ("compute", kind))
     name = "down_blocks.1.attentions.0.transformer_blocks.0.ff.net.2"
     before, after = (parts.policy.denoiser.get_parameter(f"{name}.weight") for parts in (plain, small))
     assert after.nbytes * 32 == before.nbytes * bits
@@ -326,7 +346,7 @@ def test_a_quantised_base_is_smaller_close_and_trains(
         exact, found = (parts.policy.predict(*states(parts)).guided for parts in (plain, small))
     error = float((found - exact).norm() / exact.norm())
     assert 0 < error < bound
-    trainer, trajectories = rolled_out(make_recipe(memory={"base": kind}), run)
+    trainer, trajectories = rolled_out(make_recipe(model=deep, memory={"base": kind}), run)
     assert float(updated(trainer, trajectories, 0)["grad_norm_policy"]) > 0
     assert set(trainer.components.policy.state_dict()) == set(plain.policy.state_dict()), (
         "the adapter has the same layers"
@@ -334,10 +354,12 @@ def test_a_quantised_base_is_smaller_close_and_trains(
 
 
 @pytest.mark.parametrize("kind", ["adamw8bit", "paged_adamw8bit"])
-def test_eight_bit_states_for_policy_and_flow(make_recipe: MakeRecipe, run: RunFolder, kind: str) -> None:
+def test_eight_bit_states_for_policy_and_flow(
+    make_recipe: MakeRecipe, deep: dict[str, str], run: RunFolder, kind: str
+) -> None:
     pytest.importorskip("bitsandbytes")
     recipe = make_recipe(
-        train={"optimizer": kind}, flow={"optimizer": kind, "channels": [64]}, adapter={"kind": "full"}
+        model=deep, train={"optimizer": kind}, flow={"optimizer": kind, "channels": [64]}, adapter={"kind": "full"}
     )
     trainer, trajectories = rolled_out(recipe, run)
     updated(trainer, trajectories, 0)

