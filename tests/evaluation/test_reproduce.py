@@ -4,9 +4,9 @@ import csv
 import fcntl
 import importlib.util
 import json
+import os
 import re
 import signal
-import subprocess
 import sys
 import time
 from collections.abc import Sequence
@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from helpers.forked import exit_code, forked
 
 import train_dag
 from dag import reproduce
@@ -41,7 +42,7 @@ without_lpips = pytest.mark.skipif(
     importlib.util.find_spec("torchmetrics") is not None, reason="torchmetrics is installed"
 )
 SHORT = (
-    *("train.epochs=2", "train.trajectories=4", "train.micro_batch=4", "sampler.steps=3"),
+    *("model.resolution=32", "train.epochs=2", "train.trajectories=4", "train.micro_batch=4", "sampler.steps=3"),
     *("evaluation.prompts=1", "evaluation.images_per_prompt=2", "evaluation.every=1", "checkpoint.every=1"),
     *("regulariser.pretrained_kl=0",),
 )
@@ -299,20 +300,17 @@ def test_what_is_done_is_not_done_again(
     assert (folder / "evaluation/evaluation.json").stat().st_mtime_ns == judged
 
 
-def test_a_study_killed_in_the_middle_goes_on_where_it_was(done: Path, tmp_path: Path) -> None:
-    program = (
-        "import sys; from dag import reproduce; sys.path[:0] = ['tests', 'tests/evaluation']; from test_reproduce import LONGER\n"
-        "reproduce.STUDIES['tiny']['comparison'] = {'short': LONGER}\n"
-        "from dag.evaluation import study; study.num_cores = lambda: 1\n"
-        f"sys.exit(reproduce.main(['comparison', '--seeds', '1', '--out', {str(tmp_path)!r}]))"
-    )
+def test_a_study_killed_in_the_middle_goes_on_where_it_was(
+    done: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(reproduce.STUDIES["tiny"], "comparison", {"short": LONGER})
     run = tmp_path / "short" / "ddpo-s0"
-    first = subprocess.Popen([sys.executable, "-c", program], cwd=ROOT, stdout=subprocess.PIPE, text=True)
+    first = forked(reproduce.main, ["comparison", "--seeds", "1", "--out", str(tmp_path)], tmp_path / "log")
     while len((run / "metrics.jsonl").read_text().splitlines() if (run / "metrics.jsonl").exists() else ()) < 3:
-        assert first.poll() is None
+        assert os.waitpid(first, os.WNOHANG) == (0, 0)
         time.sleep(0.05)
-    first.send_signal(signal.SIGTERM)
-    assert first.wait(timeout=60) == 128 + signal.SIGTERM
+    os.kill(first, signal.SIGTERM)
+    assert exit_code(first) == 128 + signal.SIGTERM
     stopped = len(metrics(run))
     assert stopped <= LONG
     cases = cases_of(LONGER, tmp_path / "short", 1, {})
