@@ -124,8 +124,8 @@ def test_plain_diffusers_draws_the_same_pictures_with_and_without_the_lora(
         plain = plain_pictures(tiny_xl, recipe, [0, 1], tmp_path, name)
         torch.testing.assert_close(after, plain, rtol=0, atol=2e-4)
     # ComfyUI tells the encoders apart by their numbers; diffusers takes the first one's name without a number too.
-    parts = {"_".join(name.split("_")[:2]) for name in load_file(tmp_path / "lora_kohya.safetensors")}
-    assert parts == {"lora_unet", *(("lora_te1", "lora_te2") if adapter else ())}
+    components = {"_".join(name.split("_")[:2]) for name in load_file(tmp_path / "lora_kohya.safetensors")}
+    assert components == {"lora_unet", *(("lora_te1", "lora_te2") if adapter else ())}
 
 
 def test_a_published_lora_draws_by_the_code_of_its_card(
