@@ -117,7 +117,9 @@ def test_plan_prints_counts_and_writes_nothing(
     # training, each with two branches of guidance.
     assert lines["per epoch"] == "8 trajectories, 88 images decoded and scored, 320 UNet rows"
     assert lines["updates"].startswith("2 per epoch over 40 transitions each")
-    assert lines["run"] == "7 epochs, 56 trajectories, 12 policy updates"
+    # Ten steps are sampled and trained, there and back.
+    passes = f"{56 * (10 + 10 * 2.2):,.0f} guided passes of the denoiser (a backward pass counted as 1.2)"
+    assert lines["run"] == f"7 epochs, 56 trajectories, 12 policy updates, {passes}"
     assert lines["beta"].startswith("10, effective inverse temperature 10 nats per unit of reward")
     assert list(Path.cwd().iterdir()) == [Path.cwd() / file]
 

@@ -23,8 +23,8 @@ from dag.training.trainer import Trainer
 ROOT = Path(__file__).parents[2]
 STEPS, TRAJECTORIES = 3, 2
 PATHWISE = "objective.policy_gradient=pathwise"
-# Two cases are of the embedded model: its tiny decoder is known without weights, and on the shallow one a pathwise update in
-# one pass is 1.4 % off.
+# Three cases are of the embedded model: its tiny decoder is known without weights, and on the shallow one the gradient of a
+# state is 1.4 % off.
 EMBEDDED = ("model.path=embedded", "model.resolution=32")
 FLOWLESS = ("objective.learnt_flow=false", "objective.huber=null", "objective.residual_scale=none")
 SMALL = (
@@ -97,7 +97,7 @@ def test_work_counted_from_configs_is_the_work_of_a_run(
     [
         ("objective={name: backprop}",),
         ("objective={name: backprop, copies: 3}",),
-        ("objective={name: backprop, last: 3}", "regulariser.pretrained_kl=0.1"),
+        ("objective={name: backprop, last: 3}", "regulariser.pretrained_kl=0.1", *EMBEDDED),
     ],
     ids=str,
 )

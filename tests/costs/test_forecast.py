@@ -183,7 +183,7 @@ def test_the_levers_that_would_help_are_named_and_their_peaks_hold(
     pulled = recipe_of({**model, "memory": {"checkpointing": "full"}})
     peaks = forecast(pulled)
     assert peaks.peak == found["memory.checkpointing=full"]
-    compared = recipe_of({**model, "objective": {"name": "dpo", "form": "denoise"}, "prompts": {"per_group": 2}})
+    compared = recipe_of({"objective": {"name": "dpo", "form": "denoise"}, "prompts": {"per_group": 2}})
     names = [lever.partition("=")[0] for lever, _ in savings(compared, forecast(compared))]
     assert "memory.checkpointing" in names
     assert "train.micro_batch" not in names, "a micro-batch of one holds no group to compare"

@@ -98,7 +98,7 @@ def test_a_run_in_pieces_is_the_undisturbed_one(make_recipe: MakeRecipe, tmp_pat
     trained(recipe, undisturbed)
     # Four or five stops, not at a divisor of an epoch's safe points: they fall on tiles, micro-batches, ends of updates and
     # evaluations.
-    few = {"dag_db": 7, "critic": 3, "backprop": 3, "copies": 3, "tb_flow": 12, "subtb": 5, "tb": 12}
+    few = {"dag_db": 7, "critic": 3, "backprop": 3, "copies": 3, "subtb": 5, "tb": 12}
     points = few.get(kind, 2 if "one_pass" in kind else 9)
     names = trained_in_pieces(recipe, parted, points)
     assert len(names) > 3
