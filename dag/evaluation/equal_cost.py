@@ -45,7 +45,9 @@ def draw(models: Sequence[Row], path: Path) -> None:
                 axis.plot(passes, mean, "o", label=row["model"])
             continue
         spread = [passes + row["training_passes"] / count for count in _PICTURES]
-        (line,) = axis.plot(spread, [mean] * len(spread), "--|", label=f"{row['model']}, training spread over")
+        (line,) = axis.plot(
+            spread, [mean] * len(spread), "--|", label=f"{row['model']}, training spread over so many pictures"
+        )
         for x, count in zip(spread, _PICTURES, strict=True):
             axis.annotate(
                 f"{count:,}", (x, mean), (0, 5), textcoords="offset points", fontsize=7, color=line.get_color()
