@@ -230,6 +230,7 @@ RECIPES = sorted({*(ROOT / "recipes").rglob("*.yaml")} - {*(ROOT / "recipes/sear
 LEFT_OUT = {
     "full_finetune_24gb": [ablation.ABLATION[-1][0], *(label for label, _ in ablation.BY_GRADIENT)],
     "subtb": ["one pass"],
+    "vard": ["one pass"],  # its critic must have seen a rollout first
 }
 
 
