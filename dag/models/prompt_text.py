@@ -2,7 +2,7 @@
 
 Outside this file a prompt is a row that only the model reads: its embedding, or the tokens from which a trained text encoder
 computes the embedding anew whenever its LoRA factors have changed (TexForce; Chen et al. 2024). So gradients reach the factors,
-and nothing outside has to know. Embedding a prompt costs about a hundredth of the denoiser's pass that it conditions.
+and nothing outside has to know. Embedding a prompt costs far less than the denoiser's pass that it conditions.
 
 Legend: B samples, P prompts, S rows of an embedding, D their width, E text encoders.
 """
@@ -112,7 +112,6 @@ class TrainedText(FixedText):
         seed: int,
     ) -> None:
         super().__init__(encoders, embed, empty_of, device, dtype)
-        self.adapter = adapter
         for encoder in encoders:
             add_lora(encoder.load(), adapter.rank, adapter.alpha, _TARGETS, seed)
             encoder.module.eval()
