@@ -167,3 +167,11 @@ def test_what_cannot_be_is_refused_in_words(kind: str) -> None:
     keys = {"adapter.targets": "[]", "adapter.text_encoder": "{rank: 2}"} | changes
     with pytest.raises(UsageError, match=message):
         Weightless(load(ROOT / "recipes/tiny_flow_cpu.yaml", [f"{key}={value}" for key, value in keys.items()]))
+
+
+def test_networks_beside_the_policy_know_prompts_by_their_pretrained_embeddings(make: MakeRecipe) -> None:
+    """Tokens have the shape of narrow embeddings, so that the critic would take them without an error."""
+    parts = parts_of(make(**OBJECTIVES["critic"]))
+    assert parts.learner.critic_fit is not None
+    assert parts.learner.critic_fit.critic.prompts.shape == (2, 16)
+    assert {*parts.policy.trained_encoders()} <= {*parts.policy.modules()}, "what stays in memory is counted by them"
