@@ -54,7 +54,11 @@ def _regularised(method: Method) -> Method:
 _SAME_NETWORK = " The network that gives the reward also measures alignment and diversity here: read them with care."
 
 # By the reward's gradient, the pretrained model is in the target and beta says how far the policy may move from it.
-_BETAS = tuple(Setting(beta=beta) for beta in (3.0, 10.0, 30.0))
+# A falling learning rate ends nearer to the target, which leaves room for a larger beta.
+_BETAS = {
+    "constant": tuple(Setting(beta=beta) for beta in (3.0, 10.0, 30.0)),
+    "linear": tuple(Setting(beta=beta) for beta in (10.0, 30.0, 60.0)),
+}
 _NABLA = (
     "objective={name: nabla_db, beta: {value: 30, unit: reward_sd}, prior: pretrained, forward_looking: {weight: fitted}, "
     "step_weight: balanced}",
@@ -88,26 +92,34 @@ _CHOSEN = {
 }
 
 
-def _gradients(reward: str, kinds: Sequence[str], chosen: Mapping[str, Setting] | None = None, seeds: int = 1) -> Study:
+def _gradients(
+    reward: str,
+    kinds: Sequence[str],
+    chosen: Mapping[str, Setting] | None = None,
+    seeds: int = 1,
+    schedule: str = "constant",
+) -> Study:
     """Score functions against the reward's gradient, exact or learnt, on one reward.
 
     Args:
         kinds:  names of methods, of `_TINY` and `_BY_GRADIENT`.
         chosen: what each method runs with; None lets it choose among its settings.
+        schedule: of every method's learning rate.
     """
     named = {one.name: replace(one, overrides=_SHORT, tried=_BY_SCORE[one.name]) for one in _TINY}
-    named |= {kind: replace(method, tried=_BETAS) for kind, method in _BY_GRADIENT.items()}
+    named |= {kind: replace(method, tried=_BETAS[schedule]) for kind, method in _BY_GRADIENT.items()}
     methods = [named[kind] for kind in kinds]
     how = f"the best of three settings for each: {_CHOICE}."
     if chosen is not None:
         methods = [_with(method, chosen[kind]) for kind, method in zip(kinds, methods, strict=True)]
         how = "the settings that each chose on colourfulness."
     return Study(
-        title=f"Score functions and the reward's gradient, {reward}",
+        title=f"Score functions and the reward's gradient, {reward}"
+        + ", falling learning rate" * (schedule == "linear"),
         question=f"320 trajectories and at most 20 updates for every method, {how}"
         + (_SAME_NETWORK if reward == "image_text" else ""),
         methods=tuple(methods),
-        overrides=(f"reward={{name: {reward}}}",),
+        overrides=(f"reward={{name: {reward}}}", f"train.learning_rate_schedule={schedule}"),
         sizes=("train.epochs=5", "evaluation.every=5"),
         images_per_prompt=4,
         seeds=seeds,
@@ -228,7 +240,10 @@ STUDIES: dict[str, dict[str, dict[str, Study]]] = {
             "incompressibility": _gradients("incompressibility", ("dag_db", "ddpo", "learnt"), _CHOSEN),
             "compressibility": _gradients("compressibility", ("dag_db", "ddpo", "learnt"), _CHOSEN),
             "image_text": _gradients("image_text", ("dag_db", "ddpo", "exact", "learnt"), _CHOSEN),
-            "other_gradients": _gradients("colourfulness", ("control_variate", "nabla_exact", "nabla_learnt")),
+            "other_gradients": _gradients("colourfulness", ("control_variate", "nabla_exact", "nabla_learnt"), seeds=3),
+            "falling_rate": _gradients(
+                "colourfulness", ("dag_db", "ddpo", "exact", "learnt"), seeds=3, schedule="linear"
+            ),
         },
         "zoo": {
             "colourfulness": Study(

@@ -107,6 +107,9 @@ class Train(Section):
     is shortened by 30 %; null does not bound it."""
     learning_rate: float = Field(3e-4, gt=0)
     """AdamW learning rate of the policy."""
+    learning_rate_schedule: Literal["constant", "linear"] = "constant"
+    """`linear` lowers the policy's learning rate in equal steps, update by update, from `learning_rate` to zero after the last one.
+    Flow and critic keep theirs."""
     adam_betas: tuple[Annotated[float, Field(ge=0, lt=1)], Annotated[float, Field(ge=0, lt=1)]] = (0.9, 0.999)
     """AdamW's beta1 and beta2, for policy, flow and critic."""
     weight_decay: float = Field(1e-4, ge=0)

@@ -41,6 +41,18 @@ def build_optimizer(
     return kinds[kind](parameters, **options)
 
 
+def learning_rate(train: Train, update: int, updates: int) -> float:
+    """The policy's learning rate in an update.
+
+    Args:
+        update:  its number, from 0.
+        updates: of the complete training.
+    """
+    if train.learning_rate_schedule == "constant":
+        return train.learning_rate
+    return train.learning_rate * max(0.0, 1 - update / updates)
+
+
 class ClippedOptimizer:
     """An optimizer that clips gradients, skips those that are not finite, and counts how many it skipped in a row.
 
@@ -63,6 +75,11 @@ class ClippedOptimizer:
         self.parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
         self.scaler = torch.amp.GradScaler("cuda", enabled=use_scaler)
         self.skipped = 0
+
+    def set_rate(self, learning_rate: float) -> None:
+        """Set the learning rate of the next step."""
+        for group in self.optimizer.param_groups:
+            group["lr"] = learning_rate
 
     def zero_grad(self) -> None:
         """Clear the gradients, also those of the weights' copies."""

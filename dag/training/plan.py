@@ -68,7 +68,6 @@ def make_plan(recipe: Recipe) -> Plan:
     """The plan of a recipe. An epoch's numbers are those after the warm-up."""
     train, T = recipe.train, recipe.sampler.steps
     D = latent_elements(recipe)
-    warmup = min(recipe.warmup_epochs, train.epochs)
     data, objective, steps = recipe.data, recipe.objective, _trained_steps(recipe)
     drawn_anew = objective.copies - 1 if isinstance(objective, Backpropagation) else 0
     branches = 2 if recipe.sampler.guidance_scale > 1 else 1
@@ -101,11 +100,19 @@ def make_plan(recipe: Recipe) -> Plan:
         latent_elements=D,
         counted_as=counted_as(recipe.model.path),
         trajectories=train.epochs * train.trajectories * sources,
-        updates=train.updates * sum(_passes_of_an_epoch(recipe, epoch) for epoch in range(warmup, train.epochs)),
+        updates=policy_updates(recipe),
         transitions_per_update=train.trajectories // train.updates * steps,
         unet_rows_per_epoch=training_rows + branches * (sampled_rows + extra),
         rewards_per_epoch=train.trajectories * sources + previews,
         beta_eff=beta_eff,
+    )
+
+
+def policy_updates(recipe: Recipe) -> int:
+    """Updates of the policy in the complete training."""
+    train = recipe.train
+    return train.updates * sum(
+        _passes_of_an_epoch(recipe, epoch) for epoch in range(recipe.warmup_epochs, train.epochs)
     )
 
 
@@ -214,6 +221,7 @@ def describe(recipe: Recipe, num_prompts: int, num_pictures: int = 0) -> str:
         f"{plan.unet_rows_per_epoch} UNet rows",
         f"updates       {updates} per epoch over {plan.transitions_per_update} transitions each, "
         f"micro-batch {train.micro_batch}",
+        f"learning rate {train.learning_rate:g}{', lowered to zero' * (train.learning_rate_schedule == 'linear')}",
         f"run           {train.epochs} epochs, {plan.trajectories} trajectories, {plan.updates} policy updates, "
         f"{training_passes(recipe):,.0f} guided passes of the denoiser (a backward pass counted as {_BACKWARD:g})",
     ]

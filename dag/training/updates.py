@@ -14,7 +14,8 @@ from dag.run.gpu import free_memory
 from dag.run.processes import Processes
 from dag.training.epoch_state import EpochState, UpdateSums
 from dag.training.faults import Suspects
-from dag.training.optimizer import ClippedOptimizer
+from dag.training.optimizer import ClippedOptimizer, learning_rate
+from dag.training.plan import policy_updates
 from dag.training.trust_region import Probe, TrustRegion
 
 
@@ -32,6 +33,7 @@ class Updates:
 
     Attributes:
         optimizer_step: the number of updates so far.
+        total:          the number of updates of the complete training.
         micro_batch:    the recipe's, or less after memory ran out.
         suspects:       the transitions of the unfinished update, in case its gradient is not finite.
     """
@@ -51,6 +53,7 @@ class Updates:
         self.informativeness, self.region = informativeness, region
         self.recipe, self.policy, self.flow, self.num_transitions = recipe, policy, flow, num_transitions
         self.device, self.warn, self.processes = device, warn, processes
+        self.total = policy_updates(recipe)
         self.optimizer_step, self.micro_batch, self.suspects = 0, recipe.train.micro_batch, Suspects()
 
     def optimizers(self) -> Iterator[ClippedOptimizer]:
@@ -142,6 +145,7 @@ class Updates:
         for optimizer in self.optimizers():
             self.processes.sum_gradients(optimizer.parameters)
         self._unscale_flow()
+        self.policy.set_rate(learning_rate(self.recipe.train, self.optimizer_step, self.total))
         norm, bounded = self.region.step(probes)
         norms = {self.policy.name: norm}
         if self.flow is not None:
@@ -168,6 +172,7 @@ class Updates:
         measured: dict[str, Any] = {
             "loss": float(self.processes.sum(torch.stack(sums.loss).sum())) / sums.updates,
             "ratio_max_dev": float(self.processes.largest(torch.stack(sums.ratio_dev).max())),
+            "learning_rate": learning_rate(self.recipe.train, self.optimizer_step - 1, self.total),
         }
         if sums.clipped:
             measured["clip_frac"] = float(self.processes.sum(torch.stack(sums.clipped).mean())) / self.processes.size

@@ -47,7 +47,13 @@ KINDS: dict[str, dict[str, Any]] = {
         "reward": [{"name": "colourfulness"}, {"name": "compressibility"}],
         "reward_critic": {"width": 8, "passes": 2, "rollouts": 2},
         "flow": {"warmup_epochs": 1},
-        "train": {"step_fraction": 0.5, "step_choice": "informative", "keep_terminal": False, "max_kl": 0.01},
+        "train": {
+            "step_fraction": 0.5,
+            "step_choice": "informative",
+            "keep_terminal": False,
+            "max_kl": 0.01,
+            "learning_rate_schedule": "linear",
+        },
     },
     "critic_in_one_pass": {
         "objective": {"name": "nabla_db", "prior": "pretrained", "forward_looking": {"weight": "fitted"}},
