@@ -63,8 +63,8 @@ def _check_same_recipe(old: Recipe, new: Recipe, path: Path) -> None:
     before, after = (flat(r.model_dump(mode="json")) for r in (old, new))
     free = {"train.epochs", "evaluation.every", "trackers"}
     free |= {"checkpoint.every", "checkpoint.minutes", "checkpoint.keep"}
-    if after.get("objective.beta.anneal", "none") != "none":
-        free.remove("train.epochs")  # beta's schedule depends on the number of epochs
+    if after.get("objective.beta.anneal", "none") != "none" or after["train.learning_rate_schedule"] != "constant":
+        free.remove("train.epochs")  # these schedules depend on the number of epochs
     changed = [
         key for key in sorted(before.keys() | after.keys()) if before.get(key) != after.get(key) and key not in free
     ]

@@ -3,6 +3,7 @@
 import argparse
 import json
 import math
+import re
 from collections.abc import Callable
 from pathlib import Path
 
@@ -254,6 +255,16 @@ def test_resuming_with_another_recipe(refused: Refused, file: Path) -> None:
     assert (
         message == "--resume: out was started with another recipe: sampler.steps: 10 then, 20 now; seed: 0 then, 1 now"
     )
+
+
+@pytest.mark.usefixtures("no_training")
+@pytest.mark.parametrize("key", ["objective.beta.anneal", "train.learning_rate_schedule"])
+def test_a_run_whose_schedule_follows_its_epochs_cannot_have_more(refused: Refused, file: Path, key: str) -> None:
+    dump = load(file, [f"{key}=linear"]).model_dump(mode="json")
+    started_run(file, "out", has_checkpoint=True)
+    Path("out/run.json").write_text(json.dumps({"recipe": dump}))
+    message = refused("--resume", "out", "--set", f"{key}=linear", "--set", "train.epochs=9")
+    assert re.fullmatch(r"--resume: out was started with another recipe: train.epochs: \d+ then, 9 now", message)
 
 
 @pytest.mark.usefixtures("no_training")

@@ -151,9 +151,11 @@ _BY_NAME = (
 )
 # In two more seeds: the best with the reward's gradient and without one, among those that keep the noun, and the baseline.
 _LEADING = ("dag_kl_gradient", "dag_kl_learnt_gradient", "nabla_db", "adjoint", "dpo", "ddpo")
+# The main job with a constant learning rate, as the other recipes have one, and the beta that goes with it.
+_UNSCHEDULED = ("train.learning_rate_schedule=constant", "objective.beta.value=30")
 _ZOO = (
-    replace(_BY_GRADIENT["exact"], name="dag_kl_gradient"),
-    replace(_BY_GRADIENT["learnt"], name="dag_kl_learnt_gradient"),
+    Method("dag_kl_gradient", "tiny_cpu.yaml", _UNSCHEDULED),
+    Method("dag_kl_learnt_gradient", "tiny_cpu.yaml", (*_UNSCHEDULED, _LEARNT)),
     *(Method(name, f"tiny/{name}.yaml") for name in _BY_NAME),
 )
 
