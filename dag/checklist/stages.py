@@ -94,8 +94,8 @@ def _on_a_gpu() -> dict[str, tuple[str, ...]]:
         # Its predicted peak would take as long as the measurement.
         "sdxl_24gb": _train_step("sdxl_24gb.yaml", "--cap-gib", "24", "--no-prediction", *quick),
         "sd35m_24gb": _train_step("sd35m_24gb.yaml", "--cap-gib", "24", "--no-prediction", *quick),
-        # Random weights are made in bf16 before they are quantised, which real ones are on their way to the GPU. Ten steps took more
-        # than 75 s with the start, on an H100.
+        # Random weights are made in bf16 before they are quantised, which real ones are on their way to the GPU. With ten steps an
+        # H100 was not done in 75 s.
         "flux_24gb": _train_step(
             "flux_nf4_24gb.yaml", "--cap-gib", "32", "--no-prediction", "--set", "sampler.steps=4"
         ),

@@ -175,7 +175,7 @@ def _flow(eta: float, dag_db: str) -> Study:
         question="DAG-KL by the exact gradient, DAG-DB and GRPO, each with the settings of its recipe for the diffusion model, "
         f"on the embedded flow-matching model with eta {eta:g}.",
         methods=(
-            Method("dag_kl_exact", "tiny_flow_cpu.yaml", (noise,)),
+            Method("dag_kl_exact", "tiny_flow_cpu.yaml", (noise, *_UNSCHEDULED)),
             Method("dag_db", "tiny/dag_db.yaml", (*_ON_A_FLOW, noise, dag_db)),
             Method("grpo", "tiny/grpo.yaml", (*_ON_A_FLOW, noise)),
         ),
