@@ -63,14 +63,17 @@ def _check_same_recipe(old: Recipe, new: Recipe, path: Path) -> None:
     before, after = (flat(r.model_dump(mode="json")) for r in (old, new))
     free = {"train.epochs", "evaluation.every", "trackers"}
     free |= {"checkpoint.every", "checkpoint.minutes", "checkpoint.keep"}
-    if after.get("objective.beta.anneal", "none") != "none" or after["train.learning_rate_schedule"] != "constant":
-        free.remove("train.epochs")  # these schedules depend on the number of epochs
+    schedules = {"objective.beta.anneal": "none", "train.learning_rate_schedule": "constant"}
+    followers = [key for key, fixed in schedules.items() if after.get(key, fixed) != fixed]
+    if followers:
+        free.remove("train.epochs")
     changed = [
         key for key in sorted(before.keys() | after.keys()) if before.get(key) != after.get(key) and key not in free
     ]
     if changed:
         shown = "; ".join(f"{key}: {before.get(key)!r} then, {after.get(key)!r} now" for key in changed)
-        raise UsageError(f"--resume: {path} was started with another recipe: {shown}")
+        why = f" ({' and '.join(followers)} would follow them)" if followers and "train.epochs" in changed else ""
+        raise UsageError(f"--resume: {path} was started with another recipe: {shown}{why}")
 
 
 def plan_memory(config: Recipe) -> None:

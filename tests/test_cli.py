@@ -264,7 +264,8 @@ def test_a_run_whose_schedule_follows_its_epochs_cannot_have_more(refused: Refus
     started_run(file, "out", has_checkpoint=True)
     Path("out/run.json").write_text(json.dumps({"recipe": dump}))
     message = refused("--resume", "out", "--set", f"{key}=linear", "--set", "train.epochs=9")
-    assert re.fullmatch(r"--resume: out was started with another recipe: train.epochs: \d+ then, 9 now", message)
+    changed = r"--resume: out was started with another recipe: train.epochs: \d+ then, 9 now"
+    assert re.fullmatch(rf"{changed} \({re.escape(key)} would follow them\)", message)
 
 
 @pytest.mark.usefixtures("no_training")
